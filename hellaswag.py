@@ -1,0 +1,393 @@
+"""Score a language model on HellaSwag: which of four endings does it find likeliest? (Zellers et al. 2019)
+
+    python hellaswag.py --model gpt2                 # downloads the 10,042 validation items, 12 MB, once
+    python hellaswag.py --model log --limit 200      # the newest checkpoint of a run
+    python hellaswag.py --model log --lm_eval --output results.json
+
+Prints accuracy and, with --output, writes it as JSON. There are two ways to score, and their figures do not
+compare:
+
+                              completion (ours, train.py's)    lm-evaluation-harness (--lm_eval)
+                              acc        acc_norm              acc        acc_norm
+    text before the ending    the context                      activity label: context, markup removed
+    acc_norm divides by       tokens of the ending             characters of the ending
+    GPT-2 (124M)              28.59 %    29.55 %               28.92 %    31.14 %
+    GPT-2 XL (1.5B)           38.42 %    48.93 %               40.04 %    50.89 %
+    GPT-3 (125M)                         33.7 %
+
+Published values: build-nanogpt's hellaswag.py for GPT-2 in both ways, Brown et al. 2020, table H.1, for GPT-3
+(zero-shot, its own rendering). Chance is 25 %. On 10,042 items the standard error is about 0.46 %.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from fineweb import write_atomically
+from model import GPT, best_device
+from tokenizer import get_tokenizer
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+DATA = "hellaswag_val.jsonl"
+TRIES = 5
+BACK_OFF_S = 1.0  # before the second try, doubled before each further one
+HEAD_ROWS = 256  # positions that go through the head at once: their logits stay in the cache of a CPU
+PUBLISHED = {"completion": "GPT-2 28.59 / 29.55, GPT-2 XL 38.42 / 48.93, GPT-3 125M - / 33.7",
+             "lm_eval": "GPT-2 28.92 / 31.14, GPT-2 XL 40.04 / 50.89"}  # fmt: skip
+
+
+def download(url: str = URL, path: str | Path = DATA, sha256: str = SHA256) -> Path:
+    """Fetch the validation set once: resumed where it broke off, retried, checked, renamed when whole.
+
+    Raises FileNotFoundError after the last try.
+    """
+    import requests
+
+    path = Path(path)
+    partial = path.with_name(path.name + ".tmp")
+    reason = ""
+    for attempt in range(0 if path.exists() else TRIES):
+        if attempt:
+            time.sleep(BACK_OFF_S * 2 ** (attempt - 1))
+        have = partial.stat().st_size if partial.exists() else 0
+        try:
+            headers = {"Range": f"bytes={have}-"} if have else {}
+            with requests.get(url, headers=headers, stream=True, timeout=30) as response:
+                if response.status_code == 416:  # what we have is as long as the file or longer
+                    partial.unlink()
+                response.raise_for_status()
+                have = have if response.status_code == 206 else 0
+                size = have + int(response.headers.get("Content-Length", 0))
+                with (
+                    open(partial, "ab" if have else "wb") as file,
+                    tqdm(
+                        total=size or None,
+                        initial=have,
+                        unit="B",
+                        unit_scale=True,
+                        desc=path.name,
+                        disable=None,
+                    ) as bar,
+                ):
+                    for block in response.iter_content(1 << 16):
+                        bar.update(file.write(block))
+                    file.flush()
+                    os.fsync(file.fileno())
+            if partial.stat().st_size < size:
+                raise OSError(f"the connection ended after {partial.stat().st_size} of {size} bytes")
+            digest = hashlib.sha256(partial.read_bytes()).hexdigest()
+            if digest != sha256:
+                partial.unlink()
+                raise OSError(f"its sha256 is {digest[:12]}…, not {sha256[:12]}…")
+            os.replace(partial, path)
+        except OSError as error:  # requests' exceptions are OSErrors
+            reason = str(error)
+            continue
+        break
+    if not path.exists():
+        raise FileNotFoundError(
+            f"cannot download HellaSwag ({reason}): fetch {url} by hand and give it as --data "
+            "(train.py: --hellaswag_data), or train with --hellaswag_every 0"
+        )
+    return path
+
+
+def load_items(path: str | Path) -> list[dict]:
+    """Read items (`ind`, `activity_label`, `ctx`, `label`, four `endings`) from a .jsonl file.
+
+    Raises FileNotFoundError, or ValueError naming the line that is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no HellaSwag items at {path}: `python hellaswag.py` downloads them")
+    items = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            item = json.loads(line)
+            if not isinstance(item, dict):
+                raise ValueError("it is no JSON object")
+            missing = {"ind", "activity_label", "ctx", "label", "endings"} - item.keys()
+            if missing:
+                raise ValueError(f"it has no {', '.join(sorted(missing))}")
+            if item["label"] not in (0, 1, 2, 3):
+                raise ValueError(f"its label is {item['label']!r}, not 0, 1, 2 or 3")
+            if len(item["endings"]) != 4 or not all(
+                isinstance(e, str) and e.strip() for e in item["endings"]
+            ):
+                raise ValueError("it needs four endings that are not empty")
+            if not item["ctx"].strip():
+                raise ValueError("its ctx is empty")
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}: {error}: mend the line, or delete the file to load it anew"
+            ) from error
+        items.append(item)
+    if not items:
+        raise ValueError(f"{path} holds no items: delete it to load it anew")
+    return items
+
+
+@dataclass(frozen=True)
+class Example:
+    """An item in tokens. `acc_norm` divides an ending's loss by `lengths`, or by its scored tokens where that
+    is None."""
+
+    ind: int
+    label: int
+    context: list[int]
+    endings: list[list[int]]
+    lengths: list[int] | None = None
+
+
+def render(items: list[dict], tokenizer: tiktoken.Encoding) -> list[Example]:
+    """Tokenise items as the public GPT-2 reproductions do: context, then a space and the ending, each by
+    itself."""
+    return [
+        Example(
+            item["ind"],
+            item["label"],
+            tokenizer.encode_ordinary(item["ctx"]),
+            [tokenizer.encode_ordinary(" " + ending) for ending in item["endings"]],
+        )
+        for item in items
+    ]
+
+
+def render_lm_eval(items: list[dict], tokenizer: tiktoken.Encoding) -> list[Example]:
+    """Tokenise items as lm-evaluation-harness does (task `hellaswag`, version 1.0, zero-shot).
+
+    WikiHow's markup goes, the activity label comes first, and an ending's tokens are what it adds to its
+    context's.
+    """
+
+    def clean(text: str) -> str:
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+    examples = []
+    for item in items:
+        ctx = f"{item['ctx_a']} {item['ctx_b'].capitalize()}" if "ctx_a" in item else item["ctx"]
+        query = clean(f"{item['activity_label']}: {ctx}")
+        # The harness moves white space at the end of a context over to the ending.
+        stem = query.rstrip()
+        context = tokenizer.encode_ordinary(stem)
+        endings = [clean(ending) for ending in item["endings"]]
+        tokens = [tokenizer.encode_ordinary(f"{query} {ending}")[len(context) :] for ending in endings]
+        examples.append(
+            Example(item["ind"], item["label"], context, tokens, [len(ending) for ending in endings])
+        )
+    return examples
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One row for the model: a context and the endings that share it, with their places in the list of all
+    losses."""
+
+    context: list[int]
+    endings: list[list[int]]
+    places: list[int]
+
+    def __len__(self) -> int:
+        return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
+
+
+def to_sequences(examples: list[Example], limit: int) -> list[Sequence]:
+    """Let the endings of an example share a row; where one is too long, each gets a row that keeps its last
+    tokens."""
+    sequences = []
+    for i, example in enumerate(examples):
+        places = [4 * i + k for k in range(4)]
+        if len(example.context) + max(map(len, example.endings)) <= limit:
+            sequences.append(Sequence(example.context, example.endings, places))
+            continue
+        for place, ending in zip(places, example.endings, strict=True):
+            row = (example.context + ending)[-limit:]
+            cut = max(len(row) - len(ending), 1)  # the first token of a row has nothing to be predicted from
+            sequences.append(Sequence(row[:cut], [row[cut:]], [place]))
+    return sequences
+
+
+def to_batches(sequences: list[Sequence], batch_tokens: int) -> Iterator[list[Sequence]]:
+    """Group sequences of like length, up to `batch_tokens` with padding; the longest first, so memory runs
+    out early."""
+    batch: list[Sequence] = []
+    for sequence in sorted(sequences, key=len, reverse=True):
+        if batch and (len(batch) + 1) * len(batch[0]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(sequence)
+    if batch:
+        yield batch
+
+
+def score_batch(model: GPT, batch: list[Sequence]) -> tuple[list[int], torch.Tensor]:
+    """Run one batch: for each ending's token the place of its ending, and its loss in nats, both of the same
+    length.
+
+    A row holds a context once and the endings side by side. Each ending sees the context and itself, at the
+    positions that it would have alone; only positions that predict an ending's token go through the head.
+    """
+    device = model.transformer.wte.weight.device
+    T = -(-max(map(len, batch)) // 8) * 8  # masked attention kernels on GPUs want rows of a multiple of 8
+    idx, positions, segments = (np.zeros((len(batch), T), dtype=np.int64) for _ in range(3))
+    segments -= 1  # padding is a segment of its own, at the end, where no token looks
+    places, sources, targets = [], [], []
+    for b, sequence in enumerate(batch):
+        n = len(sequence.context)
+        idx[b, :n], positions[b, :n], segments[b, :n] = sequence.context, np.arange(n), 0
+        end = n
+        for k, (ending, place) in enumerate(zip(sequence.endings, sequence.places, strict=True), start=1):
+            start, end = end, end + len(ending) - 1
+            idx[b, start:end], positions[b, start:end] = ending[:-1], np.arange(n, n + len(ending) - 1)
+            segments[b, start:end] = k
+            places += [place] * len(ending)
+            sources += [
+                b * T + n - 1,
+                *range(b * T + start, b * T + end),
+            ]  # the context's end predicts the first token
+            targets += ending
+    idx, positions, segments = (torch.from_numpy(array).to(device) for array in (idx, positions, segments))
+    sources, targets = (torch.tensor(numbers, device=device) for numbers in (sources, targets))
+    same = segments[:, None, :] == segments[:, :, None]  # (B, T, T), query before key
+    mask = (same | (segments[:, None, :] == 0)).tril()[:, None]  # (B, 1, T, T)
+    hidden = model.trunk(idx, positions=positions, mask=mask).flatten(0, 1)[
+        sources
+    ]  # (ending tokens, n_embd)
+    losses = [
+        F.cross_entropy(model.lm_head(rows).float(), wanted, reduction="none")
+        for rows, wanted in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
+    ]
+    return places, torch.cat(losses)
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT, examples: list[Example], *, batch_tokens: int = 8192, progress: bool = False
+) -> dict[str, float | int | list[dict]]:
+    """Score all examples: `acc`, `acc_norm`, their standard errors, `n`, `seconds`, and `items` with the
+    endings chosen.
+
+    HellaSwag validation has 10,042 items; GPT-2 (124M) scores 28.59 % and 29.55 %. Under torch.distributed
+    every rank calls this, scores its share of the batches and gets the whole result, which does not depend on
+    how many they are.
+    """
+    start = time.perf_counter()
+    dist = torch.distributed if torch.distributed.is_initialized() else None
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist else (0, 1)
+    was_training = model.training
+    model.eval()
+    # The harness keeps one token more: the last one is only predicted, not read.
+    limit = model.config.block_size + (examples[0].lengths is not None)
+    batches = list(to_batches(to_sequences(examples, limit), batch_tokens))[rank::world_size]
+    sums, counts = np.zeros(4 * len(examples)), np.zeros(4 * len(examples))
+    scored = [
+        score_batch(model, batch) for batch in tqdm(batches, unit="batch", disable=None if progress else True)
+    ]
+    for places, losses in scored:
+        sums += np.bincount(places, weights=losses.cpu().numpy(), minlength=len(sums))
+        counts += np.bincount(places, minlength=len(counts))
+    model.train(was_training)
+    if dist:
+        total = torch.from_numpy(np.stack((sums, counts))).to(model.transformer.wte.weight.device)
+        dist.all_reduce(total)
+        sums, counts = total.cpu().numpy()
+    lengths = counts
+    if examples[0].lengths is not None:
+        lengths = np.concatenate([example.lengths for example in examples])
+    losses = sums.reshape(-1, 4)
+    chosen, chosen_norm = losses.argmin(axis=1), (losses / lengths.reshape(-1, 4)).argmin(axis=1)
+    labels = np.array([example.label for example in examples])
+    n, acc, acc_norm = len(labels), float((chosen == labels).mean()), float((chosen_norm == labels).mean())
+    return {
+        "acc": acc,
+        "acc_norm": acc_norm,
+        "acc_stderr": math.sqrt(acc * (1 - acc) / max(n - 1, 1)),
+        "acc_norm_stderr": math.sqrt(acc_norm * (1 - acc_norm) / max(n - 1, 1)),
+        "n": n,
+        "seconds": time.perf_counter() - start,
+        "items": [
+            {"ind": e.ind, "label": e.label, "pred": int(p), "pred_norm": int(q), "losses": each.tolist()}
+            for e, p, q, each in zip(examples, chosen, chosen_norm, losses, strict=True)
+        ],
+    }
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="log", help="checkpoint, run folder, Hugging Face folder, or gpt2 … gpt2-xl")
+    add(
+        "--data", default=None, help=f"items in a .jsonl file; None is {DATA}, downloaded where it is missing"
+    )
+    add("--limit", type=int, default=None, help="score only the first items; None scores all")
+    add(
+        "--lm_eval",
+        action="store_true",
+        help="also score as lm-evaluation-harness does; takes twice the time",
+    )
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of weights and arithmetic",
+    )
+    add("--batch_tokens", type=int, default=8192, help="tokens per forward pass; lower it to save memory")
+    add("--output", default=None, help="write the result to this .json file")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    for name in ("limit", "batch_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}: give at least 1")
+    items = load_items(args.data or download())[: args.limit]
+    device = best_device() if args.device == "auto" else args.device
+    model = GPT.from_pretrained(args.model)
+    tokenizer = get_tokenizer((model.metadata.get("args") or {}).get("tokenizer", "gpt2"))
+    if model.config.vocab_size < tokenizer.n_vocab:
+        raise ValueError(
+            f"{args.model} has {model.config.vocab_size} token ids, tokenizer gpt2 {tokenizer.n_vocab}"
+        )
+    model.to(device=device, dtype=getattr(torch, args.dtype))
+    results = {}
+    for style, renderer in (("completion", render), ("lm_eval", render_lm_eval))[: 1 + args.lm_eval]:
+        result = evaluate(model, renderer(items, tokenizer), batch_tokens=args.batch_tokens, progress=True)
+        results[style] = result
+        name = {"completion": "completion style", "lm_eval": "lm-evaluation-harness style"}[style]
+        print(
+            f"{name}: acc {result['acc']:.2%} ± {result['acc_stderr']:.2%}, "
+            f"acc_norm {result['acc_norm']:.2%} ± {result['acc_norm_stderr']:.2%}, "
+            f"n {result['n']}, {result['seconds']:.1f} s"
+        )
+        print(f"  published acc / acc_norm on all 10,042 items: {PUBLISHED[style]}")
+    if args.output:
+        output = results["completion"]
+        if args.lm_eval:
+            output["lm_eval"] = results["lm_eval"]
+        data = json.dumps(output, indent=1).encode()
+        write_atomically(Path(args.output), lambda file: file.write(data))
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"hellaswag.py: error: {error}")

@@ -1,0 +1,353 @@
+"""GPT-2 in PyTorch: the network, its key/value cache, its optimizer groups and its weights on disk.
+
+    model = GPT(GPTConfig())                     # random weights, 124,475,904 parameters
+    model = GPT.from_pretrained("gpt2")          # OpenAI's weights, from the Hugging Face Hub
+    model = GPT.from_pretrained("log")           # the newest checkpoint of a run
+
+The architecture is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners":
+pre-LayerNorm, tanh GELU, learned positions, biases everywhere, embedding and head tied. Weights move to and
+from `transformers.GPT2LMHeadModel` without loss. A freshly initialised model has a loss near ln(vocab_size):
+10.8 for GPT-2.
+"""
+
+import math
+import pickle
+import re
+import shutil
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+GPT2_VOCAB_SIZE = 50257
+PADDED_VOCAB_SIZE = 50304  # the next multiple of 128: matmuls tile evenly, the extra rows are never a target
+# OpenAI's checkpoints store these four as (in, out), `nn.Linear` wants (out, in).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def best_device() -> str:
+    """What computes fastest on this machine: cuda, mps or cpu."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = PADDED_VOCAB_SIZE
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd {self.n_embd} does not divide by n_head {self.n_head}: change one of them"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
+
+
+class KVCache:
+    """Keys and values that one attention layer has already seen, in memory reserved once for `max_length`
+    tokens.
+
+    The first `append` fixes batch size, dtype and device.
+    """
+
+    def __init__(self, max_length: int):
+        self.max_length = max_length
+        self.length = 0
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add (B, n_head, T, head_dim) keys and values; return views of all (B, n_head, length, head_dim) so
+        far."""
+        if self.length == 0:
+            B, n_head, _, head_dim = k.shape
+            self.k = k.new_empty(B, n_head, self.max_length, head_dim)
+            self.v = torch.empty_like(self.k)
+        start, self.length = self.length, self.length + k.size(2)
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: torch.Tensor, cache: KVCache | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        B, T, C = x.size()
+        q, k, v = (
+            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, head_dim)
+            for part in self.c_attn(x).split(C, dim=2)
+        )
+        past = cache.length if cache else 0
+        if cache:
+            k, v = cache.append(k, v)
+        if mask is None and past > 0 and T > 1:
+            # is_causal aligns the triangle with the first key, not with the last: spell the mask out.
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        dropout_p = self.dropout if self.training else 0.0
+        is_causal = mask is None and past == 0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.gelu = nn.GELU(approximate="tanh")
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: torch.Tensor, cache: KVCache | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """The language model. `metadata` holds what its checkpoint said beside the tensors (step, val_loss,
+    args)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.metadata: dict = {}
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                ln_f=nn.LayerNorm(config.n_embd),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                # GPT-2 section 2.3: residual projections shrink with depth, two of them add up in each block.
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+
+    def trunk(
+        self,
+        idx: torch.Tensor,
+        cache: list[KVCache] | None = None,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run all but the head: token ids (B, T) to final hidden states (B, T, n_embd).
+
+        With a `cache` from `new_cache` the ids follow those that it has seen, and it grows by T. Rows that
+        are not one text from left to right bring their `positions` (B, T) and a bool `mask` (B, 1, T, past +
+        T) of keys to see. Raises ValueError when past and new tokens exceed block_size.
+        """
+        if positions is None:
+            past, T = cache[0].length if cache else 0, idx.size(1)
+            if past + T > self.config.block_size:
+                raise ValueError(
+                    f"{past + T} tokens are more than the model's context of {self.config.block_size}: "
+                    "shorten the input or train with a larger --block_size"
+                )
+            positions = torch.arange(past, past + T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, cache[i] if cache else None, mask)
+        return self.transformer.ln_f(x)
+
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, reduction: str = "mean"
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return logits (B, T, vocab_size) and, given `targets` (B, T), the cross-entropy in nats per token.
+
+        Targets of -100 do not count; `reduction` is that of `F.cross_entropy`.
+        """
+        logits = self.lm_head(self.trunk(idx))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+
+    def new_cache(self) -> list[KVCache]:
+        """An empty key/value cache, one entry a layer, for up to block_size tokens."""
+        return [KVCache(self.config.block_size) for _ in self.transformer.h]
+
+    def num_params(self) -> int:
+        """Number of weights; the tied embedding counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self, T: int | None = None) -> int:
+        """FLOPs to train on one token in a window of T (default block_size), forward and backward.
+
+        6 for each weight in a matrix product, and 12 * n_layer * n_embd * T for attention as if it were not
+        causal: Chowdhery et al. 2022 (PaLM), appendix B, the convention that published MFU figures follow.
+        """
+        weights = self.num_params() - self.transformer.wpe.weight.numel()
+        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * (T or self.config.block_size)
+
+    def optimizer_groups(self, weight_decay: float) -> list[dict]:
+        """Parameter groups: matrices and embeddings decay, biases and LayerNorm gains do not."""
+        parameters = list(self.parameters())
+        return [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, dropout: float = 0.0) -> "GPT":
+        """Load a checkpoint file, a run folder's newest checkpoint, a Hugging Face folder, or a Hub name of
+        OpenAI's.
+
+        Raises FileNotFoundError when there is no such thing and ValueError when it is not a whole GPT-2.
+        """
+        if str(source) in HUB_NAMES and not Path(source).exists() or (Path(source) / "config.json").exists():
+            config, state, metadata = _read_hugging_face(str(source))
+        else:
+            checkpoint = load_checkpoint(source)
+            config, state = GPTConfig(**checkpoint["config"]), checkpoint["model"]
+            metadata = {name: checkpoint.get(name) for name in ("step", "val_loss", "args")}
+        model = cls(GPTConfig(**{**asdict(config), "dropout": dropout}))
+        model.load_state_dict(state)
+        model.metadata = metadata
+        return model
+
+    def save_pretrained(self, folder: str | Path, vocab_size: int | None = None) -> None:
+        """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+        Only the first `vocab_size` token ids are kept, the last of them being end-of-text. The default keeps
+        all but the rows that pad GPT-2's 50,257 to 50,304. Raises ValueError when the folder exists and is
+        not empty.
+        """
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        folder, config = Path(folder), self.config
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} exists and is not empty: remove it or name another folder")
+        if vocab_size is None:
+            vocab_size = GPT2_VOCAB_SIZE if config.vocab_size == PADDED_VOCAB_SIZE else config.vocab_size
+        if not 1 <= vocab_size <= config.vocab_size:
+            raise ValueError(f"vocab_size is {vocab_size}, but the model has {config.vocab_size} token ids")
+        exported = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=vocab_size,
+                n_positions=config.block_size,
+                n_embd=config.n_embd,
+                n_layer=config.n_layer,
+                n_head=config.n_head,
+                bos_token_id=vocab_size - 1,
+                eos_token_id=vocab_size - 1,
+            )
+        )
+        state = _transpose(self.state_dict())
+        for name in ("transformer.wte.weight", "lm_head.weight"):
+            state[name] = state[name][:vocab_size]
+        exported.load_state_dict(state)
+        partial = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(partial, ignore_errors=True)
+        exported.save_pretrained(partial)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+
+
+def _transpose(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Turn our state dict into OpenAI's layout, or theirs into ours."""
+    return {name: w.t().contiguous() if name.endswith(TRANSPOSED) else w for name, w in state.items()}
+
+
+def _read_hugging_face(source: str) -> tuple[GPTConfig, dict[str, torch.Tensor], dict]:
+    from transformers import AutoConfig, GPT2LMHeadModel
+
+    try:
+        theirs = AutoConfig.from_pretrained(source)
+        if theirs.model_type != "gpt2":
+            raise ValueError(f"{source} holds a {theirs.model_type} model: only GPT-2 is supported")
+        wanted = {
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+            "n_inner": (None, 4 * theirs.n_embd),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "tie_word_embeddings": (True,),
+        }
+        for name, allowed in wanted.items():
+            if getattr(theirs, name) not in allowed:
+                raise ValueError(f"{source}: {name} is {getattr(theirs, name)}, but GPT-2 has {allowed[0]}")
+        hf_model = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"cannot load {source}: {reason} (check the folder or the network)"
+        ) from error
+    config = GPTConfig(
+        block_size=theirs.n_positions,
+        vocab_size=theirs.vocab_size,
+        n_layer=theirs.n_layer,
+        n_head=theirs.n_head,
+        n_embd=theirs.n_embd,
+    )
+    return config, _transpose(hf_model.state_dict()), {}
+
+
+def load_checkpoint(source: str | Path) -> dict:
+    """Read a checkpoint file, or the newest one in a run folder that loads whole, onto the CPU.
+
+    Raises FileNotFoundError where there is none, ValueError where a named file is damaged or no checkpoint.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise FileNotFoundError(
+            f"no model at {source}: give a checkpoint file, a run folder, a Hugging Face folder, "
+            f"or one of {', '.join(HUB_NAMES)}"
+        )
+    if source.is_dir():
+        numbered = [path for path in source.glob("model_*.pt") if re.fullmatch(r"model_\d+\.pt", path.name)]
+        for path in sorted(numbered, key=lambda path: int(path.stem.split("_")[1]), reverse=True):
+            try:
+                return load_checkpoint(path)
+            except ValueError as error:
+                warnings.warn(f"passing over a checkpoint: {error}", stacklevel=2)
+        raise FileNotFoundError(f"no whole checkpoint in {source}: train one with `python train.py`")
+    try:
+        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
+        raise ValueError(f"{source} is cut short or no checkpoint ({reason}): use an older one") from error
+    missing = [
+        name for name in ("model", "config") if not isinstance(checkpoint, dict) or name not in checkpoint
+    ]
+    if missing:
+        raise ValueError(f"{source} is no checkpoint of train.py: it has no {' and no '.join(missing)}")
+    return checkpoint

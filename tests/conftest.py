@@ -1,0 +1,99 @@
+"""What several test files share: tiny shards, tiny runs of train.py, and Hugging Face models to compare
+with."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+
+REPOSITORY = Path(train.__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    """Every test works in its own folder, so that nothing lands in the repository."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A folder with one val and two train shards of random bytes, some likelier than others, no manifest."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, tokens in (("val_000000", 600), ("train_000001", 1000), ("train_000002", 777)):
+        ids = np.minimum(rng.geometric(0.03, tokens), 256).astype(np.uint16) - 1
+        ids[0] = 256  # end-of-text
+        np.save(folder / f"edufineweb_{name}.npy", ids)
+    return folder
+
+
+@pytest.fixture
+def run_train(shards, tmp_path):
+    """Run train.main on a tiny model in fp32 and return the log's records by kind; options are a string."""
+
+    def run(options: str = "", out_dir: Path | str = tmp_path / "log") -> dict[str, list[dict]]:
+        tiny = (
+            f"--data_dir {shards} --out_dir {out_dir} --tokenizer byte --n_layer 2 --n_head 2 --n_embd 32 "
+            "--block_size 16 --batch_size 2 --total_batch_size 64 --learning_rate 1e-2 --warmup_steps 2 "
+            "--max_steps 6 --val_every 3 --val_tokens 160 --hellaswag_every 0 --sample_every 0 "
+            "--checkpoint_every 3 --log_every 100 --device cpu --dtype float32 "
+        )
+        train.main(train.parse_args((tiny + options).split()))
+        records: dict[str, list[dict]] = {}
+        for line in (Path(out_dir) / "log.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            records.setdefault(record["kind"], []).append(record)
+        return records
+
+    return run
+
+
+@pytest.fixture
+def torchrun():
+    """Run a script under torchrun on two ranks."""
+
+    def run(*arguments: str) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
+        result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+
+    return run
+
+
+@pytest.fixture
+def hf_folder(tmp_path):
+    """A Hugging Face folder with a tiny GPT-2 of random weights, biases and gains included."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=320,
+        n_positions=16,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+    )
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"

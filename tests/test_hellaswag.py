@@ -1,0 +1,286 @@
+import hashlib
+import http.server
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+import hellaswag
+from model import GPT, GPTConfig
+from tokenizer import get_tokenizer
+
+ITEMS = REPOSITORY / "tests" / "hellaswag_items.jsonl"
+BYTE = get_tokenizer("byte")
+
+
+def make_model(block_size=128, seed=0):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=320, n_layer=2, n_head=2, n_embd=32))
+    with torch.no_grad():  # weights so large that endings differ clearly
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def reference(model, items):
+    """The slow plain way: each ending alone, all positions through the head. Sums and means of nats."""
+    sums, means = [], []
+    with torch.no_grad():
+        for item in items:
+            for ending in item["endings"]:
+                context, ending = BYTE.encode_ordinary(item["ctx"]), BYTE.encode_ordinary(" " + ending)
+                row = (context + ending)[-model.config.block_size :]
+                mask = ([0] * len(context) + [1] * len(ending))[-model.config.block_size :]
+                logprobs = model(torch.tensor([row]))[0][0].log_softmax(dim=-1)
+                losses = [-logprobs[t - 1, row[t]].item() for t in range(1, len(row)) if mask[t]]
+                sums.append(sum(losses))
+                means.append(sum(losses) / len(losses))
+    return torch.tensor(sums).view(-1, 4), torch.tensor(means).view(-1, 4)
+
+
+@pytest.mark.parametrize("block_size", [128, 60, 12])  # all fit, contexts are cut, endings too
+def test_scores_are_those_of_the_slow_plain_loop(block_size):
+    model, items = make_model(block_size), hellaswag.load_items(ITEMS)
+    sums, means = reference(model, items)
+    result = hellaswag.evaluate(model, hellaswag.render(items, BYTE))
+    losses = torch.tensor([item["losses"] for item in result["items"]])
+    torch.testing.assert_close(losses, sums, atol=1e-4, rtol=1e-5)
+    assert [item["pred"] for item in result["items"]] == sums.argmin(dim=1).tolist()
+    assert [item["pred_norm"] for item in result["items"]] == means.argmin(dim=1).tolist()
+    labels = torch.tensor([item["label"] for item in items])
+    assert result["acc"] == pytest.approx((sums.argmin(dim=1) == labels).float().mean().item())
+    assert result["acc_norm"] == pytest.approx((means.argmin(dim=1) == labels).float().mean().item())
+    assert result["n"] == len(items) >= 40
+    if block_size > 12:  # there all endings are cut to one length, and the two rules are one
+        assert (sums.argmin(dim=1) != means.argmin(dim=1)).any()
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 300, 100_000])
+def test_scores_do_not_depend_on_the_batch(batch_tokens):
+    model, examples = make_model(), hellaswag.render(hellaswag.load_items(ITEMS), BYTE)
+    result = hellaswag.evaluate(model, examples, batch_tokens=batch_tokens)
+    usual = hellaswag.evaluate(model, examples)
+    for item, other in zip(result["items"], usual["items"], strict=True):
+        assert item["losses"] == pytest.approx(other["losses"], abs=1e-4)
+        assert all(item[name] == other[name] for name in ("ind", "pred", "pred_norm"))
+
+
+RANKS_SCRIPT = """
+import json, torch, hellaswag, test_hellaswag as t
+torch.distributed.init_process_group("gloo")
+torch.set_num_threads(1)
+examples = hellaswag.render(hellaswag.load_items(t.ITEMS), t.BYTE)
+result = hellaswag.evaluate(t.make_model(), examples, batch_tokens=500)
+json.dump(result, open(f"rank{torch.distributed.get_rank()}.json", "w"))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_scores_do_not_depend_on_the_number_of_ranks(torchrun, one_thread):
+    Path("ranks.py").write_text(RANKS_SCRIPT)
+    torchrun("ranks.py")
+    examples = hellaswag.render(hellaswag.load_items(ITEMS), BYTE)
+    alone = hellaswag.evaluate(make_model(), examples, batch_tokens=500)
+    for rank in (0, 1):
+        result = json.loads(Path(f"rank{rank}.json").read_text())
+        assert {**result, "seconds": None} == {**alone, "seconds": None}
+
+
+@pytest.fixture
+def one_thread():
+    """torchrun gives each rank one thread: sums in another order would differ in the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_context_and_ending_are_rendered_as_documented():
+    item = {
+        "ind": 5,
+        "activity_label": "Personal Care",
+        "ctx": "[header] How to wash [title] Use soap. you",
+        "ctx_a": "[header] How to wash [title] Use soap.",
+        "ctx_b": "you",
+        "label": 1,
+        "endings": ["rinse.", "scrub [substeps] well.", "x", "y"],
+    }
+    (plain,), (harness,) = (f([item], BYTE) for f in (hellaswag.render, hellaswag.render_lm_eval))
+    assert BYTE.decode(plain.context) == item["ctx"]
+    assert [BYTE.decode(ending) for ending in plain.endings] == [" " + ending for ending in item["endings"]]
+    assert BYTE.decode(harness.context) == "Personal Care: How to wash. Use soap. You"
+    assert BYTE.decode(harness.endings[1]) == " scrub well."
+    assert harness.lengths == [6, 11, 1, 1]
+
+
+def test_lm_eval_style_divides_by_characters():
+    model, items = make_model(), hellaswag.load_items(ITEMS)[:9]
+    result = hellaswag.evaluate(model, hellaswag.render_lm_eval(items, BYTE))
+    texts = [{**i, "ctx": f"{i['activity_label']}: {i['ctx']}"} for i in items]
+    sums, _ = reference(model, texts)
+    characters = torch.tensor([[len(ending) for ending in item["endings"]] for item in items])
+    assert [item["pred"] for item in result["items"]] == sums.argmin(dim=1).tolist()
+    assert [item["pred_norm"] for item in result["items"]] == (sums / characters).argmin(dim=1).tolist()
+
+
+def test_lm_evaluation_harness_agrees_item_for_item(tmp_path):
+    """Opt-in: `pip install lm-eval`, with GPT-2's vocabulary at hand. The harness is no dependency."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    try:
+        gpt2 = get_tokenizer("gpt2")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    ours, theirs = compare_with_harness(ITEMS, make_gpt2_vocabulary_model(), gpt2, tmp_path)
+    assert ours == theirs
+
+
+def make_gpt2_vocabulary_model():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=256, n_layer=2, n_head=2, n_embd=64))
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(5)
+    return model
+
+
+def compare_with_harness(data, model, tokenizer, folder, limit=None):
+    """Per item (acc, acc_norm) as ours and as lm-evaluation-harness has them, on an export of the model."""
+    import lm_eval
+    import lm_eval.tasks
+    import yaml
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks.hellaswag.utils import process_docs
+    from tiktoken.load import read_file_cached
+    from transformers import AutoModelForCausalLM, GPT2Tokenizer
+
+    items = hellaswag.load_items(data)[:limit]
+    ours = hellaswag.evaluate(model, hellaswag.render_lm_eval(items, tokenizer))
+    model.save_pretrained(folder / "exported")
+    source = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    for name, theirs in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        (folder / theirs).write_bytes(read_file_cached(source + name))
+    rows = [{"ctx_a": item["ctx"], "ctx_b": "", **item} for item in items]
+    (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config_file = Path(lm_eval.tasks.__file__).parent / "hellaswag" / "hellaswag.yaml"
+    config = yaml.load(config_file.read_text().replace("!function", ""), Loader=yaml.SafeLoader)
+    config |= {"dataset_path": "json", "process_docs": process_docs, "training_split": None}
+    config |= {"dataset_kwargs": {"data_files": {"validation": str(folder / "items.jsonl")}}}
+    config.pop("tag", None)
+    hf_tokenizer = GPT2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    exported = AutoModelForCausalLM.from_pretrained(folder / "exported")
+    lm = HFLM(exported, tokenizer=hf_tokenizer, device="cpu", batch_size=8)
+    tasks = {"hellaswag": ConfigurableTask(config=config)}
+    out = lm_eval.evaluate(lm, tasks, log_samples=True, bootstrap_iters=0)
+    samples = sorted(out["samples"]["hellaswag"], key=lambda sample: sample["doc_id"])
+    theirs = [(bool(sample["acc"]), bool(sample["acc_norm"])) for sample in samples]
+    return [(i["pred"] == i["label"], i["pred_norm"] == i["label"]) for i in ours["items"]], theirs
+
+
+def test_training_mode_and_random_numbers_are_left_alone():
+    model, examples = make_model(), hellaswag.render(hellaswag.load_items(ITEMS)[:4], BYTE)
+    state = torch.get_rng_state()
+    hellaswag.evaluate(model, examples)
+    assert model.training and torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"endings": ["a", "b", " ", "d"]}, "items.jsonl, line 2: it needs four endings that are not empty"),
+        ({"endings": ["a", "b"]}, "line 2: it needs four endings"),
+        ({"label": None}, "line 2: its label is None, not 0, 1, 2 or 3"),
+        ({"ctx": ""}, "line 2: its ctx is empty"),
+        ({"label": ...}, "line 2: it has no label"),
+        ("{cut", "line 2: .* mend the line"),
+        ("[]", "line 2: it is no JSON object"),
+    ],
+)
+def test_bad_items_name_their_line(change, message):
+    good = ITEMS.read_text().splitlines()[0]
+    if isinstance(change, dict):
+        change = json.dumps({k: v for k, v in {**json.loads(good), **change}.items() if v is not ...})
+    Path("items.jsonl").write_text(f"{good}\n{change}\n")
+    with pytest.raises(ValueError, match=message) as caught:
+        hellaswag.load_items("items.jsonl")
+    assert "\n" not in str(caught.value)
+
+
+class FaultyServer(http.server.BaseHTTPRequestHandler):
+    """Serves `data`, after the faults that stand in `faults`, and notes the ranges asked for."""
+
+    data, faults, asked = b"", [], []
+
+    def do_GET(self):
+        asked = self.headers.get("Range")
+        self.asked.append(asked)
+        fault = self.faults.pop(0) if self.faults else None
+        if fault == "busy":
+            return self.send_error(503)
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+        if start >= len(self.data):
+            return self.send_error(416)
+        body = self.data[start:] if fault != "corrupt" else b"x" * (len(self.data) - start)
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(hellaswag, "BACK_OFF_S", 0.0)
+    FaultyServer.data, FaultyServer.asked = ITEMS.read_bytes() * 50, []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), FaultyServer) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}/items.jsonl"
+        running.shutdown()
+
+
+def test_download_survives_faults_and_resumes(server):
+    data = FaultyServer.data
+    FaultyServer.faults = ["busy", "cut", "cut", "corrupt"]
+    path = hellaswag.download(server, "items.jsonl", hashlib.sha256(data).hexdigest())
+    assert path.read_bytes() == data and list(Path().iterdir()) == [path]
+    first, second, *resumed, last = FaultyServer.asked
+    assert first is second is last is None  # nothing there yet; and anew after the wrong hash
+    starts = [int(asked.removeprefix("bytes=").rstrip("-")) for asked in resumed]
+    assert len(starts) == 2 and 0 < starts[0] < starts[1] < len(data)
+    FaultyServer.faults = ["busy"] * 9
+    assert hellaswag.download(server, "items.jsonl") == path  # no second download
+
+
+def test_download_gives_up_with_the_mend(server):
+    FaultyServer.faults = ["busy"] * hellaswag.TRIES
+    with pytest.raises(FileNotFoundError, match="cannot download HellaSwag .*503.* --data .*_every 0"):
+        hellaswag.download(server, "items.jsonl")
+    Path("items.jsonl.tmp").write_bytes(b"x" * 10**6)  # left by something else, longer than the file
+    path = hellaswag.download(server, "items.jsonl", hashlib.sha256(FaultyServer.data).hexdigest())
+    assert path.read_bytes() == FaultyServer.data
+
+
+def test_command_line_writes_the_result(run_train, capsys):
+    run_train("--block_size 64 --batch_size 1")
+    options = ["--data", str(ITEMS), "--limit", "7", "--lm_eval", "--output", "results.json"]
+    hellaswag.main(hellaswag.parse_args(options))
+    printed = capsys.readouterr().out
+    assert "28.59 / 29.55" in printed and "28.92 / 31.14" in printed
+    result = json.loads(Path("results.json").read_text())
+    for scores in (result, result["lm_eval"]):
+        assert scores["n"] == 7 and f"acc {scores['acc']:.2%}" in printed
+        assert [item["ind"] for item in scores["items"]] == list(range(7))
+    with pytest.raises(ValueError, match="--limit is 0"):
+        hellaswag.main(hellaswag.parse_args(["--limit", "0"]))
+
+
+@pytest.mark.gpu
+def test_gpu_scores_agree_with_the_cpu():
+    model, examples = make_model(), hellaswag.render(hellaswag.load_items(ITEMS), BYTE)
+    cpu, gpu = hellaswag.evaluate(model, examples), hellaswag.evaluate(model.cuda(), examples)
+    for item, other in zip(cpu["items"], gpu["items"], strict=True):
+        assert item["losses"] == pytest.approx(other["losses"], abs=0.05)

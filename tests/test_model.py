@@ -1,0 +1,144 @@
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+from model import GPT, GPTConfig, load_checkpoint
+
+TINY = GPTConfig(block_size=16, vocab_size=320, n_layer=2, n_head=2, n_embd=32)
+
+
+def tiny_gpt(seed=0):
+    torch.manual_seed(seed)
+    model = GPT(TINY)
+    with torch.no_grad():  # biases and gains off their trivial start, so that a lost one shows
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def test_gpt2_has_its_published_number_of_parameters():
+    with torch.device("meta"):
+        exact, padded = GPT(GPTConfig(vocab_size=50257)), GPT(GPTConfig())
+    assert exact.num_params() == 124_439_808
+    assert padded.num_params() == 124_475_904
+    assert len(list(padded.parameters())) == 148
+    assert padded.lm_head.weight is padded.transformer.wte.weight
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=512, n_layer=6, n_head=4, n_embd=128))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert parameter.abs().max() == 0, name
+        elif ".ln_" in name:
+            assert (parameter == 1).all(), name
+        else:
+            std = 0.02 / math.sqrt(12) if name.endswith("c_proj.weight") else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.05), name
+    idx = torch.randint(0, 512, (4, 32))
+    _, loss = model(idx, torch.randint(0, 512, (4, 32)))
+    assert loss.item() == pytest.approx(math.log(512), abs=0.1)
+
+
+def test_logits_and_loss_are_those_of_transformers(hf_folder):
+    ours, theirs = GPT.from_pretrained(hf_folder).eval(), GPT2LMHeadModel.from_pretrained(hf_folder).eval()
+    idx = torch.randint(0, 320, (3, 16))
+    with torch.no_grad():
+        logits, loss = ours(idx[:, :-1], idx[:, 1:])
+        expected = theirs(idx, labels=idx)
+    torch.testing.assert_close(logits, expected.logits[:, :-1], atol=1e-4, rtol=0)
+    assert loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
+
+
+def test_save_pretrained_trims_the_padding_and_round_trips(tmp_path):
+    ours = tiny_gpt()
+    ours.save_pretrained(tmp_path / "hf", vocab_size=257)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    idx = torch.randint(0, 257, (3, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, ours(idx)[0][..., :257], atol=1e-4, rtol=0)
+    assert theirs.config.eos_token_id == 256
+    back = GPT.from_pretrained(tmp_path / "hf").state_dict()
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(back[name], weight[:257] if "wte" in name or "lm_head" in name else weight), name
+    with pytest.raises(ValueError, match="not empty"):
+        ours.save_pretrained(tmp_path / "hf")
+
+
+def test_gpt2_padding_is_trimmed_by_default(tmp_path):
+    GPT(GPTConfig(block_size=4, n_layer=1, n_head=1, n_embd=4)).save_pretrained(tmp_path / "hf")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").transformer.wte.weight.shape == (50257, 4)
+
+
+@pytest.mark.parametrize("pieces", [(16,), (1,) * 16, (5, 1, 7, 3)])
+def test_cache_gives_what_one_pass_gives(pieces):
+    model, idx = tiny_gpt(), torch.randint(0, 320, (3, 16))
+    cache = model.new_cache()
+    with torch.no_grad():
+        parts = [model.trunk(part, cache) for part in idx.split(pieces, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model.trunk(idx), atol=1e-5, rtol=0)
+
+
+def test_context_longer_than_block_size_is_refused():
+    model = tiny_gpt()
+    with pytest.raises(ValueError, match="17 tokens .* context of 16"):
+        model(torch.zeros(1, 17, dtype=torch.long))
+    cache = model.new_cache()
+    model.trunk(torch.zeros(1, 10, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match="context of 16"):
+        model.trunk(torch.zeros(1, 7, dtype=torch.long), cache)
+
+
+def test_decay_is_for_matrices_and_embeddings_only():
+    model = tiny_gpt()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed, plain = ({names[p] for p in group["params"]} for group in model.optimizer_groups(0.1))
+    assert plain == {n for n in names.values() if n.endswith("bias") or ".ln_" in n}
+    assert decayed == set(names.values()) - plain
+    assert [group["weight_decay"] for group in model.optimizer_groups(0.1)] == [0.1, 0.0]
+
+
+def test_flops_are_those_that_torch_counts():
+    model = GPT(GPTConfig(block_size=64, vocab_size=512, n_layer=3, n_head=2, n_embd=128))
+    idx = torch.randint(0, 512, (2, 64))
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        model(idx, idx)[1].backward()
+    assert model.flops_per_token() * idx.numel() == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_bad_sources_are_one_line(tmp_path, hf_folder):
+    with pytest.raises(FileNotFoundError, match="no model at lgo: give a checkpoint"):
+        GPT.from_pretrained("lgo")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint in"):
+        GPT.from_pretrained(tmp_path / "empty")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    with pytest.raises(ValueError, match="text.pt is cut short or no checkpoint"):
+        GPT.from_pretrained(tmp_path / "text.pt")
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="it has no model and no config"):
+        GPT.from_pretrained(tmp_path / "other.pt")
+    config = hf_folder / "config.json"
+    config.write_text(config.read_text().replace('"gelu_new"', '"relu"'))
+    with pytest.raises(ValueError, match="activation_function is relu"):
+        GPT.from_pretrained(hf_folder)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    for step in (9, 10, 100):
+        torch.save(
+            {"model": tiny_gpt().state_dict(), "config": vars(TINY), "step": step},
+            tmp_path / f"model_{step}.pt",
+        )
+    newest = tmp_path / "model_100.pt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match=r"model_100.pt is cut short"):
+        assert load_checkpoint(tmp_path)["step"] == 10
+    assert "\n" not in str(pytest.raises(ValueError, load_checkpoint, newest).value)

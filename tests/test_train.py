@@ -1,0 +1,340 @@
+import functools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from transformers import GPT2LMHeadModel
+
+import fineweb
+import train
+from model import GPT
+from train import DataLoaderLite, Distributed
+
+
+def losses(records):
+    return [record["loss"] for record in records["train"]]
+
+
+def loader(folder, rank=0, world_size=1, **options):
+    options = {"batch_size": 2, "block_size": 16, "vocab_size": 257, **options}
+    return DataLoaderLite(folder, "train", dist=Distributed(rank, world_size, torch.device("cpu")), **options)
+
+
+def plain_windows(folder, block_size=16):
+    """All training windows in file order, cut by a plain loop."""
+    windows = []
+    for path in sorted(folder.glob("*train*.npy")):
+        tokens = np.load(path).astype(int).tolist()
+        starts = range(0, len(tokens) - block_size, block_size)
+        windows += [tokens[start : start + block_size + 1] for start in starts]
+    return windows
+
+
+def test_learning_rate_is_that_of_the_124m_reproduction():
+    args = train.parse_args([])
+    assert train.learning_rate_at(0, args) == pytest.approx(6e-4 / 715)
+    assert train.learning_rate_at(714, args) == pytest.approx(6e-4) == train.learning_rate_at(715, args)
+    assert train.learning_rate_at((715 + 19073) // 2, args) == pytest.approx((6e-4 + 6e-5) / 2)
+    assert train.learning_rate_at(19073, args) == pytest.approx(6e-5)
+    assert train.learning_rate_at(9000, train.parse_args(["--schedule", "constant"])) == 6e-4
+
+
+@pytest.mark.parametrize("world_size, batch_size", [(1, 8), (1, 2), (2, 4), (4, 1), (8, 1)])
+def test_a_step_reads_the_same_windows_on_any_topology(shards, world_size, batch_size):
+    windows = plain_windows(shards)
+    accum = 8 // (world_size * batch_size)
+    ranks = [loader(shards, rank, world_size, batch_size=batch_size) for rank in range(world_size)]
+    for step in range(30):  # two epochs of 110 windows, across the ends of shards and of the epoch
+        got = []
+        for _ in range(accum):
+            for rank in ranks:
+                x, y = rank.next_batch()
+                assert torch.equal(x[:, 1:], y[:, :-1])
+                got += torch.cat((x, y[:, -1:]), dim=1).tolist()
+        assert got == [windows[i % len(windows)] for i in range(8 * step, 8 * step + 8)]
+
+
+def test_shuffle_permutes_each_epoch_and_seek_finds_any_step(shards):
+    windows = plain_windows(shards)
+    shuffled = loader(shards, shuffle=True, seed=3)
+    seen = [torch.cat((x, y[:, -1:]), dim=1).tolist() for x, y in (shuffled.next_batch() for _ in range(110))]
+    flat = [row for rows in seen for row in rows]
+    epochs = flat[: len(windows)], flat[len(windows) :]
+    assert epochs[0] != windows and epochs[1] != epochs[0]
+    assert all(sorted(epoch) == sorted(windows) for epoch in epochs)
+    again = loader(shards, shuffle=True, seed=3)
+    again.seek(77)
+    x, y = again.next_batch()
+    assert torch.cat((x, y[:, -1:]), dim=1).tolist() == seen[77]
+
+
+def test_bad_shards_are_named(shards):
+    with pytest.raises(FileNotFoundError, match="no train shards in nowhere/: .*--preset demo"):
+        loader("nowhere")
+    with pytest.raises(ValueError, match="holds token id 256, but the model's vocabulary ends at 249"):
+        loader(shards, vocab_size=250)
+    with pytest.raises(ValueError, match="holds a window of 1000 . 1 tokens: lower --block_size"):
+        loader(shards, block_size=1000)
+    bad = shards / "train_000003.npy"
+    np.save(bad, np.zeros(100, dtype=np.int32))
+    with pytest.raises(ValueError, match="train_000003.npy is 1-dimensional int32, not 1-dimensional uint16"):
+        loader(shards)
+    np.save(bad, np.zeros((10, 10), dtype=np.uint16))
+    with pytest.raises(ValueError, match="is 2-dimensional uint16"):
+        loader(shards)
+    np.save(bad, np.zeros(1000, dtype=np.uint16))
+    bad.write_bytes(bad.read_bytes()[:-500])
+    with pytest.raises(ValueError, match="train_000003.npy is cut short"):
+        loader(shards)
+    np.save(bad, np.zeros(1000, dtype=np.uint16))
+    manifest = {"complete": True, "shards": [{"name": bad.name, "tokens": 2000}]}
+    (shards / fineweb.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="has 1000 tokens, its manifest says 2000"):
+        loader(shards)
+    (shards / fineweb.MANIFEST).write_text(json.dumps({"complete": False}))
+    with pytest.raises(ValueError, match="are not complete"):
+        loader(shards)
+
+
+def test_a_run_writes_log_checkpoints_and_picture(run_train):
+    records = run_train(f"--keep 1 --sample_every 3 --hellaswag_every 6 --hellaswag_data {train.DEMO_ITEMS}")
+    assert [record["step"] for record in records["train"]] == list(range(6))
+    assert [record["step"] for record in records["val"]] == [0, 3, 6]
+    assert [record["step"] for record in records["hellaswag"]] == [0, 6]
+    assert [record["step"] for record in records["checkpoint"]] == [3, 6]
+    assert all(len(record["texts"]) == 2 for record in records["sample"])
+    assert records["train"][0].keys() == {
+        "step", "kind", "loss", "lr", "norm", "dt_ms", "tokens_per_s", "mfu", "skipped",
+    }  # fmt: skip
+    assert records["train"][0]["mfu"] is None
+    assert records["val"][0]["loss"] == pytest.approx(math.log(320), abs=0.2)
+    assert records["val"][-1]["loss"] < records["val"][0]["loss"] - 0.1
+    (run,) = records["run"]
+    assert run["args"]["n_embd"] == 32 and run["versions"]["torch"] == torch.__version__
+
+    names = {path.name for path in Path("log").iterdir()}
+    assert names == {"log.jsonl", "loss.png", "model_00006.pt", "model_best.pt"}
+    assert Path("log/loss.png").read_bytes().startswith(b"\x89PNG")
+    checkpoint = torch.load("log/model_00006.pt", weights_only=True)
+    assert checkpoint["step"] == 6 and checkpoint["val_loss"] == records["val"][-1]["loss"]
+    assert checkpoint["config"] == vars(GPT.from_pretrained("log").config)
+
+
+def test_training_is_that_of_a_plain_loop_with_transformers(run_train, shards, hf_folder):
+    ours = losses(run_train(f"--init_from {hf_folder} --max_steps 12 --learning_rate 3e-3"))
+    model = GPT2LMHeadModel.from_pretrained(hf_folder).train()
+    decayed = [p for n, p in model.named_parameters() if p.dim() >= 2]
+    others = [p for n, p in model.named_parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
+    windows, theirs = torch.tensor(plain_windows(shards)), []
+    for step in range(12):
+        warm = (step + 1) / 2 if step < 2 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 2) / 10))
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * warm
+        batch = windows[4 * step : 4 * step + 4]
+        logits = model(batch[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        theirs.append(loss.item())
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert theirs[-1] < theirs[0] - 0.1
+
+
+@pytest.mark.parametrize("options", ["", "--dropout 0.1 --shuffle", "--dtype bfloat16 --optimizer adamw"])
+def test_a_resumed_run_repeats_the_losses_bit_for_bit(run_train, options):
+    whole = run_train(options)
+    for name in ("model_00006.pt", "model_best.pt"):
+        Path("log", name).unlink()
+    with open("log/log.jsonl", "a") as log:
+        log.write('{"step": 6, "kind": "tr')  # killed in the middle of a line
+    resumed = run_train(options + " --resume")
+    assert losses(resumed) == losses(whole)
+    assert [r["loss"] for r in resumed["val"]] == [r["loss"] for r in whole["val"]]
+    assert [record["step"] for record in resumed["train"]] == list(range(6))
+    assert [record["step"] for record in resumed["run"]] == [0, 3]
+
+
+def test_accumulation_changes_nothing(run_train):
+    wide, narrow = run_train("--batch_size 4"), run_train("--batch_size 1")
+    assert losses(wide) == pytest.approx(losses(narrow), abs=1e-5)
+
+
+def test_evaluation_leaves_training_alone(run_train):
+    without = run_train("--dropout 0.2 --val_every 0")
+    evaluated = run_train("--dropout 0.2 --val_every 1 --sample_every 1 --checkpoint_every 1")
+    assert losses(evaluated) == losses(without)
+
+
+def test_validation_is_the_mean_over_its_windows(run_train, shards, hf_folder):
+    # 600 val tokens hold 37 windows of 16: neither --val_tokens nor a batch of 4 divides them.
+    options = f"--init_from {hf_folder} --batch_size 4 --val_tokens 999999"
+    ours = run_train(options)["val"][0]["loss"]
+    tokens = torch.from_numpy(np.load(shards / "edufineweb_val_000000.npy").astype(int))
+    model = GPT2LMHeadModel.from_pretrained(hf_folder).eval()
+    with torch.no_grad():
+        each = [model(w[None, :-1]).logits[0] for w in tokens.unfold(0, 17, 16)]
+    expected = torch.nn.functional.cross_entropy(torch.cat(each), tokens[1 : 37 * 16 + 1])
+    assert ours == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_two_ranks_train_as_one(run_train, shards, torchrun):
+    one = run_train("--batch_size 4 --sample_every 3")
+    args = json.dumps(one["run"][0]["args"])
+    script = f"import json, train, argparse; train.main(argparse.Namespace(**json.loads({args!r})))"
+    Path("two.py").write_text(script.replace('"batch_size": 4', '"batch_size": 1').replace("/log", "/two"))
+    torchrun("two.py")
+    two = [json.loads(line) for line in Path("two/log.jsonl").read_text().splitlines()]
+    for kind in ("train", "val"):
+        expected = [record["loss"] for record in one[kind]]
+        assert [r["loss"] for r in two if r["kind"] == kind] == pytest.approx(expected, abs=1e-5), kind
+    assert next(r for r in two if r["kind"] == "run")["hardware"]["world_size"] == 2
+
+
+def test_overfit_batch_reaches_zero_or_says_so(run_train):
+    options = "--overfit_batch --total_batch_size 32 --schedule constant --max_steps"
+    records = run_train(f"{options} 300")
+    assert losses(records)[-1] < train.OVERFIT_LOSS and len(losses(records)) < 300
+    with pytest.raises(ValueError, match=r"one batch still has loss 5\.\d+ after 3 steps"):
+        run_train(f"{options} 3")
+
+
+def test_early_stop_keeps_the_best(run_train):
+    # Random bytes: the model memorises the training windows and gets worse on others.
+    records = run_train("--max_steps 200 --val_every 5 --early_stop 2 --learning_rate 3e-2")
+    validations = records["val"]
+    best = min(validations, key=lambda record: record["loss"])
+    assert validations[-1]["step"] == best["step"] + 10 < 200
+    checkpoint = torch.load("log/model_best.pt", weights_only=True)
+    assert (checkpoint["step"], checkpoint["val_loss"]) == (best["step"], best["loss"])
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_end_the_run(run_train):
+    run_train("--max_steps 3")
+    before = torch.load("log/model_00003.pt", weights_only=True)["model"]
+    before["transformer.wte.weight"][0] = math.nan
+    torch.save({**torch.load("log/model_00003.pt", weights_only=True), "model": before}, "log/model_00003.pt")
+    with pytest.raises(ValueError, match="not finite for 10 steps in a row, up to step 12 .* --resume"):
+        run_train("--max_steps 50 --resume --checkpoint_every 0 --val_every 0")
+    records = [json.loads(line) for line in Path("log/log.jsonl").read_text().splitlines()]
+    skipped = [record for record in records if record["kind"] == "train" and record["step"] >= 3]
+    assert [record["skipped"] for record in skipped] == list(range(1, 11))
+    assert all(record["loss"] is None for record in skipped)
+
+
+def test_a_new_run_moves_an_old_one_aside(run_train):
+    first = run_train("--seed 1")
+    second = run_train("--seed 2")
+    run_train("--seed 3")
+    for folder, records in (("log.1", first), ("log.2", second)):
+        lines = Path(folder, "log.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines if '"train"' in line] == records["train"]
+        assert Path(folder, "model_00006.pt").exists()
+
+
+def test_fine_tuning_starts_from_the_weights_with_shorter_windows(run_train, hf_folder):
+    records = run_train(f"--init_from {hf_folder} --block_size 8 --max_steps 3")
+    assert GPT.from_pretrained("log").config.block_size == 16
+    assert records["run"][0]["args"]["block_size"] == 8
+    run_train(f"--init_from {hf_folder} --block_size 8 --max_steps 6 --resume")
+    assert GPT.from_pretrained("log").metadata["step"] == 6
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--batch_size 3", r"does not divide by --batch_size 3 .* give --total_batch_size 48 or another"),
+        ("--n_head 3", "--n_embd 32 does not divide by --n_head 3"),
+        ("--tokenizer gpt2", "--tokenizer is gpt2, but the shards in .* were made with byte"),
+        ("--vocab_size 100", "--vocab_size is 100, but the shards' tokenizer has 257 ids"),
+        ("--init_from nowhere", "no model at nowhere"),
+        ("--init_from hf --n_layer 3", "--n_layer is 3, but hf has 2"),
+        ("--init_from hf --block_size 32", "--block_size is 32, but hf has 16"),
+        ("--early_stop 1 --val_every 0", "--early_stop counts validations"),
+        ("--out_dir .", "--out_dir . holds your working folder"),
+        ("--hellaswag_every 1 --hellaswag_data none.jsonl", "no HellaSwag items at none.jsonl"),
+        ("--device cuda:99", "--device cuda:99 cannot be used"),
+        ("--preset gpt3", "unknown --preset 'gpt3': choose from gpt2, "),
+    ],
+)
+def test_bad_options_are_one_line_with_the_mend(run_train, shards, hf_folder, options, message):
+    manifest = {"complete": True, "tokenizer": "byte", "vocab_size": 257, "shards": []}
+    (shards / fineweb.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        run_train(options)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not Path("log").exists()
+
+
+def test_all_problems_are_said_at_once(run_train):
+    with pytest.raises(ValueError) as caught:
+        run_train("--batch_size 0 --max_steps -1 --data_dir nowhere --hellaswag_every 1 --hellaswag_data x")
+    for part in ("--batch_size is 0", "--max_steps is -1", "nowhere", "no HellaSwag items at x"):
+        assert part in str(caught.value)
+
+
+def test_resuming_another_config_names_the_field_and_both_values(run_train):
+    run_train("--max_steps 3")
+    with pytest.raises(ValueError, match="--n_layer is 3, but .*log has 2") as caught:
+        run_train("--resume --n_layer 3 --block_size 32")
+    assert "--block_size is 32, but" in str(caught.value)
+    Path("log/model_00003.pt").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="passing over a checkpoint"):
+        records = run_train("--resume")
+    assert len(records["train"]) == 6 and Path("log.1").exists()  # nothing whole to continue: a new run
+
+
+def test_the_command_line_prints_one_line_and_exits_with_1():
+    result = subprocess.run([sys.executable, REPOSITORY / "train.py"], capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "edu_fineweb10B/: `python fineweb.py" in result.stderr and "--preset demo" in result.stderr
+    assert all(line.startswith("train.py: error: ") for line in result.stderr.splitlines())
+    assert list(Path().iterdir()) == []
+
+
+def test_importing_has_no_effect_and_heavy_packages_wait():
+    heavy = ("transformers", "datasets", "matplotlib", "pyarrow", "requests")
+    code = f"import train, sys; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=REPOSITORY, text=True) == "[]\n"
+
+
+def test_compiled_training_is_eager_training_and_compiles_once(run_train, monkeypatch):
+    # Without inductor, whose C++ takes long: what is ours is the graph, its names and its fixed shapes.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.utils.counters.clear()
+    eager, compiled = (run_train(f"--n_layer 1 --sample_every 3 {option}") for option in ("", "--compile"))
+    assert losses(compiled) == pytest.approx(losses(eager), abs=1e-4)
+    assert compiled["val"][-1]["loss"] == pytest.approx(eager["val"][-1]["loss"], abs=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # training and validation
+    names = torch.load("log/model_00006.pt", weights_only=True)["model"].keys()
+    assert not any("_orig_mod" in name for name in names)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gpu_training_compiled_follows_the_cpu(run_train, dtype):
+    cpu = run_train("--n_embd 64 --max_steps 12")
+    gpu = run_train(f"--n_embd 64 --max_steps 12 --device cuda --compile --sample_every 6 --dtype {dtype}")
+    tolerance = 2e-3 if dtype == "float32" else 5e-2
+    kept = [(a, b) for a, b in zip(losses(cpu), losses(gpu), strict=True) if b is not None]
+    assert len(kept) >= 10
+    if dtype != "float16":  # its first steps are skipped until the loss scale fits
+        assert [a for a, _ in kept] == pytest.approx([b for _, b in kept], abs=tolerance)
+    assert losses(gpu)[-1] < losses(gpu)[0]
+
+
+@pytest.mark.gpu
+def test_gpu_resume_repeats_the_losses(run_train):
+    options = "--device cuda --dtype bfloat16 --no-compile --dropout 0.1"
+    whole = run_train(options)
+    Path("log/model_00006.pt").unlink()
+    assert losses(run_train(options + " --resume")) == pytest.approx(losses(whole), abs=1e-2)

@@ -1,0 +1,800 @@
+"""Train GPT-2 from scratch on the token shards that fineweb.py writes.
+
+    python train.py --preset demo                        # a laptop: no GPU, no network, two minutes
+    python train.py                                      # GPT-2 (124M) on edu_fineweb10B/, one GPU
+    torchrun --standalone --nproc_per_node=8 train.py    # the same run, step for step, on eight
+
+Writes to --out_dir: log.jsonl (one record a step and an evaluation), model_XXXXX.pt and model_best.pt
+(checkpoints), loss.png. Expect a first loss near ln(vocab_size), 10.8 for GPT-2. Published for the default
+run: validation loss about 3.05 and 30.4 % on HellaSwag after 19,073 steps (build-nanogpt's log); OpenAI's
+GPT-2 scores 29.55 %.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import fineweb
+import hellaswag
+import plot
+import sample
+from model import GPT, GPTConfig, best_device, load_checkpoint
+from tokenizer import NAMES, get_tokenizer
+
+DEMO_DATA_DIR = "demo_data"
+DEMO_ITEMS = Path(__file__).parent / "tests" / "hellaswag_items.jsonl"
+# Learning rates and batch sizes of the larger models: Brown et al. 2020 (GPT-3), table 2.1.
+XL_BATCH = dict(batch_size=8, total_batch_size=1048576, max_steps=9537)  # the same 10 billion tokens
+PRESETS = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, batch_size=32, learning_rate=3e-4),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, batch_size=16, learning_rate=2.5e-4),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4, **XL_BATCH),
+    "demo": {
+        **dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=8, total_batch_size=1024),
+        **dict(learning_rate=4e-3, warmup_steps=100, max_steps=2000, shuffle=True, dtype="float32"),
+        **dict(val_every=250, val_tokens=65536, hellaswag_every=1000, hellaswag_data=str(DEMO_ITEMS)),
+        **dict(sample_every=1000, sample_prompt="import ", sample_tokens=300),
+        **dict(checkpoint_every=1000, log_every=100),
+    },
+}
+ARCHITECTURE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout")
+MAX_SKIPPED_STEPS = 10  # in a row; a GradScaler that starts at 65,536 settles within this many halvings
+OVERFIT_LOSS = 0.05  # nats per token; what "near zero" means to --overfit_batch
+# Dense bf16/fp16 FLOP/s with fp32 accumulation, from NVIDIA's data sheets, by the name that the driver gives.
+PEAK_FLOPS = {
+    r"NVIDIA B200": 2250e12,
+    r"NVIDIA H200": 989e12,
+    r"NVIDIA H100 80GB HBM3": 989e12,
+    r"NVIDIA H100 PCIe": 756e12,
+    r"NVIDIA A100.*": 312e12,
+    r"NVIDIA L40S": 362e12,
+    r"NVIDIA L4": 121e12,
+    r"NVIDIA GeForce RTX 4090": 165e12,
+    r"NVIDIA GeForce RTX 3090": 71e12,
+    r"Tesla T4": 65e12,
+}
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """This process's place among the ranks."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Add numbers up over the ranks, in float64. A collective: every rank calls it."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return total.tolist()
+
+
+def setup_distributed(device: str) -> Distributed:
+    """Join torchrun's process group where there is one: nccl on GPUs, gloo on CPUs.
+
+    Raises ValueError when this machine lacks the device.
+    """
+    device = best_device() if device == "auto" else device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device {device} cannot be used ({reason}): give auto, cpu, cuda or mps"
+        ) from error
+    device = torch.device(device)
+    if "RANK" not in os.environ:
+        return Distributed(rank=0, world_size=1, device=device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Distributed(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def read_manifest(data_dir: Path) -> dict:
+    """What fineweb.py says of its shards; empty for shards of another tool. Raises ValueError for an
+    unfinished set."""
+    path = data_dir / fineweb.MANIFEST
+    if not path.exists():
+        return {}
+    manifest = json.loads(path.read_text())
+    if not manifest["complete"]:
+        raise ValueError(
+            f"the shards in {data_dir} are not complete: run the fineweb.py command that began them again"
+        )
+    return manifest
+
+
+def find_shards(data_dir: Path, split: str) -> list[Path]:
+    """The shards of a split, in the order of their names. Raises FileNotFoundError where there are none."""
+    paths = sorted(path for path in data_dir.glob("*.npy") if split in path.name)
+    if not paths:
+        raise FileNotFoundError(
+            f"no {split} shards in {data_dir}/: `python fineweb.py --out_dir {data_dir}` makes them from "
+            "FineWeb-Edu, `python train.py --preset demo` trains without"
+        )
+    return paths
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """Map a shard into memory. Raises ValueError when it is no whole, one-dimensional uint16 array."""
+    try:
+        tokens = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is cut short or no .npy file ({error}): make it anew") from error
+    if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        raise ValueError(f"{path} is {tokens.ndim}-dimensional {tokens.dtype}, not 1-dimensional uint16")
+    return tokens
+
+
+class DataLoaderLite:
+    """Micro-batches of one split, in an order that depends on the seed and the step alone.
+
+    A shard holds (len - 1) // block_size windows. The windows of an epoch stand in file order, or with
+    `shuffle` in an order drawn from (seed, epoch); a step takes the next ones, and each micro-step its slice
+    of these, rank by rank. So any number of ranks and any batch size train on the same windows, and to resume
+    is to `seek`.
+
+    Raises FileNotFoundError without shards and ValueError for a shard that is damaged, too short, or has ids
+    that a vocabulary of `vocab_size` lacks.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        split: str,
+        *,
+        batch_size: int,
+        block_size: int,
+        vocab_size: int,
+        dist: Distributed,
+        shuffle: bool = False,
+        seed: int = 0,
+    ):
+        self.batch_size, self.block_size, self.vocab_size = batch_size, block_size, vocab_size
+        self.dist, self.shuffle = dist, shuffle
+        data_dir = Path(data_dir)
+        self.paths = find_shards(data_dir, split)
+        listed = {shard["name"]: shard["tokens"] for shard in read_manifest(data_dir).get("shards", [])}
+        windows = []
+        for path in self.paths:
+            tokens = len(open_shard(path))
+            if tokens != listed.get(path.name, tokens):
+                raise ValueError(
+                    f"{path} has {tokens} tokens, its manifest says {listed[path.name]}: make it anew"
+                )
+            windows.append(max(tokens - 1, 0) // block_size)
+        self.first_windows = np.cumsum([0, *windows])  # of each shard, in the epoch
+        self.windows = int(self.first_windows[-1])
+        if self.windows == 0:
+            raise ValueError(
+                f"no {split} shard in {data_dir}/ holds a window of {block_size} + 1 tokens: "
+                "lower --block_size or give fineweb.py more text"
+            )
+        self.open_shard = lru_cache(maxsize=256)(open_shard)  # each one holds a file descriptor
+        self.order = lru_cache(maxsize=2)(
+            lambda epoch: np.random.default_rng((seed, epoch)).permutation(self.windows)
+        )
+        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{split}-loader")
+        self.seek(0)
+        self.pending.result()  # ids beyond the vocabulary show now, not in training
+
+    def _read(self, first: int) -> torch.Tensor:
+        """Read `batch_size` windows of block_size + 1 tokens; `first` counts windows since training began."""
+        rows = np.empty((self.batch_size, self.block_size + 1), dtype=np.int64)
+        for row, window in zip(rows, range(first, first + self.batch_size), strict=True):
+            epoch, window = divmod(window, self.windows)
+            if self.shuffle:
+                window = self.order(epoch)[window]
+            shard = int(np.searchsorted(self.first_windows, window, side="right")) - 1
+            start = int(window - self.first_windows[shard]) * self.block_size
+            row[:] = self.open_shard(self.paths[shard])[start : start + self.block_size + 1]
+            if row.max() >= self.vocab_size:
+                raise ValueError(
+                    f"{self.paths[shard]} holds token id {row.max()}, but the model's vocabulary ends at "
+                    f"{self.vocab_size - 1}: set --vocab_size and --tokenizer to those of the shards"
+                )
+        rows = torch.from_numpy(rows)
+        return rows.pin_memory() if self.dist.device.type == "cuda" else rows
+
+    def seek(self, micro_batch: int) -> None:
+        """Go on with this micro-batch, counted per rank since training began; fetch it in the background."""
+        self.micro_batch = micro_batch
+        first = (micro_batch * self.dist.world_size + self.dist.rank) * self.batch_size
+        self.pending = self.pool.submit(self._read, first)
+
+    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return inputs and targets, both (batch_size, block_size) int64 on the device."""
+        rows = self.pending.result()
+        self.seek(self.micro_batch + 1)
+        rows = rows.to(self.dist.device, non_blocking=True)
+        return rows[:, :-1], rows[:, 1:]
+
+
+@torch.no_grad()
+def validate(
+    model: torch.nn.Module, loader: DataLoaderLite, val_tokens: int, autocast: torch.autocast
+) -> float:
+    """Mean loss in nats per token over the first `val_tokens` of the split (all of it when it has fewer).
+
+    Any number of ranks sums over the same tokens. Rows past the last window are masked: shapes stay fixed.
+    """
+    dist, B, T = loader.dist, loader.batch_size, loader.block_size
+    windows = min(max(val_tokens // T, 1), loader.windows)
+    model.eval()
+    loader.seek(0)
+    losses = []
+    for i in range(math.ceil(windows / (B * dist.world_size))):
+        x, y = loader.next_batch()
+        first = (i * dist.world_size + dist.rank) * B
+        y = y.masked_fill(torch.arange(first, first + B, device=y.device)[:, None] >= windows, -100)
+        with autocast:
+            _, loss = model(x, y, reduction="sum")
+        losses.append(loss.float())
+    model.train()
+    (nats,) = dist.sum(torch.stack(losses).cpu().double().sum().item())
+    return nats / (windows * T)
+
+
+def learning_rate_at(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up, then half a cosine down to --min_lr at --max_steps; or constant after the warm-up."""
+    if step < args.warmup_steps:
+        return args.learning_rate * (step + 1) / args.warmup_steps
+    if args.schedule == "constant":
+        return args.learning_rate
+    progress = (step - args.warmup_steps) / max(args.max_steps - args.warmup_steps, 1)
+    return args.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (args.learning_rate - args.min_lr)
+
+
+def save_checkpoint(path: Path, checkpoint: dict, keep: int = 0) -> None:
+    """Write a checkpoint, whole or not at all; then delete all but the newest `keep`, 0 deletes none."""
+    fineweb.write_atomically(path, lambda file: torch.save(checkpoint, file))
+    numbered = sorted(path.parent.glob("model_[0-9]*.pt"), key=lambda path: int(path.stem.split("_")[1]))
+    for old in numbered[:-keep] if keep else []:
+        old.unlink()
+
+
+def open_log(out_dir: Path, start_step: int) -> Callable[..., None]:
+    """Open log.jsonl for appending and return `log(step, kind, **values)`.
+
+    A resumed run repeats its first step with all evaluations: what the log holds from there on, and a line
+    that was cut short, goes.
+    """
+    path = out_dir / "log.jsonl"
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if record["step"] < start_step or record["kind"] == "run":
+                kept.append(line + "\n")
+    fineweb.write_atomically(path, lambda file: file.write("".join(kept).encode()))
+    file = open(path, "a", buffering=1)
+
+    def log(step: int, kind: str, **values) -> None:
+        # NaN is no JSON.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        file.write(json.dumps({"step": step, "kind": kind, **finite}) + "\n")
+
+    return log
+
+
+def describe_run(args: argparse.Namespace, dist: Distributed, model: GPT) -> dict:
+    """The log's first record: arguments, versions, hardware and git commit."""
+    device = dist.device.type
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        commit = None
+    return {
+        "args": vars(args),
+        "params": model.num_params(),
+        "flops_per_token": model.flops_per_token(args.block_size),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+        },
+        "hardware": {
+            "device": torch.cuda.get_device_name() if device == "cuda" else device,
+            "cpu": platform.processor() or platform.machine(),
+            "world_size": dist.world_size,
+            "cpu_count": os.cpu_count(),
+        },
+        "commit": commit,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Resolve --dtype: bf16 where the hardware computes in it, else fp16 on GPUs and fp32 elsewhere."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        has_bf16 = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    else:
+        has_bf16 = False
+    if name == "auto":
+        name = "bfloat16" if has_bf16 else "float16" if device.type == "cuda" else "float32"
+    elif name == "bfloat16" and not has_bf16 and device.type == "cuda":
+        raise ValueError("this GPU only emulates bfloat16: give --dtype float16 or auto")
+    return getattr(torch, name)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The device's data-sheet FLOP/s in this dtype, None where we do not know it."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.fullmatch(pattern, name)), None)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what the device still computes: a GPU's clock is only honest then."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def prepare_demo_data(dist: Distributed) -> str:
+    """Return the folder of the demo's shards; where they are missing, make them from the standard library."""
+    if dist.is_main:
+        source = {"standard library of Python": platform.python_version()}
+        if not (Path(DEMO_DATA_DIR) / fineweb.MANIFEST).exists():
+            print(f"making shards from Python's standard library in {DEMO_DATA_DIR}/")
+        fineweb.prepare(fineweb.stdlib_documents(), DEMO_DATA_DIR, source=source, tokenizer="byte")
+    dist.sum(0)  # the others wait for the shards
+    return DEMO_DATA_DIR
+
+
+def draw(out_dir: Path) -> Path:
+    """Draw the run's curves. A picture that fails is not worth a run."""
+    path = out_dir / "loss.png"
+    try:
+        plot.plot([out_dir], path)
+    except (ImportError, OSError) as error:
+        print(f"warning: no picture of the loss: {error}")
+    return path
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
+    add = parser.add_argument_group("run").add_argument
+    add("--preset", default="gpt2", help=f"defaults that other options override: {', '.join(PRESETS)}")
+    add("--data_dir", help="folder of shards; None is edu_fineweb10B, for the demo shards that it makes")
+    add("--out_dir", default="log", help="folder for log, checkpoints and picture")
+    add("--init_from", help="weights to start with: checkpoint, run, Hugging Face folder, gpt2 … gpt2-xl")
+    add("--resume", action="store_true", help="continue the run in --out_dir where there is one")
+    add("--tokenizer", choices=NAMES, help="of the shards; None is what their manifest names, or gpt2")
+    add("--seed", type=int, default=1337, help="of weights, dropout, samples and --shuffle")
+    add = parser.add_argument_group("model (None is the preset's, or that of --init_from)").add_argument
+    add("--block_size", type=int, help="context in tokens")
+    add("--vocab_size", type=int, help="token ids; None is the tokenizer's, padded to a multiple of 64")
+    add("--n_layer", type=int, help="blocks")
+    add("--n_head", type=int, help="attention heads per block")
+    add("--n_embd", type=int, help="width; a multiple of --n_head")
+    add("--dropout", type=float, default=0.0, help="probability; 0 is off")
+    add = parser.add_argument_group("batch").add_argument
+    add("--batch_size", type=int, default=64, help="sequences per rank and micro-step: what memory allows")
+    add("--total_batch_size", type=int, default=524288, help="tokens per step, all ranks and micro-steps")
+    add("--shuffle", action=argparse.BooleanOptionalAction, default=False, help="permute every epoch")
+    add("--overfit_batch", action="store_true", help="sanity check: fit one batch to a loss near zero")
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--optimizer", choices=("adamw",), default="adamw", help="update rule")
+    add("--schedule", choices=("cosine", "constant"), default="cosine", help="after the warm-up")
+    add("--learning_rate", type=float, default=6e-4, help="peak learning rate")
+    add("--min_lr", type=float, help="final learning rate; None is a tenth of the peak")
+    add("--warmup_steps", type=int, default=715, help="steps of linear warm-up; 0 is off")
+    add("--max_steps", type=int, default=19073, help="steps to train for")
+    add("--weight_decay", type=float, default=0.1, help="of tensors with two or more dimensions; 0 is off")
+    add("--beta1", type=float, default=0.9, help="decay of the mean of gradients")
+    add("--beta2", type=float, default=0.95, help="decay of the mean of squared gradients")
+    add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0 is off")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--val_every", type=int, default=250, help="steps between validations; 0 is off")
+    add("--val_tokens", type=int, default=10485760, help="tokens per validation, always the same ones")
+    add("--hellaswag_every", type=int, default=250, help="steps between HellaSwag evaluations; 0 is off")
+    add("--hellaswag_data", help=f"items to score; None is {hellaswag.DATA}, downloaded where it is missing")
+    add("--sample_every", type=int, default=250, help="steps between samples; 0 is off")
+    add("--sample_prompt", default="Hello, I'm a language model,", help="what samples begin with")
+    add("--sample_tokens", type=int, default=64, help="tokens per sample")
+    add("--early_stop", type=int, default=0, help="validations without improvement to stop after; 0 is off")
+    add = parser.add_argument_group("records").add_argument
+    add("--checkpoint_every", type=int, default=1000, help="steps between checkpoints; 0 writes none at all")
+    add("--keep", type=int, default=2, help="newest checkpoints to keep beside model_best.pt; 0 keeps all")
+    add("--log_every", type=int, default=10, help="steps between lines on the console")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of autocast")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; None is on CUDA only")
+    preset = parser.parse_known_args(argv)[0].preset
+    if preset not in PRESETS:
+        raise ValueError(f"unknown --preset {preset!r}: choose from {', '.join(PRESETS)}")
+    parser.set_defaults(**{k: v for k, v in PRESETS[preset].items() if k not in ARCHITECTURE})
+    args = parser.parse_args(argv)
+    if args.init_from is None:
+        architecture = {"block_size": 1024, **PRESETS[preset]}
+        for name in ("block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(args, name) is None:
+                setattr(args, name, architecture[name])
+    if args.min_lr is None:
+        args.min_lr = args.learning_rate / 10
+    if args.overfit_batch:
+        args.val_every = args.hellaswag_every = args.sample_every = args.checkpoint_every = 0
+    return args
+
+
+def check_args(args: argparse.Namespace, world_size: int) -> list[str]:
+    """Return what is wrong with the command line by itself, a line for each problem."""
+    at_least_1 = (
+        "block_size vocab_size n_layer n_head n_embd batch_size total_batch_size max_steps val_tokens "
+        "sample_tokens log_every"
+    )
+    at_least_0 = (
+        "dropout warmup_steps min_lr weight_decay beta1 beta2 grad_clip val_every hellaswag_every "
+        "sample_every early_stop checkpoint_every keep seed"
+    )
+    problems = [
+        f"--{name} is {getattr(args, name)}: give at least {least}"
+        for least, names in ((1, at_least_1), (0, at_least_0))
+        for name in names.split()
+        if getattr(args, name) is not None and getattr(args, name) < least
+    ]
+    for name in ("dropout", "beta1", "beta2"):
+        if getattr(args, name) >= 1:
+            problems.append(f"--{name} is {getattr(args, name)}: give less than 1")
+    if args.learning_rate <= 0:
+        problems.append(f"--learning_rate is {args.learning_rate}: give more than 0")
+    if args.early_stop and not args.val_every:
+        problems.append("--early_stop counts validations, but --val_every is 0: set both or neither")
+    if Path(args.out_dir).absolute() in (Path.cwd(), *Path.cwd().parents):
+        problems.append(f"--out_dir {args.out_dir} holds your working folder: name one inside it")
+    if problems or args.n_embd is None or args.block_size is None:
+        return problems
+    if args.n_embd % args.n_head:
+        problems.append(f"--n_embd {args.n_embd} does not divide by --n_head {args.n_head}: change one")
+    micro_step = args.batch_size * args.block_size * world_size
+    if args.total_batch_size % micro_step:
+        nearest = max(round(args.total_batch_size / micro_step), 1) * micro_step
+        problems.append(
+            f"--total_batch_size {args.total_batch_size} does not divide by --batch_size {args.batch_size} x "
+            f"--block_size {args.block_size} x {world_size} rank(s) = {micro_step}: "
+            f"give --total_batch_size {nearest} or another --batch_size"
+        )
+    return problems
+
+
+def check_disk(args: argparse.Namespace, model: GPT) -> list[str]:
+    """Return the problem of checkpoints that will not fit: weights and AdamW's two moments in fp32."""
+    if not args.checkpoint_every:
+        return []
+    kept = args.keep or math.ceil(args.max_steps / args.checkpoint_every)
+    needed = 12 * model.num_params() * (kept + 2)  # model_best.pt, and the one that is being written
+    out_dir = Path(args.out_dir).absolute()
+    free = shutil.disk_usage(next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())).free
+    if free >= needed:
+        return []
+    size = f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+    return [f"checkpoints in {args.out_dir} need {size}: lower --keep or choose another --out_dir"]
+
+
+def load_model(args: argparse.Namespace, n_vocab: int, resumed: dict | None) -> GPT:
+    """Build the model, with the weights of the resumed checkpoint or of --init_from where there is one.
+
+    Fills in the architecture options that were left open. Raises ValueError, a line for each, for those that
+    differ from what the weights have.
+    """
+    model, known = None, {"vocab_size": math.ceil(n_vocab / 64) * 64}
+    if resumed:
+        source, known = args.out_dir, {**resumed["config"], "block_size": resumed["args"]["block_size"]}
+    elif args.init_from:
+        source, model = args.init_from, GPT.from_pretrained(args.init_from, dropout=args.dropout)
+        known = asdict(model.config)
+    problems = []
+    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        asked = getattr(args, name)
+        shorter_windows = model and name == "block_size" and asked and asked < known[name]
+        if asked is None:
+            setattr(args, name, known[name])
+        elif (resumed or model) and asked != known[name] and not shorter_windows:
+            problems.append(f"--{name} is {asked}, but {source} has {known[name]}: repeat that run's options")
+    if args.vocab_size < n_vocab:
+        problems.append(f"--vocab_size is {args.vocab_size}, but the shards' tokenizer has {n_vocab} ids")
+    if problems:
+        raise ValueError("\n".join(problems))
+    if model is None:
+        config = resumed["config"] if resumed else {name: getattr(args, name) for name in ARCHITECTURE}
+        model = GPT(GPTConfig(**{**config, "dropout": args.dropout}))
+    if resumed:
+        model.load_state_dict(resumed["model"])
+    return model
+
+
+@contextlib.contextmanager
+def collecting(problems: list[str]) -> Iterator[None]:
+    """Note what a user can mend and go on, so that everything wrong with a command is said at once."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        problems.append(str(error))
+
+
+def prepare(
+    args: argparse.Namespace, dist: Distributed
+) -> tuple[GPT, torch.dtype, dict[str, DataLoaderLite], list[hellaswag.Example], dict | None]:
+    """Load what a run needs: model, dtype, loaders, HellaSwag examples, and the checkpoint that it resumes.
+
+    Whatever can be wrong or missing is found here, before the first step. Fills in the options left open.
+    Raises ValueError with a line for each problem.
+    """
+    problems = check_args(args, dist.world_size)
+    if args.data_dir is None:
+        demo = args.preset == "demo" and not problems
+        args.data_dir = prepare_demo_data(dist) if demo else "edu_fineweb10B"
+    manifest, dtype, model, resumed, loaders, examples, tokenizer = {}, None, None, None, {}, [], None
+    with collecting(problems):
+        dtype = choose_dtype(args.dtype, dist.device)
+    with collecting(problems):
+        for split in ("val", "train"):
+            find_shards(Path(args.data_dir), split)
+        manifest = read_manifest(Path(args.data_dir))
+    made_with = manifest.get("tokenizer", args.tokenizer or "gpt2")
+    if args.tokenizer not in (None, made_with):
+        problems.append(
+            f"--tokenizer is {args.tokenizer}, but the shards in {args.data_dir} were made with {made_with}: "
+            "leave --tokenizer out or make other shards"
+        )
+    args.tokenizer = made_with
+    n_vocab = manifest.get("vocab_size")
+    # What may have to be downloaded comes after what is wrong at home.
+    if not problems and (args.sample_every or args.hellaswag_every or n_vocab is None):
+        with collecting(problems):
+            tokenizer = get_tokenizer(args.tokenizer)
+            n_vocab = tokenizer.n_vocab
+    if args.hellaswag_every and (args.hellaswag_data or not problems):
+        with collecting(problems):
+            if dist.is_main and args.hellaswag_data is None:
+                hellaswag.download()
+        dist.sum(0)  # the others wait for the file
+        with collecting(problems):
+            items = hellaswag.load_items(args.hellaswag_data or hellaswag.DATA)
+            examples = hellaswag.render(items, tokenizer) if tokenizer else []
+    if args.resume and Path(args.out_dir).exists():
+        with contextlib.suppress(FileNotFoundError):
+            resumed = load_checkpoint(args.out_dir)
+    torch.manual_seed(args.seed)
+    if not problems:
+        with collecting(problems):
+            model = load_model(args, n_vocab, resumed)
+            problems += check_args(args, dist.world_size)  # now with the architecture of --init_from
+            problems += check_disk(args, model)
+            for split in ("val", "train"):
+                loaders[split] = DataLoaderLite(
+                    args.data_dir,
+                    split,
+                    batch_size=args.batch_size,
+                    block_size=args.block_size,
+                    vocab_size=args.vocab_size,
+                    dist=dist,
+                    shuffle=args.shuffle and split == "train",
+                    seed=args.seed,
+                )
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+    return model, dtype, loaders, examples, resumed
+
+
+def prepare_out_dir(out_dir: Path) -> None:
+    """Make the folder of a new run. One that holds a run is renamed to log.1, log.2, …: nothing is lost."""
+    if (out_dir / "log.jsonl").exists() or any(out_dir.glob("model_*.pt")):
+        number = 1
+        while out_dir.with_name(f"{out_dir.name}.{number}").exists():
+            number += 1
+        old = out_dir.rename(out_dir.with_name(f"{out_dir.name}.{number}"))
+        print(f"{out_dir} held a run, which is now {old} (--resume continues a run)")
+    out_dir.mkdir(parents=True, exist_ok=True)
+
+
+def main(args: argparse.Namespace) -> None:
+    dist = setup_distributed(args.device)
+    device, out_dir = dist.device, Path(args.out_dir).absolute()
+    say = tqdm.write if dist.is_main else lambda line: None
+    raw_model, dtype, loaders, examples, resumed = prepare(args, dist)
+
+    torch.set_float32_matmul_precision("high")
+    raw_model.to(device)
+    optimizer = torch.optim.AdamW(
+        raw_model.optimizer_groups(args.weight_decay),
+        lr=args.learning_rate,
+        betas=(args.beta1, args.beta2),
+        eps=1e-8,
+        fused=True,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    # raw_model: weights, sampling, HellaSwag. model: training and validation, so it sees fixed shapes only.
+    model = DistributedDataParallel(raw_model) if dist.world_size > 1 else raw_model
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    model = torch.compile(model) if compiled else model
+    accum = args.total_batch_size // (args.batch_size * args.block_size * dist.world_size)
+    peak = peak_flops(device, dtype)
+
+    start_step, best_step, val_loss, best_val_loss, skipped, skipped_in_row = 0, 0, None, math.inf, 0, 0
+    if resumed:
+        # The options of this command hold: of the optimizer only the moments come from the checkpoint.
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": resumed["optimizer"]["state"], "param_groups": groups})
+        scaler.load_state_dict(resumed["scaler"])
+        start_step, best_step = resumed["step"], resumed["best_step"]
+        val_loss, best_val_loss = resumed["val_loss"], resumed["best_val_loss"]
+        changed = [k for k, v in vars(args).items() if resumed["args"].get(k) != v and k != "resume"]
+        say(f"resuming {out_dir} at step {start_step}; changed options: {', '.join(changed) or 'none'}")
+    elif dist.is_main:
+        prepare_out_dir(out_dir)
+    del resumed  # its memory is needed
+    run = describe_run(args, dist, raw_model)
+    log = open_log(out_dir, start_step) if dist.is_main else lambda step, kind, **values: None
+    log(start_step, "run", **run)
+    say(
+        f"{raw_model.num_params():,} parameters on {dist.world_size} x {run['hardware']['device']}, {dtype}, "
+        f"{'compiled' if compiled else 'eager'}; {args.total_batch_size:,} tokens a step, {accum} micro-steps"
+    )
+
+    def checkpoint() -> dict:
+        return {
+            "model": raw_model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "step": step,
+            "val_loss": val_loss,
+            "best_val_loss": best_val_loss,
+            "best_step": best_step,
+            "config": asdict(raw_model.config),
+            "args": vars(args),
+        }
+
+    raw_model.train()
+    loaders["train"].seek(start_step * accum)
+    # disable=None shows the bar on a terminal only.
+    bar = tqdm(total=args.max_steps, initial=start_step, unit="step", disable=None if dist.is_main else True)
+    for step in range(start_step, args.max_steps + 1):
+        last_step = step == args.max_steps
+
+        if args.val_every and (step % args.val_every == 0 or last_step):
+            val_loss = validate(model, loaders["val"], args.val_tokens, autocast)
+            log(step, "val", loss=val_loss)
+            say(f"step {step:5d} | val loss {val_loss:.4f}")
+            if val_loss < best_val_loss:
+                best_val_loss, best_step = val_loss, step
+                if dist.is_main and args.checkpoint_every:
+                    save_checkpoint(out_dir / "model_best.pt", checkpoint())
+            elif args.early_stop and step - best_step >= args.early_stop * args.val_every:
+                say(f"step {step:5d} | no better validation loss since step {best_step}: stopping early")
+                last_step = True
+
+        if args.hellaswag_every and (step % args.hellaswag_every == 0 or last_step):
+            with autocast:
+                scores = hellaswag.evaluate(raw_model, examples)
+            log(step, "hellaswag", **{name: value for name, value in scores.items() if name != "items"})
+            say(f"step {step:5d} | hellaswag acc_norm {scores['acc_norm']:.4f}, acc {scores['acc']:.4f}")
+
+        if args.sample_every and (step % args.sample_every == 0 or last_step):
+            with autocast:
+                what = (args.tokenizer, args.sample_prompt, 2, args.sample_tokens)
+                texts = sample.complete(raw_model, *what, seed=args.seed, top_k=50)
+            log(step, "sample", texts=texts)
+            for text in texts:
+                say(f"step {step:5d} | sample\n{text}\n")
+
+        if args.checkpoint_every and (step % args.checkpoint_every == 0 and step > start_step or last_step):
+            if dist.is_main:
+                path = out_dir / f"model_{step:05d}.pt"
+                save_checkpoint(path, checkpoint(), args.keep)
+                log(step, "checkpoint", path=path.name)
+                draw(out_dir)
+
+        if last_step:
+            break
+
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, args)
+        # Dropout draws the same numbers again when a resumed run repeats this step.
+        torch.manual_seed(int(np.random.SeedSequence((args.seed, step, dist.rank)).generate_state(1)[0]))
+        if args.overfit_batch:
+            loaders["train"].seek(0)
+        loss_sum = torch.zeros((), device=device)
+        for micro_step in range(accum):
+            x, y = loaders["train"].next_batch()
+            # Gradients are summed over the ranks once a step, during the last backward pass.
+            sync_now = dist.world_size == 1 or micro_step == accum - 1
+            with contextlib.nullcontext() if sync_now else model.no_sync():
+                with autocast:
+                    _, loss = model(x, y)
+                scaler.scale(loss / accum).backward()
+            loss_sum += loss.detach() / accum
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip or math.inf).item()
+        # Every rank holds the same gradients, so all of them skip a step or none does.
+        if math.isfinite(norm):
+            scaler.step(optimizer)
+            skipped_in_row = 0
+        else:
+            skipped, skipped_in_row = skipped + 1, skipped_in_row + 1
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        train_loss = dist.sum(loss_sum.item())[0] / dist.world_size
+        synchronize(device)
+        seconds = time.perf_counter() - started
+
+        speed = args.total_batch_size / seconds
+        mfu = speed * run["flops_per_token"] / (peak * dist.world_size) if peak else None
+        lr = optimizer.param_groups[0]["lr"]
+        values = {"dt_ms": 1000 * seconds, "tokens_per_s": speed, "mfu": mfu, "skipped": skipped}
+        log(step, "train", loss=train_loss, lr=lr, norm=norm, **values)
+        if step % args.log_every == 0:
+            say(
+                f"step {step:5d} | loss {train_loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | "
+                f"{1000 * seconds:.1f} ms | {speed:,.0f} tok/s" + (f" | mfu {mfu:.1%}" if mfu else "")
+            )
+        bar.update()
+        bar.set_postfix_str(f"loss {train_loss:.3f}", refresh=False)
+        if skipped_in_row == MAX_SKIPPED_STEPS:
+            raise ValueError(
+                f"gradients were not finite for {skipped_in_row} steps in a row, up to step {step} with "
+                f"learning rate {lr:.2e}: lower --learning_rate and --resume the last checkpoint in {out_dir}"
+            )
+        if args.overfit_batch and train_loss < OVERFIT_LOSS:
+            break
+    bar.close()
+
+    if args.overfit_batch and train_loss >= OVERFIT_LOSS:
+        raise ValueError(
+            f"one batch still has loss {train_loss:.3f} after {args.max_steps} steps, not {OVERFIT_LOSS}: "
+            "the model is broken, or needs more --max_steps, another --learning_rate or no --dropout"
+        )
+    if args.overfit_batch:
+        say(f"one batch was learnt to loss {train_loss:.4f} in {step + 1} steps: the model can fit")
+    elif dist.is_main:
+        say(f"loss curve: {draw(out_dir)}")
+        say(f"next:       python sample.py --model {args.out_dir} --prompt {shlex.quote(args.sample_prompt)}")
+    if dist.world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit("\n".join(f"train.py: error: {line}" for line in str(error).splitlines()))
