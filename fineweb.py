@@ -292,14 +292,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument_group("documents").add_argument
     add("--dataset", default="HuggingFaceFW/fineweb-edu", help="dataset on the Hugging Face Hub")
-    add("--name", default=None, help="its configuration; sample-10BT for the default dataset")
-    add("--files", nargs="+", default=None, help=f"local files or globs instead: {', '.join(SUFFIXES)}")
+    add("--name", help="its configuration; sample-10BT for the default dataset")
+    add("--files", nargs="+", help=f"local files or globs instead: {', '.join(SUFFIXES)}")
     add("--text_column", default="text", help="column or key that holds the text")
     add = parser.add_argument_group("shards").add_argument
     add("--tokenizer", choices=NAMES, default="gpt2", help="gpt2, or byte, which needs no download")
     add("--out_dir", default="edu_fineweb10B", help="folder for the shards")
     add("--shard_size", type=count, default=100_000_000, help="tokens per shard")
-    add("--max_tokens", type=count, default=None, help="stop after this many tokens; None takes all")
+    add("--max_tokens", type=count, help="stop after this many tokens; None takes all")
     add("--workers", type=count, default=os.cpu_count(), help="processes that tokenise")
     args = parser.parse_args(argv)
     if args.name is None and args.dataset == parser.get_default("dataset"):

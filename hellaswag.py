@@ -223,8 +223,9 @@ def to_sequences(examples: list[Example], limit: int) -> list[Sequence]:
 
 
 def to_batches(sequences: list[Sequence], batch_tokens: int) -> Iterator[list[Sequence]]:
-    """Group sequences of like length, up to `batch_tokens` with padding; the longest first, so memory runs
-    out early."""
+    """Group sequences of like length, up to `batch_tokens` with padding; the longest first, to run out of
+    memory early or never.
+    """
     batch: list[Sequence] = []
     for sequence in sorted(sequences, key=len, reverse=True):
         if batch and (len(batch) + 1) * len(batch[0]) > batch_tokens:
@@ -236,8 +237,7 @@ def to_batches(sequences: list[Sequence], batch_tokens: int) -> Iterator[list[Se
 
 
 def score_batch(model: GPT, batch: list[Sequence]) -> tuple[list[int], torch.Tensor]:
-    """Run one batch: for each ending's token the place of its ending, and its loss in nats, both of the same
-    length.
+    """Return for each token of the endings in a batch the place of its ending, and its loss in nats.
 
     A row holds a context once and the endings side by side. Each ending sees the context and itself, at the
     positions that it would have alone; only positions that predict an ending's token go through the head.
@@ -256,18 +256,15 @@ def score_batch(model: GPT, batch: list[Sequence]) -> tuple[list[int], torch.Ten
             idx[b, start:end], positions[b, start:end] = ending[:-1], np.arange(n, n + len(ending) - 1)
             segments[b, start:end] = k
             places += [place] * len(ending)
-            sources += [
-                b * T + n - 1,
-                *range(b * T + start, b * T + end),
-            ]  # the context's end predicts the first token
+            # The context's end predicts the first token, each token of the ending the next one.
+            sources += [b * T + n - 1, *range(b * T + start, b * T + end)]
             targets += ending
     idx, positions, segments = (torch.from_numpy(array).to(device) for array in (idx, positions, segments))
     sources, targets = (torch.tensor(numbers, device=device) for numbers in (sources, targets))
     same = segments[:, None, :] == segments[:, :, None]  # (B, T, T), query before key
     mask = (same | (segments[:, None, :] == 0)).tril()[:, None]  # (B, 1, T, T)
-    hidden = model.trunk(idx, positions=positions, mask=mask).flatten(0, 1)[
-        sources
-    ]  # (ending tokens, n_embd)
+    hidden = model.trunk(idx, positions=positions, mask=mask).flatten(0, 1)
+    hidden = hidden[sources]  # (ending tokens, n_embd)
     losses = [
         F.cross_entropy(model.lm_head(rows).float(), wanted, reduction="none")
         for rows, wanted in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
@@ -277,10 +274,10 @@ def score_batch(model: GPT, batch: list[Sequence]) -> tuple[list[int], torch.Ten
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, examples: list[Example], *, batch_tokens: int = 8192, progress: bool = False
+    model: GPT, examples: list[Example], *, batch_tokens: int | None = None, progress: bool = False
 ) -> dict[str, float | int | list[dict]]:
-    """Score all examples: `acc`, `acc_norm`, their standard errors, `n`, `seconds`, and `items` with the
-    endings chosen.
+    """Score all examples: `acc`, `acc_norm`, their standard errors, `n`, `seconds`, and for each of `items`
+    the endings chosen (`pred`, `pred_norm`) and the four losses in nats.
 
     HellaSwag validation has 10,042 items; GPT-2 (124M) scores 28.59 % and 29.55 %. Under torch.distributed
     every rank calls this, scores its share of the batches and gets the whole result, which does not depend on
@@ -291,6 +288,9 @@ def evaluate(
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist else (0, 1)
     was_training = model.training
     model.eval()
+    if batch_tokens is None:
+        # A CPU's matmuls are as fast on few tokens, and small batches are padded less.
+        batch_tokens = 512 if model.transformer.wte.weight.device.type == "cpu" else 16384
     # The harness keeps one token more: the last one is only predicted, not read.
     limit = model.config.block_size + (examples[0].lengths is not None)
     batches = list(to_batches(to_sequences(examples, limit), batch_tokens))[rank::world_size]
@@ -333,24 +333,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", default="log", help="checkpoint, run folder, Hugging Face folder, or gpt2 … gpt2-xl")
-    add(
-        "--data", default=None, help=f"items in a .jsonl file; None is {DATA}, downloaded where it is missing"
-    )
-    add("--limit", type=int, default=None, help="score only the first items; None scores all")
-    add(
-        "--lm_eval",
-        action="store_true",
-        help="also score as lm-evaluation-harness does; takes twice the time",
-    )
+    add("--data", help=f"items in a .jsonl file; None is {DATA}, downloaded where it is missing")
+    add("--limit", type=int, help="score only the first items; None scores all")
+    add("--lm_eval", action="store_true", help="also score as lm-evaluation-harness does, in twice the time")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of weights and arithmetic",
-    )
-    add("--batch_tokens", type=int, default=8192, help="tokens per forward pass; lower it to save memory")
-    add("--output", default=None, help="write the result to this .json file")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of all arithmetic")
+    add("--batch_tokens", type=int, help="tokens per forward pass; None is 512 on CPUs, else 16384")
+    add("--output", help="write the result to this .json file")
     return parser.parse_args(argv)
 
 

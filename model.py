@@ -12,7 +12,6 @@ from `transformers.GPT2LMHeadModel` without loss. A freshly initialised model ha
 
 import math
 import pickle
-import re
 import shutil
 import warnings
 from dataclasses import asdict, dataclass
@@ -321,6 +320,17 @@ def _read_hugging_face(source: str) -> tuple[GPTConfig, dict[str, torch.Tensor],
     return config, _transpose(hf_model.state_dict()), {}
 
 
+def _step_of(path: Path) -> int:
+    """The step of model_00250.pt or model_best.pt; -1 where it cannot be told."""
+    if path.stem != "model_best":
+        number = path.stem.removeprefix("model_")
+        return int(number) if number.isdecimal() else -1
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+    except Exception:  # damaged: the one who reads it whole will say so
+        return -1
+
+
 def load_checkpoint(source: str | Path) -> dict:
     """Read a checkpoint file, or the newest one in a run folder that loads whole, onto the CPU.
 
@@ -333,8 +343,7 @@ def load_checkpoint(source: str | Path) -> dict:
             f"or one of {', '.join(HUB_NAMES)}"
         )
     if source.is_dir():
-        numbered = [path for path in source.glob("model_*.pt") if re.fullmatch(r"model_\d+\.pt", path.name)]
-        for path in sorted(numbered, key=lambda path: int(path.stem.split("_")[1]), reverse=True):
+        for path in sorted(source.glob("model_*.pt"), key=_step_of, reverse=True):
             try:
                 return load_checkpoint(path)
             except ValueError as error:

@@ -128,26 +128,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--model", default="log", help="checkpoint, run folder, Hugging Face folder, or gpt2 … gpt2-xl")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of weights and arithmetic",
-    )
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of all arithmetic")
     add = parser.add_argument_group("text").add_argument
     add("--prompt", default="", help="text to continue; empty starts a new document")
-    add("--prompt_file", default=None, help="read the prompt from this UTF-8 file")
+    add("--prompt_file", help="read the prompt from this UTF-8 file")
     add("--num_samples", type=int, default=3, help="number of texts")
     add("--max_new_tokens", type=int, default=300, help="tokens per text")
     add = parser.add_argument_group("sampling").add_argument
     add("--temperature", type=float, default=0.8, help="0 is greedy, 1 samples the model's own distribution")
-    add("--top_k", type=int, default=None, help="draw from the k likeliest tokens; None from all")
-    add(
-        "--top_p",
-        type=float,
-        default=None,
-        help="draw from the likeliest tokens up to this probability; None from all",
-    )
+    add("--top_k", type=int, help="draw from the k likeliest tokens; None from all")
+    add("--top_p", type=float, help="draw from the likeliest tokens up to this probability; None from all")
     add("--seed", type=int, default=1337, help="of the random numbers")
     return parser.parse_args(argv)
 

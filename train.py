@@ -50,11 +50,11 @@ PRESETS = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, batch_size=16, learning_rate=2.5e-4),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4, **XL_BATCH),
     "demo": {
-        **dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=8, total_batch_size=1024),
-        **dict(learning_rate=4e-3, warmup_steps=100, max_steps=2000, shuffle=True, dtype="float32"),
-        **dict(val_every=250, val_tokens=65536, hellaswag_every=1000, hellaswag_data=str(DEMO_ITEMS)),
-        **dict(sample_every=1000, sample_prompt="import ", sample_tokens=300),
-        **dict(checkpoint_every=1000, log_every=100),
+        **dict(n_layer=2, n_head=4, n_embd=128, block_size=64, batch_size=16, total_batch_size=1024),
+        **dict(learning_rate=6e-3, warmup_steps=100, max_steps=3200, shuffle=True, dtype="float32"),
+        **dict(val_every=400, val_tokens=65536, hellaswag_every=1600, hellaswag_data=str(DEMO_ITEMS)),
+        **dict(sample_every=1600, sample_prompt="import ", sample_tokens=300),
+        **dict(checkpoint_every=1600, log_every=100),
     },
 }
 ARCHITECTURE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout")
@@ -106,9 +106,7 @@ def setup_distributed(device: str) -> Distributed:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"--device {device} cannot be used ({reason}): give auto, cpu, cuda or mps"
-        ) from error
+        raise ValueError(f"--device {device} cannot be used ({reason}): give auto or cpu") from error
     device = torch.device(device)
     if "RANK" not in os.environ:
         return Distributed(rank=0, world_size=1, device=device)
@@ -122,16 +120,13 @@ def setup_distributed(device: str) -> Distributed:
 
 
 def read_manifest(data_dir: Path) -> dict:
-    """What fineweb.py says of its shards; empty for shards of another tool. Raises ValueError for an
-    unfinished set."""
+    """What fineweb.py says of its shards, {} for other tools'. Raises ValueError for an unfinished set."""
     path = data_dir / fineweb.MANIFEST
     if not path.exists():
         return {}
     manifest = json.loads(path.read_text())
     if not manifest["complete"]:
-        raise ValueError(
-            f"the shards in {data_dir} are not complete: run the fineweb.py command that began them again"
-        )
+        raise ValueError(f"the shards in {data_dir} are not complete: repeat the fineweb.py command")
     return manifest
 
 
@@ -308,27 +303,22 @@ def open_log(out_dir: Path, start_step: int) -> Callable[..., None]:
     return log
 
 
-def describe_run(args: argparse.Namespace, dist: Distributed, model: GPT) -> dict:
-    """The log's first record: arguments, versions, hardware and git commit."""
-    device = dist.device.type
+def describe_machine(device: torch.device) -> dict:
+    """What a figure needs beside it: versions, hardware, git commit and time."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     except OSError:
         commit = None
     return {
-        "args": vars(args),
-        "params": model.num_params(),
-        "flops_per_token": model.flops_per_token(args.block_size),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
         },
         "hardware": {
-            "device": torch.cuda.get_device_name() if device == "cuda" else device,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "cpu": platform.processor() or platform.machine(),
-            "world_size": dist.world_size,
             "cpu_count": os.cpu_count(),
         },
         "commit": commit,
@@ -593,6 +583,8 @@ def prepare(
     if args.resume and Path(args.out_dir).exists():
         with contextlib.suppress(FileNotFoundError):
             resumed = load_checkpoint(args.out_dir)
+        if resumed and not {"optimizer", "scaler", "step", "best_step", "args"} <= resumed.keys():
+            problems.append(f"the checkpoint in {args.out_dir} holds weights only: give it to --init_from")
     torch.manual_seed(args.seed)
     if not problems:
         with collecting(problems):
@@ -663,11 +655,12 @@ def main(args: argparse.Namespace) -> None:
     elif dist.is_main:
         prepare_out_dir(out_dir)
     del resumed  # its memory is needed
-    run = describe_run(args, dist, raw_model)
+    machine = describe_machine(device)
+    params, flops_per_token = raw_model.num_params(), raw_model.flops_per_token(args.block_size)
     log = open_log(out_dir, start_step) if dist.is_main else lambda step, kind, **values: None
-    log(start_step, "run", **run)
+    log(start_step, "run", args=vars(args), world_size=dist.world_size, params=params, **machine)
     say(
-        f"{raw_model.num_params():,} parameters on {dist.world_size} x {run['hardware']['device']}, {dtype}, "
+        f"{params:,} parameters on {dist.world_size} x {machine['hardware']['device']}, {dtype}, "
         f"{'compiled' if compiled else 'eager'}; {args.total_batch_size:,} tokens a step, {accum} micro-steps"
     )
 
@@ -759,7 +752,7 @@ def main(args: argparse.Namespace) -> None:
         seconds = time.perf_counter() - started
 
         speed = args.total_batch_size / seconds
-        mfu = speed * run["flops_per_token"] / (peak * dist.world_size) if peak else None
+        mfu = speed * flops_per_token / (peak * dist.world_size) if peak else None
         lr = optimizer.param_groups[0]["lr"]
         values = {"dt_ms": 1000 * seconds, "tokens_per_s": speed, "mfu": mfu, "skipped": skipped}
         log(step, "train", loss=train_loss, lr=lr, norm=norm, **values)

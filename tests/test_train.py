@@ -197,7 +197,7 @@ def test_two_ranks_train_as_one(run_train, shards, torchrun):
     for kind in ("train", "val"):
         expected = [record["loss"] for record in one[kind]]
         assert [r["loss"] for r in two if r["kind"] == kind] == pytest.approx(expected, abs=1e-5), kind
-    assert next(r for r in two if r["kind"] == "run")["hardware"]["world_size"] == 2
+    assert next(r for r in two if r["kind"] == "run")["world_size"] == 2
 
 
 def test_overfit_batch_reaches_zero_or_says_so(run_train):
@@ -287,10 +287,24 @@ def test_resuming_another_config_names_the_field_and_both_values(run_train):
     with pytest.raises(ValueError, match="--n_layer is 3, but .*log has 2") as caught:
         run_train("--resume --n_layer 3 --block_size 32")
     assert "--block_size is 32, but" in str(caught.value)
-    Path("log/model_00003.pt").write_bytes(b"damaged")
+    for name in ("model_00003.pt", "model_best.pt"):
+        Path("log", name).write_bytes(b"damaged")
     with pytest.warns(UserWarning, match="passing over a checkpoint"):
         records = run_train("--resume")
     assert len(records["train"]) == 6 and Path("log.1").exists()  # nothing whole to continue: a new run
+    weights = torch.load("log/model_best.pt", weights_only=True)
+    torch.save({"model": weights["model"], "config": weights["config"]}, "log/model_00009.pt")
+    with pytest.raises(ValueError, match="holds weights only: give it to --init_from"):
+        run_train("--resume")
+
+
+def test_a_run_killed_before_its_first_checkpoint_resumes_from_its_best(run_train):
+    whole = run_train("--checkpoint_every 100")
+    best = torch.load("log/model_best.pt", weights_only=True)["step"]
+    Path("log/model_00006.pt").unlink()
+    resumed = run_train("--checkpoint_every 100 --resume")
+    assert [record["step"] for record in resumed["run"]] == [0, best] and best > 0
+    assert losses(resumed) == losses(whole)
 
 
 def test_the_command_line_prints_one_line_and_exits_with_1():
