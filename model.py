@@ -14,7 +14,7 @@ import math
 import pickle
 import shutil
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -227,8 +227,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, dropout: float = 0.0) -> "GPT":
-        """Load a checkpoint file, a run folder's newest checkpoint, a Hugging Face folder, or a Hub name of
-        OpenAI's.
+        """Load a checkpoint file, a run folder's newest checkpoint, a Hugging Face folder, or a Hub name.
 
         Raises FileNotFoundError when there is no such thing and ValueError when it is not a whole GPT-2.
         """
@@ -236,10 +235,14 @@ class GPT(nn.Module):
             config, state, metadata = _read_hugging_face(str(source))
         else:
             checkpoint = load_checkpoint(source)
-            config, state = GPTConfig(**checkpoint["config"]), checkpoint["model"]
+            config, state = checkpoint["config"], checkpoint["model"]
             metadata = {name: checkpoint.get(name) for name in ("step", "val_loss", "args")}
-        model = cls(GPTConfig(**{**asdict(config), "dropout": dropout}))
-        model.load_state_dict(state)
+        try:
+            model = cls(GPTConfig(**{**config, "dropout": dropout}))
+            model.load_state_dict(state)
+        except (TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{source} is no GPT-2 of ours ({reason}): config or tensors differ") from error
         model.metadata = metadata
         return model
 
@@ -287,7 +290,9 @@ def _transpose(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: w.t().contiguous() if name.endswith(TRANSPOSED) else w for name, w in state.items()}
 
 
-def _read_hugging_face(source: str) -> tuple[GPTConfig, dict[str, torch.Tensor], dict]:
+def _read_hugging_face(source: str) -> tuple[dict, dict[str, torch.Tensor], dict]:
+    """Config, state dict and (empty) metadata of a Hugging Face folder or Hub name."""
+    from safetensors import SafetensorError
     from transformers import AutoConfig, GPT2LMHeadModel
 
     try:
@@ -300,24 +305,21 @@ def _read_hugging_face(source: str) -> tuple[GPTConfig, dict[str, torch.Tensor],
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
             "tie_word_embeddings": (True,),
+            "layer_norm_epsilon": (1e-5,),
         }
         for name, allowed in wanted.items():
             if getattr(theirs, name) not in allowed:
                 raise ValueError(f"{source}: {name} is {getattr(theirs, name)}, but GPT-2 has {allowed[0]}")
-        hf_model = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32)
-    except OSError as error:
+        hf_model, report = GPT2LMHeadModel.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
+        )
+        if report["missing_keys"]:
+            raise ValueError(f"{source} lacks {sorted(report['missing_keys'])[0]}: it is not a whole GPT-2")
+    except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise FileNotFoundError(
-            f"cannot load {source}: {reason} (check the folder or the network)"
-        ) from error
-    config = GPTConfig(
-        block_size=theirs.n_positions,
-        vocab_size=theirs.vocab_size,
-        n_layer=theirs.n_layer,
-        n_head=theirs.n_head,
-        n_embd=theirs.n_embd,
-    )
-    return config, _transpose(hf_model.state_dict()), {}
+        raise FileNotFoundError(f"cannot load {source} ({reason}): check folder or network") from error
+    config = {name: getattr(theirs, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    return {**config, "block_size": theirs.n_positions}, _transpose(hf_model.state_dict()), {}
 
 
 def _step_of(path: Path) -> int:

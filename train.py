@@ -699,7 +699,9 @@ def main(args: argparse.Namespace) -> None:
         if args.hellaswag_every and (step % args.hellaswag_every == 0 or last_step):
             with autocast:
                 scores = hellaswag.evaluate(raw_model, examples)
-            log(step, "hellaswag", **{name: value for name, value in scores.items() if name != "items"})
+            del scores["items"]
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] if compiled else 0
+            log(step, "hellaswag", **scores, compilations=graphs)
             say(f"step {step:5d} | hellaswag acc_norm {scores['acc_norm']:.4f}, acc {scores['acc']:.4f}")
 
         if args.sample_every and (step % args.sample_every == 0 or last_step):
@@ -707,8 +709,7 @@ def main(args: argparse.Namespace) -> None:
                 what = (args.tokenizer, args.sample_prompt, 2, args.sample_tokens)
                 texts = sample.complete(raw_model, *what, seed=args.seed, top_k=50)
             log(step, "sample", texts=texts)
-            for text in texts:
-                say(f"step {step:5d} | sample\n{text}\n")
+            say("".join(f"step {step:5d} | sample\n{text}\n\n" for text in texts))
 
         if args.checkpoint_every and (step % args.checkpoint_every == 0 and step > start_step or last_step):
             if dist.is_main:
@@ -727,7 +728,7 @@ def main(args: argparse.Namespace) -> None:
         torch.manual_seed(int(np.random.SeedSequence((args.seed, step, dist.rank)).generate_state(1)[0]))
         if args.overfit_batch:
             loaders["train"].seek(0)
-        loss_sum = torch.zeros((), device=device)
+        loss_sum = 0.0
         for micro_step in range(accum):
             x, y = loaders["train"].next_batch()
             # Gradients are summed over the ranks once a step, during the last backward pass.

@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
@@ -125,6 +127,19 @@ def test_bad_sources_are_one_line(tmp_path, hf_folder):
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="it has no model and no config"):
         GPT.from_pretrained(tmp_path / "other.pt")
+    torch.save({"model": {}, "config": {**vars(TINY), "bias": False}}, tmp_path / "foreign.pt")
+    with pytest.raises(ValueError, match="foreign.pt is no GPT-2 of ours .*'bias'"):
+        GPT.from_pretrained(tmp_path / "foreign.pt")
+    weights = hf_folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1000])
+    with pytest.raises(FileNotFoundError, match="cannot load .*hf .*check folder"):
+        GPT.from_pretrained(hf_folder)
+    tensors = {k: v for k, v in load_tensors(whole).items() if k != "transformer.h.1.mlp.c_fc.bias"}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks transformer.h.1.mlp.c_fc.bias: it is not a whole GPT-2"):
+        GPT.from_pretrained(hf_folder)
+    weights.write_bytes(whole)
     config = hf_folder / "config.json"
     config.write_text(config.read_text().replace('"gelu_new"', '"relu"'))
     with pytest.raises(ValueError, match="activation_function is relu"):
