@@ -17,7 +17,6 @@ import math
 import os
 import platform
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -785,7 +784,7 @@ def main(args: argparse.Namespace) -> None:
         say(f"one batch was learnt to loss {train_loss:.4f} in {step + 1} steps: the model can fit")
     elif dist.is_main:
         say(f"loss curve: {draw(out_dir)}")
-        say(f"next:       python sample.py --model {args.out_dir} --prompt {shlex.quote(args.sample_prompt)}")
+        say(f"next:       python sample.py --model {args.out_dir} --prompt {json.dumps(args.sample_prompt)}")
     if dist.world_size > 1:
         torch.distributed.destroy_process_group()
 

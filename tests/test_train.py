@@ -164,6 +164,13 @@ def test_a_resumed_run_repeats_the_losses_bit_for_bit(run_train, options):
     assert [record["step"] for record in resumed["run"]] == [0, 3]
 
 
+def test_dropout_differs_from_step_to_step(run_train):
+    with pytest.raises(ValueError, match="one batch still has loss"):
+        run_train("--overfit_batch --dropout 0.5 --learning_rate 1e-9 --max_steps 4")
+    records = [json.loads(line) for line in Path("log/log.jsonl").read_text().splitlines()[1:]]
+    assert len({round(record["loss"], 4) for record in records}) == 4  # one batch, one set of weights
+
+
 def test_accumulation_changes_nothing(run_train):
     wide, narrow = run_train("--batch_size 4"), run_train("--batch_size 1")
     assert losses(wide) == pytest.approx(losses(narrow), abs=1e-5)
