@@ -95,8 +95,8 @@ def download(url: str = URL, path: str | Path = DATA, sha256: str = SHA256) -> P
                 partial.unlink()
                 raise OSError(f"its sha256 is {digest[:12]}…, not {sha256[:12]}…")
             os.replace(partial, path)
-        except OSError as error:  # requests' exceptions are OSErrors
-            reason = str(error)
+        except OSError as error:
+            reason = str(error) if len(str(error)) < 100 else type(error).__name__  # requests' are very long
             continue
         break
     if not path.exists():

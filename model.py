@@ -354,7 +354,7 @@ def load_checkpoint(source: str | Path) -> dict:
     try:
         checkpoint = torch.load(source, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else "it ends too early"
         raise ValueError(f"{source} is cut short or no checkpoint ({reason}): use an older one") from error
     missing = [
         name for name in ("model", "config") if not isinstance(checkpoint, dict) or name not in checkpoint

@@ -52,7 +52,7 @@ def plot(runs: list[str | Path], output: str | Path) -> None:
     step."""
     from matplotlib.figure import Figure
 
-    logs = {str(run): read_log(run) for run in runs}
+    logs = {os.path.relpath(run): read_log(run) for run in runs}
     if not any(log.get("train") for log in logs.values()):
         raise ValueError(f"no training steps in {', '.join(logs)}: train first")
     panels = [

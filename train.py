@@ -358,15 +358,14 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def prepare_demo_data(dist: Distributed) -> str:
-    """Return the folder of the demo's shards; where they are missing, make them from the standard library."""
-    if dist.is_main:
+def prepare_demo_data(dist: Distributed) -> None:
+    """Make the demo's shards, where they are missing, from the sources of the standard library."""
+    manifest = Path(DEMO_DATA_DIR) / fineweb.MANIFEST
+    if dist.is_main and not (manifest.exists() and json.loads(manifest.read_text())["complete"]):
+        print(f"making shards from Python's standard library in {DEMO_DATA_DIR}/")
         source = {"standard library of Python": platform.python_version()}
-        if not (Path(DEMO_DATA_DIR) / fineweb.MANIFEST).exists():
-            print(f"making shards from Python's standard library in {DEMO_DATA_DIR}/")
         fineweb.prepare(fineweb.stdlib_documents(), DEMO_DATA_DIR, source=source, tokenizer="byte")
     dist.sum(0)  # the others wait for the shards
-    return DEMO_DATA_DIR
 
 
 def draw(out_dir: Path) -> Path:
@@ -552,8 +551,9 @@ def prepare(
     """
     problems = check_args(args, dist.world_size)
     if args.data_dir is None:
-        demo = args.preset == "demo" and not problems
-        args.data_dir = prepare_demo_data(dist) if demo else "edu_fineweb10B"
+        args.data_dir = DEMO_DATA_DIR if args.preset == "demo" else "edu_fineweb10B"
+        if args.preset == "demo":
+            prepare_demo_data(dist)
     manifest, dtype, model, resumed, loaders, examples, tokenizer = {}, None, None, None, {}, [], None
     with collecting(problems):
         dtype = choose_dtype(args.dtype, dist.device)
