@@ -43,45 +43,45 @@ def file_documents(paths: list[Path], text_column: str) -> Iterator[str | None]:
     Raises ValueError naming the file, and the line where there is one, for what cannot be read.
     """
     for path in paths:
-        if path.name.endswith(".txt"):
-            try:
+        try:
+            if path.suffix == ".txt":
                 yield path.read_bytes().decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is not UTF-8 ({error}): convert it with iconv") from error
-        elif path.name.endswith(".parquet"):
-            yield from _parquet_documents(path, text_column)
-        else:
-            opener = gzip.open if path.name.endswith(".gz") else open
-            with opener(path, "rt", encoding="utf-8") as lines:
-                for number, line in enumerate(lines, start=1):
-                    try:
-                        yield json.loads(line)[text_column]
-                    except (ValueError, KeyError, TypeError) as error:
-                        raise ValueError(
-                            f"{path}, line {number}: no JSON object with a {text_column!r} ({error}): "
-                            "mend the line or name another --text_column"
-                        ) from error
+            elif path.suffix == ".parquet":
+                yield from _parquet_documents(path, text_column)
+            else:
+                yield from _jsonl_documents(path, text_column)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 ({error}): convert it with iconv") from error
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _jsonl_documents(path: Path, text_column: str) -> Iterator[str | None]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield json.loads(line)[text_column]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"line {number} is no JSON object with a {text_column!r} ({error}): "
+                    "mend it or name another --text_column"
+                ) from error
 
 
 def _parquet_documents(path: Path, text_column: str) -> Iterator[str | None]:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        parquet = pyarrow.parquet.ParquetFile(path)
-        if text_column not in parquet.schema_arrow.names:
-            raise ValueError(
-                f"no column {text_column!r}: set --text_column to one of {parquet.schema_arrow.names}"
-            )
-        for batch in parquet.iter_batches(batch_size=1024, columns=[text_column]):
-            yield from batch.column(0).to_pylist()
-    except (pyarrow.ArrowException, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    parquet = pyarrow.parquet.ParquetFile(path)
+    names = parquet.schema_arrow.names
+    if text_column not in names:
+        raise ValueError(f"no column {text_column!r}: set --text_column to one of {names}")
+    for batch in parquet.iter_batches(batch_size=1024, columns=[text_column]):
+        yield from batch.column(0).to_pylist()
 
 
 def hub_documents(dataset: str, name: str | None, text_column: str) -> Iterator[str | None]:
-    """Stream the texts of a Hub dataset's `train` split. Raises FileNotFoundError when it cannot be
-    reached."""
+    """Stream the texts of a Hub dataset's `train` split. Raises FileNotFoundError when it is out of reach."""
     from datasets import load_dataset
 
     try:
@@ -118,8 +118,7 @@ def stdlib_documents() -> Iterator[str]:
 
 
 def encode_chunk(texts: list[str | None], tokenizer_name: str) -> tuple[np.ndarray, int]:
-    """Tokenise documents: uint16 ids, end-of-text before each document; and how many empty ones were
-    skipped."""
+    """Return the documents' ids in uint16, end-of-text before each, and how many empty ones were skipped."""
     tokenizer = get_tokenizer(tokenizer_name)
     eot = np.array([tokenizer.eot_token], dtype=np.uint16)
     parts = []

@@ -116,30 +116,32 @@ def load_items(path: str | Path) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"no HellaSwag items at {path}: `python hellaswag.py` downloads them")
     items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            item = json.loads(line)
-            if not isinstance(item, dict):
-                raise ValueError("it is no JSON object")
-            missing = {"ind", "activity_label", "ctx", "label", "endings"} - item.keys()
-            if missing:
-                raise ValueError(f"it has no {', '.join(sorted(missing))}")
-            if item["label"] not in (0, 1, 2, 3):
-                raise ValueError(f"its label is {item['label']!r}, not 0, 1, 2 or 3")
-            if len(item["endings"]) != 4 or not all(
-                isinstance(e, str) and e.strip() for e in item["endings"]
-            ):
-                raise ValueError("it needs four endings that are not empty")
-            if not item["ctx"].strip():
-                raise ValueError("its ctx is empty")
-        except ValueError as error:
-            raise ValueError(
-                f"{path}, line {number}: {error}: mend the line, or delete the file to load it anew"
-            ) from error
-        items.append(item)
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                items.append(_check_item(json.loads(line)))
+            except ValueError as error:
+                reason = f"{path}, line {number}: {error}"
+                raise ValueError(f"{reason}: mend the line, or delete the file to load it anew") from error
     if not items:
         raise ValueError(f"{path} holds no items: delete it to load it anew")
     return items
+
+
+def _check_item(item: dict) -> dict:
+    if not isinstance(item, dict):
+        raise ValueError("it is no JSON object")
+    missing = {"ind", "activity_label", "ctx", "label", "endings"} - item.keys()
+    if missing:
+        raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    if item["label"] not in (0, 1, 2, 3):
+        raise ValueError(f"its label is {item['label']!r}, not 0, 1, 2 or 3")
+    if not isinstance(item["ctx"], str) or not item["ctx"].strip():
+        raise ValueError("its ctx is empty")
+    endings = item["endings"] if isinstance(item["endings"], list) else []
+    if len(endings) != 4 or not all(isinstance(ending, str) and ending.strip() for ending in endings):
+        raise ValueError("it needs four endings that are not empty")
+    return item
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def test_bad_input_names_the_mend_and_leaves_nothing(files, tmp_path):
     cases = [
         (("--files", "no/such/*.txt"), FileNotFoundError, "no file matches 'no/such/"),
         (("--files", "a.csv"), ValueError, r"a.csv: --files takes .txt, .jsonl, .jsonl.gz, .parquet"),
-        (("--files", "broken.jsonl"), ValueError, "broken.jsonl, line 2: .* mend the line"),
+        (("--files", "broken.jsonl"), ValueError, "broken.jsonl: line 2 is no JSON object .* mend it"),
         (("--files", "latin.txt"), ValueError, "latin.txt is not UTF-8"),
         (
             ("--files", str(tmp_path / "4.parquet"), "--text_column", "body"),
@@ -135,12 +135,14 @@ def test_bad_input_names_the_mend_and_leaves_nothing(files, tmp_path):
             r"one of \['id', 'text'\]",
         ),
         (("--files", "cut.parquet"), ValueError, "cut.parquet: "),
+        (("--files", "cut.jsonl.gz"), ValueError, "cut.jsonl.gz: "),
         (("--files", "tiny.txt"), ValueError, "too few for a val and a train shard"),
     ]
     Path("a.csv").write_text("x")
     Path("broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     Path("latin.txt").write_bytes("naïve".encode("latin-1"))
     Path("cut.parquet").write_bytes((tmp_path / "4.parquet").read_bytes()[:-9])
+    Path("cut.jsonl.gz").write_bytes((tmp_path / "3.jsonl.gz").read_bytes()[:-9])
     Path("tiny.txt").write_text("")
     for argv, error, message in cases:
         with pytest.raises(error, match=message) as caught:
