@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import hellaswag
 from fineweb import write_atomically
-from model import GPT, GPTConfig, best_device
+from model import GPT, GPTConfig, choose_device
 from tokenizer import NAMES, get_tokenizer
 from train import DEMO_ITEMS, describe_machine, synchronize
 
@@ -44,13 +44,13 @@ def score_padded(model: GPT, examples: list[hellaswag.Example]) -> list[int]:
     return chosen
 
 
-def bench_hellaswag(args: argparse.Namespace) -> list[dict]:
+def bench_hellaswag(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Items per second of hellaswag.evaluate against the reference way, on the same items."""
     tokenizer = get_tokenizer(args.tokenizer)
     examples = hellaswag.render(hellaswag.load_items(args.data)[: args.limit], tokenizer)
     torch.manual_seed(0)
     config = GPTConfig(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
-    model = GPT(config).eval().to(device=args.device, dtype=getattr(torch, args.dtype))
+    model = GPT(config).eval().to(device=device, dtype=getattr(torch, args.dtype))
     chosen = {}
 
     def padded():
@@ -61,7 +61,7 @@ def bench_hellaswag(args: argparse.Namespace) -> list[dict]:
         chosen["hellaswag.evaluate"] = [item["pred_norm"] for item in items]
 
     ways = {"padded rows, all logits": padded, "hellaswag.evaluate": packed}
-    rows = alternate(ways, args.rounds, torch.device(args.device), len(examples), "items/s")
+    rows = alternate(ways, args.rounds, device, len(examples), "items/s")
     first, second = chosen.values()
     same = sum(map(int.__eq__, first, second))
     print(f"both ways choose the same ending for {same} of {len(examples)} items")
@@ -107,13 +107,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for command in commands.choices.values():
         add = command.add_argument
         add("--rounds", type=int, default=3, help="counted repetitions of each way, after one warm-up")
-        add("--device", default=best_device(), help="cpu, cuda, mps")
+        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
         add("--output", help="write the figures to this .json file")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    rows = args.run(args)
+    device = choose_device(args.device)
+    rows = args.run(args, device)
     width = max(len(row["way"]) for row in rows)
     print(f"{'':{width}}  {rows[0]['unit']:>10}  {'min':>10}  {'max':>10}  {'ratio':>6}")
     for row in rows:
@@ -121,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"{row['way']:{width}}  {figures}  {row['ratio']:6.2f}")
     if args.output:
         options = {name: value for name, value in vars(args).items() if name != "run"}
-        record = {"args": options, **describe_machine(torch.device(args.device)), "rows": rows}
+        record = {"args": options, **describe_machine(device), "rows": rows}
         data = json.dumps(record, indent=1).encode()
         write_atomically(Path(args.output), lambda file: file.write(data))
 

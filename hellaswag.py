@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from fineweb import write_atomically
-from model import GPT, best_device
+from model import GPT, choose_device
 from tokenizer import get_tokenizer
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -350,7 +350,7 @@ def main(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}: give at least 1")
     items = load_items(args.data or download())[: args.limit]
-    device = best_device() if args.device == "auto" else args.device
+    device = choose_device(args.device)
     model = GPT.from_pretrained(args.model)
     tokenizer = get_tokenizer((model.metadata.get("args") or {}).get("tokenizer", "gpt2"))
     if model.config.vocab_size < tokenizer.n_vocab:

@@ -28,9 +28,18 @@ PADDED_VOCAB_SIZE = 50304  # the next multiple of 128: matmuls tile evenly, the 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-def best_device() -> str:
-    """What computes fastest on this machine: cuda, mps or cpu."""
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def choose_device(name: str = "auto") -> torch.device:
+    """The device of that name; "auto" takes cuda, mps or cpu, whichever comes first on this machine.
+
+    Raises ValueError when this machine lacks the device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name} cannot be used here ({reason}): give auto or cpu") from error
 
 
 @dataclass(frozen=True)

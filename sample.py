@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, best_device
+from model import GPT, choose_device
 from tokenizer import get_tokenizer
 
 
@@ -161,7 +161,7 @@ def main(args: argparse.Namespace) -> None:
     if args.prompt_file and not Path(args.prompt_file).is_file():
         raise FileNotFoundError(f"no file {args.prompt_file}: check --prompt_file")
     prompt = Path(args.prompt_file).read_text(encoding="utf-8") if args.prompt_file else args.prompt
-    device = best_device() if args.device == "auto" else args.device
+    device = choose_device(args.device)
     model = GPT.from_pretrained(args.model)
     trained_with = model.metadata.get("args") or {}
     model.to(device=device, dtype=getattr(torch, args.dtype))

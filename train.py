@@ -36,7 +36,7 @@ import fineweb
 import hellaswag
 import plot
 import sample
-from model import GPT, GPTConfig, best_device, load_checkpoint
+from model import GPT, GPTConfig, choose_device, load_checkpoint
 from tokenizer import NAMES, get_tokenizer
 
 DEMO_DATA_DIR = "demo_data"
@@ -100,13 +100,7 @@ def setup_distributed(device: str) -> Distributed:
 
     Raises ValueError when this machine lacks the device.
     """
-    device = best_device() if device == "auto" else device
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used ({reason}): give auto or cpu") from error
-    device = torch.device(device)
+    device = choose_device(device)
     if "RANK" not in os.environ:
         return Distributed(rank=0, world_size=1, device=device)
     if device.type == "cuda":
@@ -649,7 +643,8 @@ def main(args: argparse.Namespace) -> None:
         # The options of this command hold: of the optimizer only the moments come from the checkpoint.
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": resumed["optimizer"]["state"], "param_groups": groups})
-        scaler.load_state_dict(resumed["scaler"])
+        if resumed["scaler"]:  # empty in a run that was not fp16
+            scaler.load_state_dict(resumed["scaler"])
         start_step, best_step = resumed["step"], resumed["best_step"]
         val_loss, best_val_loss = resumed["val_loss"], resumed["best_val_loss"]
         changed = [k for k, v in vars(args).items() if resumed["args"].get(k) != v and k != "resume"]

@@ -100,6 +100,7 @@ def test_command_line_reads_the_newest_checkpoint(run_train, capsys):
     [
         ("--model nowhere", "no model at nowhere"),
         ("--num_samples 0 --temperature -1 --top_p 2", "--num_samples is 0.*--temperature is -1.*--top_p"),
+        ("--device cuda:99", "device cuda:99 cannot be used here"),
         ("--prompt a --prompt_file b", "exclude each other"),
         ("--prompt_file none.txt", "no file none.txt"),
     ],

@@ -164,6 +164,13 @@ def test_a_resumed_run_repeats_the_losses_bit_for_bit(run_train, options):
     assert [record["step"] for record in resumed["run"]] == [0, 3]
 
 
+def test_a_run_resumes_in_another_precision(run_train):
+    run_train("--max_steps 3")
+    for dtype in ("float16", "bfloat16"):
+        records = run_train(f"--max_steps 6 --resume --dtype {dtype}")
+        assert [record["step"] for record in records["train"]] == list(range(6))
+
+
 def test_dropout_differs_from_step_to_step(run_train):
     with pytest.raises(ValueError, match="one batch still has loss"):
         run_train("--overfit_batch --dropout 0.5 --learning_rate 1e-9 --max_steps 4")
@@ -275,7 +282,7 @@ def test_fine_tuning_starts_from_the_weights_with_shorter_windows(run_train, hf_
         ("--early_stop 1 --val_every 0", "--early_stop counts validations"),
         ("--out_dir .", "--out_dir . holds your working folder"),
         ("--hellaswag_every 1 --hellaswag_data none.jsonl", "no HellaSwag items at none.jsonl"),
-        ("--device cuda:99", "--device cuda:99 cannot be used"),
+        ("--device cuda:99", "device cuda:99 cannot be used here"),
         ("--preset gpt3", "unknown --preset 'gpt3': choose from gpt2, "),
     ],
 )
