@@ -9,17 +9,16 @@ that are compared run in turn in one process: quote their ratios, times by thems
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
 
 import hellaswag
-from fineweb import write_atomically
+from fineweb import count, write_json
 from model import GPT, GPTConfig, choose_device
 from tokenizer import NAMES, get_tokenizer
 from train import DEMO_ITEMS, describe_machine, synchronize
@@ -51,31 +50,31 @@ def bench_hellaswag(args: argparse.Namespace, device: torch.device) -> list[dict
     torch.manual_seed(0)
     config = GPTConfig(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
     model = GPT(config).eval().to(device=device, dtype=getattr(torch, args.dtype))
-    chosen = {}
 
-    def padded():
-        chosen["padded rows, all logits"] = score_padded(model, examples)
-
-    def packed():
+    def packed() -> list[int]:
         items = hellaswag.evaluate(model, examples, batch_tokens=args.batch_tokens)["items"]
-        chosen["hellaswag.evaluate"] = [item["pred_norm"] for item in items]
+        return [item["pred_norm"] for item in items]
 
-    ways = {"padded rows, all logits": padded, "hellaswag.evaluate": packed}
-    rows = alternate(ways, args.rounds, device, len(examples), "items/s")
-    first, second = chosen.values()
-    same = sum(map(int.__eq__, first, second))
+    ways = {"padded rows, all logits": lambda: score_padded(model, examples), "hellaswag.evaluate": packed}
+    rows, chosen = alternate(ways, args.rounds, device, len(examples), "items/s")
+    same = sum(map(int.__eq__, *chosen))
     print(f"both ways choose the same ending for {same} of {len(examples)} items")
     return rows
 
 
-def alternate(ways: dict, rounds: int, device: torch.device, amount: float, unit: str) -> list[dict]:
-    """Time the ways in turn, after a warm-up each: a row a way, its ratio to the first one round by round."""
-    seconds = {name: [] for name in ways}
+def alternate(
+    ways: dict[str, Callable[[], object]], rounds: int, device: torch.device, amount: float, unit: str
+) -> tuple[list[dict], list]:
+    """Time the ways in turn, after a warm-up each.
+
+    Returns a row for each way, with its ratio to the first one round by round, and what each way returned.
+    """
+    seconds, results = {name: [] for name in ways}, {}
     for round_number in range(rounds + 1):
         for name, way in ways.items():
             synchronize(device)
             start = time.perf_counter()
-            way()
+            results[name] = way()
             synchronize(device)
             if round_number:
                 seconds[name].append(time.perf_counter() - start)
@@ -86,7 +85,7 @@ def alternate(ways: dict, rounds: int, device: torch.device, amount: float, unit
         ratio = statistics.median(b / s for b, s in zip(base, each, strict=True))
         spread = {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
         rows.append({"way": name, "unit": unit, **spread, "ratio": ratio})
-    return rows
+    return rows, list(results.values())
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -98,15 +97,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = command.add_argument
     add("--data", default=str(DEMO_ITEMS), help="items to score")
     add("--tokenizer", choices=NAMES, default="byte", help="gpt2 is the real thing, byte needs no download")
-    add("--limit", type=int, default=20, help="items to score")
-    add("--batch_tokens", type=int, help="tokens per forward pass; None is hellaswag.evaluate's own choice")
+    add("--limit", type=count, default=20, help="items to score")
+    add("--batch_tokens", type=count, help="tokens per forward pass; None is hellaswag.evaluate's own choice")
     add("--n_layer", type=int, default=12, help="blocks")
     add("--n_head", type=int, default=12, help="attention heads per block")
     add("--n_embd", type=int, default=768, help="width")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of weights and arithmetic")
     for command in commands.choices.values():
         add = command.add_argument
-        add("--rounds", type=int, default=3, help="counted repetitions of each way, after one warm-up")
+        add("--rounds", type=count, default=3, help="counted repetitions of each way, after one warm-up")
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
         add("--output", help="write the figures to this .json file")
     return parser.parse_args(argv)
@@ -123,8 +122,7 @@ def main(args: argparse.Namespace) -> None:
     if args.output:
         options = {name: value for name, value in vars(args).items() if name != "run"}
         record = {"args": options, **describe_machine(device), "rows": rows}
-        data = json.dumps(record, indent=1).encode()
-        write_atomically(Path(args.output), lambda file: file.write(data))
+        write_json(args.output, record)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@
 Writes `edufineweb_{val|train}_{index:06d}.npy` to --out_dir: one-dimensional uint16 arrays of --shard_size
 tokens, the first one for validation, every document headed by the end-of-text token; and `manifest.json`,
 which describes them. A set that fits into one shard is cut instead: its last tenth is `val`, the rest
-`train`, as is usual for Tiny Shakespeare. FineWeb-Edu's 10-billion-token sample gives 100 shards (published:
-9.95 billion tokens, 20 GB).
+`train`, as is usual for Tiny Shakespeare. FineWeb-Edu's sample of about 10 billion tokens gives about 100
+shards of 200 MB.
 """
 
 import argparse
@@ -163,6 +163,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     os.replace(partial, path)
 
 
+def write_json(path: str | Path, record: dict) -> None:
+    """Write a JSON file, whole or not at all."""
+    data = json.dumps(record, indent=1).encode()
+    write_atomically(Path(path), lambda file: file.write(data))
+
+
 class ShardWriter:
     """Cut a stream of tokens into shards and keep the manifest beside them true."""
 
@@ -212,8 +218,7 @@ class ShardWriter:
         self._write_manifest()
 
     def _write_manifest(self) -> None:
-        data = json.dumps(self.manifest, indent=1).encode()
-        write_atomically(self.out_dir / MANIFEST, lambda file: file.write(data))
+        write_json(self.out_dir / MANIFEST, self.manifest)
 
 
 def prepare(
@@ -278,7 +283,7 @@ def prepare(
 
 
 def count(text: str) -> int:
-    """A number of tokens as people write it: 100000000, 100_000_000 or 1e8."""
+    """A whole number above zero as people write it: 100000000, 100_000_000 or 1e8."""
     number = float(text)
     if number < 1 or number != int(number):
         raise argparse.ArgumentTypeError(f"{text} is no whole number above zero")

@@ -37,9 +37,9 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fineweb import write_atomically
+from fineweb import write_json
 from model import GPT, choose_device
-from tokenizer import get_tokenizer
+from sample import tokenizer_for
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
@@ -60,8 +60,9 @@ def download(url: str = URL, path: str | Path = DATA, sha256: str = SHA256) -> P
 
     path = Path(path)
     partial = path.with_name(path.name + ".tmp")
-    reason = ""
-    for attempt in range(0 if path.exists() else TRIES):
+    if path.exists():
+        return path
+    for attempt in range(TRIES):
         if attempt:
             time.sleep(BACK_OFF_S * 2 ** (attempt - 1))
         have = partial.stat().st_size if partial.exists() else 0
@@ -95,16 +96,13 @@ def download(url: str = URL, path: str | Path = DATA, sha256: str = SHA256) -> P
                 partial.unlink()
                 raise OSError(f"its sha256 is {digest[:12]}…, not {sha256[:12]}…")
             os.replace(partial, path)
+            return path
         except OSError as error:
             reason = str(error) if len(str(error)) < 100 else type(error).__name__  # requests' are very long
-            continue
-        break
-    if not path.exists():
-        raise FileNotFoundError(
-            f"cannot download HellaSwag ({reason}): fetch {url} by hand and give it as --data "
-            "(train.py: --hellaswag_data), or train with --hellaswag_every 0"
-        )
-    return path
+    raise FileNotFoundError(
+        f"cannot download HellaSwag ({reason}): fetch {url} by hand and give it as --data "
+        "(train.py: --hellaswag_data), or train with --hellaswag_every 0"
+    )
 
 
 def load_items(path: str | Path) -> list[dict]:
@@ -352,11 +350,7 @@ def main(args: argparse.Namespace) -> None:
     items = load_items(args.data or download())[: args.limit]
     device = choose_device(args.device)
     model = GPT.from_pretrained(args.model)
-    tokenizer = get_tokenizer((model.metadata.get("args") or {}).get("tokenizer", "gpt2"))
-    if model.config.vocab_size < tokenizer.n_vocab:
-        raise ValueError(
-            f"{args.model} has {model.config.vocab_size} token ids, tokenizer gpt2 {tokenizer.n_vocab}"
-        )
+    tokenizer = tokenizer_for(model)
     model.to(device=device, dtype=getattr(torch, args.dtype))
     results = {}
     for style, renderer in (("completion", render), ("lm_eval", render_lm_eval))[: 1 + args.lm_eval]:
@@ -373,8 +367,7 @@ def main(args: argparse.Namespace) -> None:
         output = results["completion"]
         if args.lm_eval:
             output["lm_eval"] = results["lm_eval"]
-        data = json.dumps(output, indent=1).encode()
-        write_atomically(Path(args.output), lambda file: file.write(data))
+        write_json(args.output, output)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import tiktoken
 import torch
 
 from model import GPT, choose_device
@@ -78,9 +79,24 @@ def _draw(
     return torch.multinomial(probs, num_samples=1, generator=generator)
 
 
+def tokenizer_for(model: GPT, name: str | None = None) -> tiktoken.Encoding:
+    """The tokenizer of that name; None is the one that the model's checkpoint names, or gpt2.
+
+    Raises ValueError when the model has fewer token ids.
+    """
+    name = name or (model.metadata.get("args") or {}).get("tokenizer", "gpt2")
+    tokenizer = get_tokenizer(name)
+    if model.config.vocab_size < tokenizer.n_vocab:
+        raise ValueError(
+            f"tokenizer {name} has {tokenizer.n_vocab} ids, the model {model.config.vocab_size}: "
+            "it was trained with another tokenizer"
+        )
+    return tokenizer
+
+
 def complete(
     model: GPT,
-    tokenizer_name: str,
+    tokenizer_name: str | None,
     prompt: str,
     num_samples: int,
     max_new_tokens: int,
@@ -92,15 +108,9 @@ def complete(
 ) -> list[str]:
     """Return the prompt with each of `num_samples` continuations, cut where the document ends.
 
-    An empty prompt begins a new document. Raises ValueError when the model's vocabulary is not the
-    tokenizer's.
+    An empty prompt begins a new document. The tokenizer is that of `tokenizer_for`.
     """
-    tokenizer = get_tokenizer(tokenizer_name)
-    if model.config.vocab_size < tokenizer.n_vocab:
-        raise ValueError(
-            f"tokenizer {tokenizer_name} has {tokenizer.n_vocab} ids, the model {model.config.vocab_size}: "
-            "it was trained with another tokenizer"
-        )
+    tokenizer = tokenizer_for(model, tokenizer_name)
     device = model.transformer.wte.weight.device
     ids = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
     idx = torch.tensor([ids] * num_samples, device=device)  # (num_samples, T)
@@ -163,11 +173,10 @@ def main(args: argparse.Namespace) -> None:
     prompt = Path(args.prompt_file).read_text(encoding="utf-8") if args.prompt_file else args.prompt
     device = choose_device(args.device)
     model = GPT.from_pretrained(args.model)
-    trained_with = model.metadata.get("args") or {}
     model.to(device=device, dtype=getattr(torch, args.dtype))
     texts = complete(
         model,
-        trained_with.get("tokenizer", "gpt2"),
+        None,
         prompt,
         args.num_samples,
         args.max_new_tokens,

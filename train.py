@@ -296,11 +296,6 @@ def open_log(out_dir: Path, start_step: int) -> Callable[..., None]:
     return log
 
 
-def cpu_capabilities() -> dict:
-    """What torch knows of this CPU; {} for a torch that does not say, such as 2.11."""
-    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-
-
 def describe_machine(device: torch.device) -> dict:
     """What a figure needs beside it: versions, hardware, git commit and time."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -316,7 +311,7 @@ def describe_machine(device: torch.device) -> dict:
         },
         "hardware": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "cpu": cpu_capabilities().get("cpu_name") or platform.machine(),
+            "cpu": torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
             "cpu_count": os.cpu_count(),
         },
         "commit": commit,
@@ -329,7 +324,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        capabilities = cpu_capabilities() if device.type == "cpu" else {}
+        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         has_bf16 = any(capabilities.get(feature) for feature in ("avx512_bf16", "amx_bf16"))
     if name == "auto":
         name = "bfloat16" if has_bf16 else "float16" if device.type == "cuda" else "float32"
