@@ -318,12 +318,16 @@ def test_resuming_another_config_names_the_field_and_both_values(run_train):
         run_train("--resume")
 
 
-def test_a_run_killed_before_its_first_checkpoint_resumes_from_its_best(run_train):
-    whole = run_train("--checkpoint_every 100")
+@pytest.mark.parametrize("checkpoint_every, older", [(100, []), (2, ["model_00002.pt"])])
+def test_a_run_killed_after_its_best_resumes_from_there(run_train, checkpoint_every, older):
+    options = f"--checkpoint_every {checkpoint_every} --keep 0"
+    whole = run_train(options)
     best = torch.load("log/model_best.pt", weights_only=True)["step"]
-    Path("log/model_00006.pt").unlink()
-    resumed = run_train("--checkpoint_every 100 --resume")
-    assert [record["step"] for record in resumed["run"]] == [0, best] and best > 0
+    for path in Path("log").glob("model_0*.pt"):
+        if path.name not in older:
+            path.unlink()
+    resumed = run_train(f"{options} --resume")
+    assert [record["step"] for record in resumed["run"]] == [0, best] and best > 2
     assert losses(resumed) == losses(whole)
 
 
