@@ -156,11 +156,15 @@ def encode_documents(
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Have `write(file)` fill a file that appears under its name only when it is whole and on disk."""
     partial = path.with_name(path.name + ".tmp")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except Exception:
+        partial.unlink(missing_ok=True)  # a full disk needs the room
+        raise
 
 
 def write_json(path: str | Path, record: dict) -> None:

@@ -14,18 +14,23 @@ import math
 import pickle
 import shutil
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recomputed
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_VOCAB_SIZE = 50257
 PADDED_VOCAB_SIZE = 50304  # the next multiple of 128: matmuls tile evenly, the extra rows are never a target
 # OpenAI's checkpoints store these four as (in, out), `nn.Linear` wants (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+# What a file that is cut short, altered or something else makes torch.load and zipfile raise.
+DAMAGE = (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -145,12 +150,17 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The language model. `metadata` holds what its checkpoint said beside the tensors (step, val_loss,
-    args)."""
+    """The language model.
+
+    `metadata` holds what its checkpoint said beside the tensors (step, val_loss, args). With `recompute` the
+    backward pass computes each block's activations again: a third more work, and memory for one block only
+    (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.recompute = False
         self.metadata: dict = {}
         self.transformer = nn.ModuleDict(
             dict(
@@ -194,7 +204,9 @@ class GPT(nn.Module):
             positions = torch.arange(past, past + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache[i] if cache else None, mask)
+            inputs = (x, cache[i] if cache else None, mask)
+            again = self.recompute and torch.is_grad_enabled()
+            x = recomputed(block, *inputs, use_reentrant=False) if again else block(*inputs)
         return self.transformer.ln_f(x)
 
     def forward(
@@ -225,6 +237,21 @@ class GPT(nn.Module):
         """
         weights = self.num_params() - self.transformer.wpe.weight.numel()
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * (T or self.config.block_size)
+
+    def training_bytes(self, batch_size: int, T: int, dtype: torch.dtype) -> int:
+        """Memory of a training step at its peak, uncompiled: when the backward pass starts.
+
+        A weight has 16 bytes in fp32: itself, its gradient, AdamW's two moments; and under autocast a = 2 for
+        a copy. A token has in each block two fp32 inputs of LayerNorm and 14 n_embd of a, and in the head the
+        logits in a and three times in fp32, for the softmax, its gradient and theirs. With `recompute` a
+        block keeps its fp32 input only, one of them all, and of the copies only the head's is alive.
+        """
+        P, V, C, L = self.num_params(), self.config.vocab_size, self.config.n_embd, self.config.n_layer
+        a = dtype.itemsize
+        block, head = (8 + 14 * a) * C, (12 + a) * V
+        copies = 0 if dtype == torch.float32 else a * V * C if self.recompute else a * P
+        blocks = 4 * C * L + block if self.recompute else block * L
+        return 16 * P + copies + batch_size * T * (blocks + head)
 
     def optimizer_groups(self, weight_decay: float) -> list[dict]:
         """Parameter groups: matrices and embeddings decay, biases and LayerNorm gains do not."""
@@ -331,7 +358,7 @@ def _read_hugging_face(source: str) -> tuple[dict, dict[str, torch.Tensor], dict
     return {**config, "block_size": theirs.n_positions}, _transpose(hf_model.state_dict()), {}
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
     """The step of model_00250.pt or model_best.pt; -1 where it cannot be told."""
     if path.stem != "model_best":
         number = path.stem.removeprefix("model_")
@@ -354,15 +381,17 @@ def load_checkpoint(source: str | Path) -> dict:
             f"or one of {', '.join(HUB_NAMES)}"
         )
     if source.is_dir():
-        for path in sorted(source.glob("model_*.pt"), key=_step_of, reverse=True):
+        for path in sorted(source.glob("model_*.pt"), key=step_of, reverse=True):
             try:
                 return load_checkpoint(path)
             except ValueError as error:
                 warnings.warn(f"passing over a checkpoint: {error}", stacklevel=2)
         raise FileNotFoundError(f"no whole checkpoint in {source}: train one with `python train.py`")
     try:
+        if zipfile.is_zipfile(source) and (broken := zipfile.ZipFile(source).testzip()):
+            raise ValueError(f"{broken} fails its checksum")  # which torch.load does not look at
         checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+    except DAMAGE as error:
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else "it ends too early"
         raise ValueError(f"{source} is cut short or no checkpoint ({reason}): use an older one") from error
     missing = [

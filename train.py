@@ -18,9 +18,12 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -36,7 +39,7 @@ import fineweb
 import hellaswag
 import plot
 import sample
-from model import GPT, GPTConfig, choose_device, load_checkpoint
+from model import GPT, GPTConfig, choose_device, load_checkpoint, step_of
 from tokenizer import NAMES, get_tokenizer
 
 DEMO_DATA_DIR = "demo_data"
@@ -57,7 +60,8 @@ PRESETS = {
     },
 }
 ARCHITECTURE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout")
-MAX_SKIPPED_STEPS = 10  # in a row; a GradScaler that starts at 65,536 settles within this many halvings
+PICTURE_EVERY_S = 30.0  # drawing takes half a second, small models write checkpoints more often than that
+SAME_SIGNAL_S = 1.0  # torchrun passes on what a terminal or Slurm has already sent to every process
 OVERFIT_LOSS = 0.05  # nats per token; what "near zero" means to --overfit_batch
 # Dense bf16/fp16 FLOP/s with fp32 accumulation, from NVIDIA's data sheets, by the name that the driver gives.
 PEAK_FLOPS = {
@@ -94,22 +98,42 @@ class Distributed:
         torch.distributed.all_reduce(total)
         return total.tolist()
 
+    def union(self, lines: list[str]) -> list[str]:
+        """The lines of all ranks, each once, in the same order on every rank. A collective."""
+        gathered = [lines]
+        if self.world_size > 1:
+            gathered = [[] for _ in range(self.world_size)]
+            torch.distributed.all_gather_object(gathered, lines)
+        return list(dict.fromkeys(line for lines in gathered for line in lines))
+
+    def error(self, message: str) -> BaseException:
+        """What all ranks raise where all of them fail alike: one says why, the others just end."""
+        return ValueError(message) if self.is_main else SystemExit(1)
+
 
 def setup_distributed(device: str) -> Distributed:
     """Join torchrun's process group where there is one: nccl on GPUs, gloo on CPUs.
 
-    Raises ValueError when this machine lacks the device.
+    Raises ValueError when this machine lacks the device, or has fewer GPUs than ranks.
     """
     device = choose_device(device)
     if "RANK" not in os.environ:
         return Distributed(rank=0, world_size=1, device=device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Distributed(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store, single_node = None, os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    if single_node and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # One store serves all of torchrun's restarts, and a new rank may find the address of a dead one there
+        # (pytorch/pytorch#135712). The count tells them apart, but on one node only: each node has its own.
+        store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        store = torch.distributed.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    return Distributed(rank, world_size, device)
 
 
 def read_manifest(data_dir: Path) -> dict:
@@ -264,12 +288,116 @@ def learning_rate_at(step: int, args: argparse.Namespace) -> float:
     return args.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (args.learning_rate - args.min_lr)
 
 
-def save_checkpoint(path: Path, checkpoint: dict, keep: int = 0) -> None:
-    """Write a checkpoint, whole or not at all; then delete all but the newest `keep`, 0 deletes none."""
-    fineweb.write_atomically(path, lambda file: torch.save(checkpoint, file))
-    numbered = sorted(path.parent.glob("model_[0-9]*.pt"), key=lambda path: int(path.stem.split("_")[1]))
-    for old in numbered[:-keep] if keep else []:
-        old.unlink()
+class CheckpointWriter:
+    """Writes checkpoints in the background, one after the other.
+
+    Training waits for a copy to host memory only, and for the write before where that is not done. A write
+    that fails is reported and leaves the older checkpoints as they are; `check` and `close` raise ValueError
+    when two in a row have failed, `close` also when the last one has.
+    """
+
+    def __init__(self, out_dir: Path, keep: int, milestone_steps: int, log: Callable[..., None]):
+        self.out_dir, self.keep, self.milestone_steps, self.log = out_dir, keep, milestone_steps, log
+        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.pending = self.pool.submit(lambda: None)
+        self.host: dict[tuple, torch.Tensor] = {}
+        self.failure = ""  # what became of the last write
+        self.drawn = time.monotonic()
+        for partial in out_dir.glob("*.tmp"):  # the last one of a run that was killed
+            partial.unlink()
+
+    def to_host(self, value):
+        """Copy nested dicts and lists with their tensors; those that share memory still do.
+
+        The memory is kept for the next time, on GPUs it is pinned: the copy runs at the full rate of the bus.
+        """
+        if isinstance(value, dict):
+            return {name: self.to_host(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [self.to_host(each) for each in value]
+        if not isinstance(value, torch.Tensor):
+            return value
+        key = (value.data_ptr(), value.shape, value.dtype)
+        if key not in self.host:
+            self.host[key] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return self.host[key].copy_(value, non_blocking=True)
+
+    def save(self, names: list[str], checkpoint: dict, device: torch.device) -> None:
+        """Start to write the checkpoint under each of the names."""
+        started = time.perf_counter()
+        self.pending.result()
+        checkpoint = self.to_host(checkpoint)
+        synchronize(device)
+        held_ms = 1000 * (time.perf_counter() - started)
+        self.pending = self.pool.submit(self._write, names, checkpoint, held_ms)
+
+    def _write(self, names: list[str], checkpoint: dict, held_ms: float) -> None:
+        started = time.perf_counter()
+        try:
+            for name in names:
+                fineweb.write_atomically(self.out_dir / name, lambda file: torch.save(checkpoint, file))
+        except (OSError, RuntimeError) as error:
+            # torch.save turns the file's error into one of its own.
+            reason = error.__context__ if isinstance(error.__context__, OSError) else error
+            before, self.failure = self.failure, f"could not write {self.out_dir / name} ({reason})"
+            if before:
+                raise ValueError(
+                    f"{self.failure}, nor the one before: make room and --resume from {self.newest()}"
+                ) from error
+            tqdm.write(f"warning: {self.failure}; training goes on, and the next checkpoint is tried")
+            return
+        self.failure = ""
+        write_ms = 1000 * (time.perf_counter() - started)
+        self.log(checkpoint["step"], "checkpoint", names=names, held_ms=held_ms, write_ms=write_ms)
+        for path in self.numbered()[: -self.keep] if self.keep else []:
+            if not self.milestone_steps or step_of(path) % self.milestone_steps:
+                path.unlink()
+        if time.monotonic() - self.drawn > PICTURE_EVERY_S:
+            draw(self.out_dir)
+            self.drawn = time.monotonic()
+
+    def numbered(self) -> list[Path]:
+        """The checkpoints of this run but model_best.pt, the oldest first."""
+        return sorted(self.out_dir.glob("model_[0-9]*.pt"), key=step_of)
+
+    def newest(self) -> str:
+        """The newest checkpoint, for messages."""
+        best = [path for path in [self.out_dir / "model_best.pt"] if path.exists()]
+        return str(max([*self.numbered(), *best], key=step_of, default="nothing: none was written yet"))
+
+    def check(self) -> None:
+        """Raise what a finished write has raised."""
+        if self.pending.done():
+            self.pending.result()
+
+    def close(self) -> None:
+        """Wait for the last write."""
+        self.pending.result()
+        if self.failure:
+            raise ValueError(f"{self.failure}: make room and --resume from {self.newest()}")
+
+
+class StopSignal:
+    """True once SIGTERM or SIGINT has arrived; a second one ends the process at once."""
+
+    def __init__(self):
+        self.arrived = None
+        self.before = {each: signal.signal(each, self._handle) for each in (signal.SIGTERM, signal.SIGINT)}
+
+    def _handle(self, number: int, frame) -> None:
+        if self.arrived is None:
+            self.arrived = time.monotonic()
+        elif time.monotonic() - self.arrived > SAME_SIGNAL_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def __bool__(self) -> bool:
+        return self.arrived is not None
+
+    def restore(self) -> None:
+        """Leave signals to those who had them before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def open_log(out_dir: Path, start_step: int) -> Callable[..., None]:
@@ -286,12 +414,16 @@ def open_log(out_dir: Path, start_step: int) -> Callable[..., None]:
             if record["step"] < start_step or record["kind"] == "run":
                 kept.append(line + "\n")
     fineweb.write_atomically(path, lambda file: file.write("".join(kept).encode()))
-    file = open(path, "a", buffering=1)
+    file, lock = open(path, "a", buffering=1), threading.Lock()
 
     def log(step: int, kind: str, **values) -> None:
         # NaN is no JSON.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        file.write(json.dumps({"step": step, "kind": kind, **finite}) + "\n")
+        with lock:
+            try:
+                file.write(json.dumps({"step": step, "kind": kind, **finite}) + "\n")
+            except OSError as error:  # the file object keeps the line and tries again with the next one
+                tqdm.write(f"warning: could not write {path} ({error}); training goes on")
 
     return log
 
@@ -320,7 +452,10 @@ def describe_machine(device: torch.device) -> dict:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Resolve --dtype: bf16 where the hardware computes in it, else fp16 on GPUs and fp32 elsewhere."""
+    """Resolve --dtype: bf16 where the hardware computes in it, else fp16 on NVIDIA GPUs and fp32 elsewhere.
+
+    Raises ValueError for bf16 on a GPU that only emulates it; on such a CPU it is slow, with a warning.
+    """
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -330,6 +465,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         name = "bfloat16" if has_bf16 else "float16" if device.type == "cuda" else "float32"
     elif name == "bfloat16" and not has_bf16 and device.type == "cuda":
         raise ValueError("this GPU only emulates bfloat16: give --dtype float16 or auto")
+    elif name == "bfloat16" and not has_bf16 and device.type == "cpu":
+        warnings.warn("this CPU only emulates bfloat16: --dtype float32 is faster", stacklevel=2)
     return getattr(torch, name)
 
 
@@ -347,6 +484,58 @@ def synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
+def can_compile(device: torch.device, say: Callable[[str], None]) -> bool:
+    """Try torch.compile on next to nothing: CPUs need a C++ compiler, GPUs Triton and a C compiler."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        say(f"warning: torch.compile does not work here, training goes on without ({reason})")
+        return False
+    torch._dynamo.utils.counters.clear()  # the log counts the model's compilations
+    return True
+
+
+def fits(model: GPT, batch_size: int, block_size: int, dtype: torch.dtype, dist: Distributed) -> bool:
+    """Whether a training step has the memory for `batch_size` sequences per micro-step.
+
+    A GPU is tried, in eager mode, which needs more than compiled code. Elsewhere nothing can be tried, a
+    system out of memory swaps or kills: there half of what the machine has, shared by the ranks, must do.
+    """
+    if dist.device.type != "cuda":
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+        return model.training_bytes(batch_size, block_size, dtype) <= memory / dist.world_size
+    try:
+        # AdamW's moments, and a twentieth of the device for what comes and goes.
+        reserve = [torch.empty_like(weight) for weight in [*model.parameters()] * 2]
+        reserve += [torch.empty(torch.cuda.mem_get_info()[1] // 20, dtype=torch.uint8, device=dist.device)]
+        idx = torch.zeros(batch_size, block_size, dtype=torch.int64, device=dist.device)
+        for _ in range(2):  # the second micro-step adds to the gradients of the first
+            with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+                _, loss = model(idx, idx)
+            loss.backward()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+    return True
+
+
+def find_batch_size(model: GPT, args: argparse.Namespace, dtype: torch.dtype, dist: Distributed) -> int:
+    """The largest --batch_size that fits on every rank and divides the tokens of a step.
+
+    Raises ValueError when not even 1 fits. A collective.
+    """
+    most = args.total_batch_size // (args.block_size * dist.world_size)
+    for batch_size in (n for n in range(most, 0, -1) if most % n == 0):
+        (misfits,) = dist.sum(not fits(model, batch_size, args.block_size, dtype, dist))
+        if dist.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not misfits:
+            return batch_size
+    raise ValueError("not even --batch_size 1 fits into memory: give --recompute or a smaller --block_size")
+
+
 def prepare_demo_data(dist: Distributed) -> None:
     """Make the demo's shards, where they are missing, from the sources of the standard library."""
     manifest = Path(DEMO_DATA_DIR) / fineweb.MANIFEST
@@ -362,8 +551,8 @@ def draw(out_dir: Path) -> Path:
     path = out_dir / "loss.png"
     try:
         plot.plot([out_dir], path)
-    except (ImportError, OSError) as error:
-        print(f"warning: no picture of the loss: {error}")
+    except (ImportError, OSError, ValueError) as error:
+        tqdm.write(f"warning: no picture of the loss: {error}")
     return path
 
 
@@ -386,7 +575,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--n_embd", type=int, help="width; a multiple of --n_head")
     add("--dropout", type=float, default=0.0, help="probability; 0 is off")
     add = parser.add_argument_group("batch").add_argument
-    add("--batch_size", type=int, default=64, help="sequences per rank and micro-step: what memory allows")
+    add(
+        "--batch_size",
+        type=lambda text: text if text == "auto" else int(text),
+        default=64,
+        help="sequences per rank and micro-step; auto is the most that memory allows",
+    )
     add("--total_batch_size", type=int, default=524288, help="tokens per step, all ranks and micro-steps")
     add("--shuffle", action=argparse.BooleanOptionalAction, default=False, help="permute every epoch")
     add("--overfit_batch", action="store_true", help="sanity check: fit one batch to a loss near zero")
@@ -401,6 +595,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--beta1", type=float, default=0.9, help="decay of the mean of gradients")
     add("--beta2", type=float, default=0.95, help="decay of the mean of squared gradients")
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0 is off")
+    add("--max_skipped", type=int, default=10, help="skipped steps in a row that end the run")
     add = parser.add_argument_group("evaluation").add_argument
     add("--val_every", type=int, default=250, help="steps between validations; 0 is off")
     add("--val_tokens", type=int, default=10485760, help="tokens per validation, always the same ones")
@@ -413,11 +608,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("records").add_argument
     add("--checkpoint_every", type=int, default=1000, help="steps between checkpoints; 0 writes none at all")
     add("--keep", type=int, default=2, help="newest checkpoints to keep beside model_best.pt; 0 keeps all")
+    add("--milestone_every", type=int, default=5, help="checkpoints per one that is kept for good; 0 is none")
     add("--log_every", type=int, default=10, help="steps between lines on the console")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of autocast")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; None is on CUDA only")
+    add("--recompute", action="store_true", help="activations in the backward pass: less memory, slower")
     preset = parser.parse_known_args(argv)[0].preset
     if preset not in PRESETS:
         raise ValueError(f"unknown --preset {preset!r}: choose from {', '.join(PRESETS)}")
@@ -439,17 +636,17 @@ def check_args(args: argparse.Namespace, world_size: int) -> list[str]:
     """Return what is wrong with the command line by itself, a line for each problem."""
     at_least_1 = (
         "block_size vocab_size n_layer n_head n_embd batch_size total_batch_size max_steps val_tokens "
-        "sample_tokens log_every"
+        "sample_tokens log_every max_skipped"
     )
     at_least_0 = (
         "dropout warmup_steps min_lr weight_decay beta1 beta2 grad_clip val_every hellaswag_every "
-        "sample_every early_stop checkpoint_every keep seed"
+        "sample_every early_stop checkpoint_every keep milestone_every seed"
     )
     problems = [
         f"--{name} is {getattr(args, name)}: give at least {least}"
         for least, names in ((1, at_least_1), (0, at_least_0))
         for name in names.split()
-        if getattr(args, name) is not None and getattr(args, name) < least
+        if getattr(args, name) not in (None, "auto") and getattr(args, name) < least
     ]
     for name in ("dropout", "beta1", "beta2"):
         if getattr(args, name) >= 1:
@@ -464,11 +661,12 @@ def check_args(args: argparse.Namespace, world_size: int) -> list[str]:
         return problems
     if args.n_embd % args.n_head:
         problems.append(f"--n_embd {args.n_embd} does not divide by --n_head {args.n_head}: change one")
-    micro_step = args.batch_size * args.block_size * world_size
+    batch_size = 1 if args.batch_size == "auto" else args.batch_size
+    micro_step = batch_size * args.block_size * world_size
     if args.total_batch_size % micro_step:
         nearest = max(round(args.total_batch_size / micro_step), 1) * micro_step
         problems.append(
-            f"--total_batch_size {args.total_batch_size} does not divide by --batch_size {args.batch_size} x "
+            f"--total_batch_size {args.total_batch_size} does not divide by --batch_size {batch_size} x "
             f"--block_size {args.block_size} x {world_size} rank(s) = {micro_step}: "
             f"give --total_batch_size {nearest} or another --batch_size"
         )
@@ -480,6 +678,8 @@ def check_disk(args: argparse.Namespace, model: GPT) -> list[str]:
     if not args.checkpoint_every:
         return []
     kept = args.keep or math.ceil(args.max_steps / args.checkpoint_every)
+    if args.milestone_every:
+        kept += args.max_steps // (args.checkpoint_every * args.milestone_every)
     needed = 12 * model.num_params() * (kept + 2)  # model_best.pt, and the one that is being written
     out_dir = Path(args.out_dir).absolute()
     free = shutil.disk_usage(next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())).free
@@ -535,8 +735,8 @@ def prepare(
 ) -> tuple[GPT, torch.dtype, dict[str, DataLoaderLite], list[hellaswag.Example], dict | None]:
     """Load what a run needs: model, dtype, loaders, HellaSwag examples, and the checkpoint that it resumes.
 
-    Whatever can be wrong or missing is found here, before the first step. Fills in the options left open.
-    Raises ValueError with a line for each problem.
+    Whatever can be wrong or missing is found here, before the first step, and ends every rank. Fills in the
+    options left open. Raises ValueError with a line for each problem. A collective.
     """
     problems = check_args(args, dist.world_size)
     if args.data_dir is None:
@@ -563,11 +763,11 @@ def prepare(
         with collecting(problems):
             tokenizer = get_tokenizer(args.tokenizer)
             n_vocab = tokenizer.n_vocab
-    if args.hellaswag_every and (args.hellaswag_data or not problems):
+    if args.hellaswag_every and args.hellaswag_data is None and dist.is_main and not problems:
         with collecting(problems):
-            if dist.is_main and args.hellaswag_data is None:
-                hellaswag.download()
-        dist.sum(0)  # the others wait for the file
+            hellaswag.download()
+    problems = dist.union(problems)  # the others wait for the file
+    if args.hellaswag_every and (args.hellaswag_data or not problems):
         with collecting(problems):
             items = hellaswag.load_items(args.hellaswag_data or hellaswag.DATA)
             examples = hellaswag.render(items, tokenizer) if tokenizer else []
@@ -576,12 +776,23 @@ def prepare(
             resumed = load_checkpoint(args.out_dir)
         if resumed and not {"optimizer", "scaler", "step", "best_step", "args"} <= resumed.keys():
             problems.append(f"the checkpoint in {args.out_dir} holds weights only: give it to --init_from")
+    if len(steps := dist.union([str(resumed and resumed.get("step"))])) > 1:
+        problems.append(
+            f"the ranks would resume {args.out_dir} at different steps ({', '.join(steps)}): "
+            "--out_dir must be a folder that every node sees"
+        )
     torch.manual_seed(args.seed)
     if not problems:
         with collecting(problems):
-            model = load_model(args, n_vocab, resumed)
+            model = load_model(args, n_vocab, resumed).to(dist.device)
+            model.recompute = args.recompute
             problems += check_args(args, dist.world_size)  # now with the architecture of --init_from
             problems += check_disk(args, model)
+    problems = dist.union(problems)
+    if not problems:
+        with collecting(problems):
+            if args.batch_size == "auto":
+                args.batch_size = find_batch_size(model, args, dtype, dist)
             for split in ("val", "train"):
                 loaders[split] = DataLoaderLite(
                     args.data_dir,
@@ -593,8 +804,9 @@ def prepare(
                     shuffle=args.shuffle and split == "train",
                     seed=args.seed,
                 )
+    problems = dist.union(problems)
     if problems:
-        raise ValueError("\n".join(dict.fromkeys(problems)))
+        raise dist.error("\n".join(problems))
     return model, dtype, loaders, examples, resumed
 
 
@@ -609,6 +821,15 @@ def prepare_out_dir(out_dir: Path) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
 
 
+def describe_out_of_memory(args: argparse.Namespace) -> str:
+    """What to try next; a divisor of the batch size keeps the tokens per step."""
+    batch_size = 1 if args.batch_size == "auto" else args.batch_size
+    smaller = max((n for n in range(1, batch_size) if batch_size % n == 0), default=None)
+    mend = f"--batch_size {smaller}" if smaller else "a smaller --block_size"
+    mend += "" if args.recompute else " or --recompute"
+    return f"out of memory with --batch_size {batch_size}: try {mend}; the tokens per step stay the same"
+
+
 def main(args: argparse.Namespace) -> None:
     dist = setup_distributed(args.device)
     device, out_dir = dist.device, Path(args.out_dir).absolute()
@@ -616,7 +837,6 @@ def main(args: argparse.Namespace) -> None:
     raw_model, dtype, loaders, examples, resumed = prepare(args, dist)
 
     torch.set_float32_matmul_precision("high")
-    raw_model.to(device)
     optimizer = torch.optim.AdamW(
         raw_model.optimizer_groups(args.weight_decay),
         lr=args.learning_rate,
@@ -627,13 +847,17 @@ def main(args: argparse.Namespace) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     # raw_model: weights, sampling, HellaSwag. model: training and validation, so it sees fixed shapes only.
-    model = DistributedDataParallel(raw_model) if dist.world_size > 1 else raw_model
+    model = raw_model
+    if dist.world_size > 1:
+        model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
     compiled = device.type == "cuda" if args.compile is None else args.compile
+    compiled = compiled and can_compile(device, say)
     model = torch.compile(model) if compiled else model
     accum = args.total_batch_size // (args.batch_size * args.block_size * dist.world_size)
     peak = peak_flops(device, dtype)
 
-    start_step, best_step, val_loss, best_val_loss, skipped, skipped_in_row = 0, 0, None, math.inf, 0, 0
+    start_step, best_step, val_loss, best_val_loss, stopping = 0, 0, None, math.inf, False
+    skipped, skipped_in_row = 0, 0
     if resumed:
         # The options of this command hold: of the optimizer only the moments come from the checkpoint.
         groups = optimizer.state_dict()["param_groups"]
@@ -649,15 +873,20 @@ def main(args: argparse.Namespace) -> None:
     del resumed  # its memory is needed
     machine = describe_machine(device)
     params, flops_per_token = raw_model.num_params(), raw_model.flops_per_token(args.block_size)
-    log = open_log(out_dir, start_step) if dist.is_main else lambda step, kind, **values: None
+    log, writer = lambda step, kind, **values: None, None
+    if dist.is_main:
+        log = open_log(out_dir, start_step)
+        writer = CheckpointWriter(out_dir, args.keep, args.milestone_every * args.checkpoint_every, log)
     log(start_step, "run", args=vars(args), world_size=dist.world_size, params=params, **machine)
     say(
         f"{params:,} parameters on {dist.world_size} x {machine['hardware']['device']}, {dtype}, "
         f"{'compiled' if compiled else 'eager'}; {args.total_batch_size:,} tokens a step, {accum} micro-steps"
     )
 
-    def checkpoint() -> dict:
-        return {
+    def save(step: int, names: list[str]) -> None:
+        if not names or not dist.is_main:
+            return
+        checkpoint = {
             "model": raw_model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
@@ -666,15 +895,19 @@ def main(args: argparse.Namespace) -> None:
             "best_val_loss": best_val_loss,
             "best_step": best_step,
             "config": asdict(raw_model.config),
-            "args": vars(args),
+            "args": dict(vars(args)),
         }
+        writer.save(names, checkpoint, device)
 
     raw_model.train()
     loaders["train"].seek(start_step * accum)
+    stop = StopSignal()
     # disable=None shows the bar on a terminal only.
     bar = tqdm(total=args.max_steps, initial=start_step, unit="step", disable=None if dist.is_main else True)
     for step in range(start_step, args.max_steps + 1):
-        last_step = step == args.max_steps
+        last_step, due = step == args.max_steps, []
+        if dist.is_main:
+            writer.check()
 
         if args.val_every and (step % args.val_every == 0 or last_step):
             val_loss = validate(model, loaders["val"], args.val_tokens, autocast)
@@ -682,8 +915,7 @@ def main(args: argparse.Namespace) -> None:
             say(f"step {step:5d} | val loss {val_loss:.4f}")
             if val_loss < best_val_loss:
                 best_val_loss, best_step = val_loss, step
-                if dist.is_main and args.checkpoint_every:
-                    save_checkpoint(out_dir / "model_best.pt", checkpoint())
+                due.append("model_best.pt")
             elif args.early_stop and step - best_step >= args.early_stop * args.val_every:
                 say(f"step {step:5d} | no better validation loss since step {best_step}: stopping early")
                 last_step = True
@@ -703,12 +935,10 @@ def main(args: argparse.Namespace) -> None:
             log(step, "sample", texts=texts)
             say("".join(f"step {step:5d} | sample\n{text}\n\n" for text in texts))
 
-        if args.checkpoint_every and (step % args.checkpoint_every == 0 and step > start_step or last_step):
-            if dist.is_main:
-                path = out_dir / f"model_{step:05d}.pt"
-                save_checkpoint(path, checkpoint(), args.keep)
-                log(step, "checkpoint", path=path.name)
-                draw(out_dir)
+        if args.checkpoint_every:
+            if step % args.checkpoint_every == 0 and step > start_step or last_step:
+                due.append(f"model_{step:05d}.pt")
+            save(step, due)
 
         if last_step:
             break
@@ -738,9 +968,11 @@ def main(args: argparse.Namespace) -> None:
             skipped_in_row = 0
         else:
             skipped, skipped_in_row = skipped + 1, skipped_in_row + 1
+            say(f"step {step:5d} | gradient norm {norm}: step skipped, {skipped_in_row} in a row")
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        train_loss = dist.sum(loss_sum.item())[0] / dist.world_size
+        # One rank's signal stops them all, after the same step.
+        train_loss, stopping = dist.sum(loss_sum.item() / dist.world_size, bool(stop))
         synchronize(device)
         seconds = time.perf_counter() - started
 
@@ -756,21 +988,28 @@ def main(args: argparse.Namespace) -> None:
             )
         bar.update()
         bar.set_postfix_str(f"loss {train_loss:.3f}", refresh=False)
-        if skipped_in_row == MAX_SKIPPED_STEPS:
-            raise ValueError(
+        if skipped_in_row == args.max_skipped:
+            raise dist.error(
                 f"gradients were not finite for {skipped_in_row} steps in a row, up to step {step} with "
-                f"learning rate {lr:.2e}: lower --learning_rate and --resume the last checkpoint in {out_dir}"
+                f"learning rate {lr:.2e}: lower it and --resume from {writer and writer.newest()}"
             )
-        if args.overfit_batch and train_loss < OVERFIT_LOSS:
+        if stopping:
+            save(step + 1, [f"model_{step + 1:05d}.pt"] if args.checkpoint_every else [])
+        if stopping or args.overfit_batch and train_loss < OVERFIT_LOSS:
             break
     bar.close()
+    stop.restore()
+    if dist.is_main:
+        writer.close()
 
-    if args.overfit_batch and train_loss >= OVERFIT_LOSS:
-        raise ValueError(
+    if stopping:
+        say(f"stopped by a signal after step {step}: the same command with --resume goes on from there")
+    elif args.overfit_batch and train_loss >= OVERFIT_LOSS:
+        raise dist.error(
             f"one batch still has loss {train_loss:.3f} after {args.max_steps} steps, not {OVERFIT_LOSS}: "
             "the model is broken, or needs more --max_steps, another --learning_rate or no --dropout"
         )
-    if args.overfit_batch:
+    elif args.overfit_batch:
         say(f"one batch was learnt to loss {train_loss:.4f} in {step + 1} steps: the model can fit")
     elif dist.is_main:
         say(f"loss curve: {draw(out_dir)}")
@@ -781,6 +1020,11 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     try:
-        main(parse_args())
+        args = parse_args()
+        main(args)
     except (ValueError, FileNotFoundError) as error:
         sys.exit("\n".join(f"train.py: error: {line}" for line in str(error).splitlines()))
+    except RuntimeError as error:
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        sys.exit(f"train.py: error: {describe_out_of_memory(args)}")

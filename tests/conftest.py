@@ -41,18 +41,22 @@ def shards(tmp_path):
     return folder
 
 
-@pytest.fixture
-def run_train(shards, tmp_path):
-    """Run train.main on a tiny model in fp32 and return the log's records by kind; options are a string."""
+TINY = (
+    "--data_dir shards --tokenizer byte --n_layer 2 --n_head 2 --n_embd 32 --block_size 16 --batch_size 2 "
+    "--total_batch_size 64 --learning_rate 1e-2 --warmup_steps 2 --max_steps 6 --val_every 3 "
+    "--val_tokens 160 --hellaswag_every 0 --sample_every 0 --checkpoint_every 3 --log_every 100 --device cpu "
+    "--dtype float32 "
+)
 
-    def run(options: str = "", out_dir: Path | str = tmp_path / "log") -> dict[str, list[dict]]:
-        tiny = (
-            f"--data_dir {shards} --out_dir {out_dir} --tokenizer byte --n_layer 2 --n_head 2 --n_embd 32 "
-            "--block_size 16 --batch_size 2 --total_batch_size 64 --learning_rate 1e-2 --warmup_steps 2 "
-            "--max_steps 6 --val_every 3 --val_tokens 160 --hellaswag_every 0 --sample_every 0 "
-            "--checkpoint_every 3 --log_every 100 --device cpu --dtype float32 "
-        )
-        train.main(train.parse_args((tiny + options).split()))
+
+@pytest.fixture
+def run_train(shards, monkeypatch):
+    """Run train.main on a tiny model in fp32 and return the log's records by kind; options are a string."""
+    draw = train.plot.plot
+
+    def run(options: str = "", out_dir: Path | str = "log", picture: bool = False) -> dict[str, list[dict]]:
+        monkeypatch.setattr(train.plot, "plot", draw if picture else lambda runs, output: None)
+        train.main(train.parse_args(f"{TINY} --out_dir {out_dir} {options}".split()))
         records: dict[str, list[dict]] = {}
         for line in (Path(out_dir) / "log.jsonl").read_text().splitlines():
             record = json.loads(line)

@@ -103,11 +103,13 @@ def test_bad_shards_are_named(shards):
 
 
 def test_a_run_writes_log_checkpoints_and_picture(run_train):
-    records = run_train(f"--keep 1 --sample_every 3 --hellaswag_every 6 --hellaswag_data {train.DEMO_ITEMS}")
+    options = f"--keep 1 --sample_every 3 --hellaswag_every 6 --hellaswag_data {train.DEMO_ITEMS}"
+    records = run_train(options, picture=True)
     assert [record["step"] for record in records["train"]] == list(range(6))
     assert [record["step"] for record in records["val"]] == [0, 3, 6]
     assert [record["step"] for record in records["hellaswag"]] == [0, 6]
-    assert [record["step"] for record in records["checkpoint"]] == [3, 6]
+    written = {name: record["step"] for record in records["checkpoint"] for name in record["names"]}
+    assert written == {"model_best.pt": 6, "model_00003.pt": 3, "model_00006.pt": 6}
     assert all(len(record["texts"]) == 2 for record in records["sample"])
     assert records["train"][0].keys() == {
         "step", "kind", "loss", "lr", "norm", "dt_ms", "tokens_per_s", "mfu", "skipped",
