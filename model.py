@@ -242,13 +242,13 @@ class GPT(nn.Module):
         """Memory of a training step at its peak, uncompiled: when the backward pass starts.
 
         A weight has 16 bytes in fp32: itself, its gradient, AdamW's two moments; and under autocast a = 2 for
-        a copy. A token has in each block two fp32 inputs of LayerNorm and 14 n_embd of a, and in the head the
-        logits in a and three times in fp32, for the softmax, its gradient and theirs. With `recompute` a
-        block keeps its fp32 input only, one of them all, and of the copies only the head's is alive.
+        a copy. A token has in each block two fp32 inputs of LayerNorm and 14 n_embd of a, and in the head
+        three times the logits in fp32: the softmax, its gradient and theirs. With `recompute` a block keeps
+        its fp32 input only, one of them all, and of the copies only the head's is alive.
         """
         P, V, C, L = self.num_params(), self.config.vocab_size, self.config.n_embd, self.config.n_layer
         a = dtype.itemsize
-        block, head = (8 + 14 * a) * C, (12 + a) * V
+        block, head = (8 + 14 * a) * C, 12 * V
         copies = 0 if dtype == torch.float32 else a * V * C if self.recompute else a * P
         blocks = 4 * C * L + block if self.recompute else block * L
         return 16 * P + copies + batch_size * T * (blocks + head)

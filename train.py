@@ -271,7 +271,7 @@ def validate(
         first = (i * dist.world_size + dist.rank) * B
         y = y.masked_fill(torch.arange(first, first + B, device=y.device)[:, None] >= windows, -100)
         with autocast:
-            _, loss = model(x, y, reduction="sum")
+            loss = model(x, y, reduction="sum")[1]
         losses.append(loss.float())
     model.train()
     (nats,) = dist.sum(torch.stack(losses).cpu().double().sum().item())
@@ -512,7 +512,7 @@ def fits(model: GPT, batch_size: int, block_size: int, dtype: torch.dtype, dist:
         idx = torch.zeros(batch_size, block_size, dtype=torch.int64, device=dist.device)
         for _ in range(2):  # the second micro-step adds to the gradients of the first
             with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
-                _, loss = model(idx, idx)
+                loss = model(idx, idx)[1]
             loss.backward()
     except torch.OutOfMemoryError:
         return False
@@ -957,7 +957,7 @@ def main(args: argparse.Namespace) -> None:
             sync_now = dist.world_size == 1 or micro_step == accum - 1
             with contextlib.nullcontext() if sync_now else model.no_sync():
                 with autocast:
-                    _, loss = model(x, y)
+                    loss = model(x, y)[1]  # the logits' memory is needed
                 scaler.scale(loss / accum).backward()
             loss_sum += loss.detach() / accum
         scaler.unscale_(optimizer)

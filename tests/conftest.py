@@ -68,13 +68,14 @@ def run_train(shards, monkeypatch):
 
 @pytest.fixture
 def torchrun():
-    """Run a script under torchrun on two ranks."""
+    """Run a script under torchrun on two ranks and return what it prints."""
 
-    def run(*arguments: str) -> None:
+    def run(*arguments: str) -> str:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
         result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
+        return result.stdout
 
     return run
 

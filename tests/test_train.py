@@ -1,6 +1,7 @@
 import functools
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -204,22 +205,48 @@ def test_validation_is_the_mean_over_its_windows(run_train, shards, hf_folder):
 
 
 TWO_RANKS_SCRIPT = """
-import argparse, functools, torch, train
+import argparse, functools, os, torch, train
 torch.compile = functools.partial(torch.compile, backend="aot_eager")
-train.main(argparse.Namespace(**{args}))
+reductions = []
+
+class Counted(train.DistributedDataParallel):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_comm_hook(None, reduce)
+
+def reduce(state, bucket):
+    reductions.append(bucket)
+    group = torch.distributed.group.WORLD
+    work = torch.distributed.all_reduce(bucket.buffer().div_(2), group=group, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+train.DistributedDataParallel = Counted
+for i, args in enumerate({runs}):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i)  # a second process group needs a store of its own
+    train.main(argparse.Namespace(**args))
+    print(len(reductions), "reductions")
+    reductions.clear()
 """
 
 
-def test_two_ranks_compiled_train_as_one(run_train, shards, torchrun):
+def test_two_ranks_train_as_one_compiled_and_resumed_with_one_reduction_a_step(run_train, torchrun):
     one = run_train("--batch_size 4 --sample_every 3")
-    args = {**one["run"][0]["args"], "batch_size": 1, "compile": True, "out_dir": "two"}
-    Path("two.py").write_text(TWO_RANKS_SCRIPT.format(args=args))
-    torchrun("two.py")
-    two = [json.loads(line) for line in Path("two/log.jsonl").read_text().splitlines()]
-    for kind in ("train", "val"):
-        expected = [record["loss"] for record in one[kind]]
-        assert [r["loss"] for r in two if r["kind"] == kind] == pytest.approx(expected, abs=1e-5), kind
-    assert next(r for r in two if r["kind"] == "run")["world_size"] == 2
+    args = {**one["run"][0]["args"], "batch_size": 1}
+    shutil.copytree("log", "resumed")
+    Path("resumed/model_00006.pt").unlink()
+    Path("resumed/model_best.pt").unlink()
+    runs = [{**args, "compile": True, "out_dir": "two", "recompute": True}]
+    runs += [{**args, "resume": True, "out_dir": "resumed"}]
+    Path("two.py").write_text(TWO_RANKS_SCRIPT.format(runs=runs))
+    output = torchrun("two.py")
+    for folder in ("two", "resumed"):
+        two = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+        for kind in ("train", "val"):
+            expected = [record["loss"] for record in one[kind]]
+            assert [r["loss"] for r in two if r["kind"] == kind] == pytest.approx(expected, abs=1e-5), kind
+        assert [r for r in two if r["kind"] == "run"][-1]["world_size"] == 2
+    # Two micro-steps, one bucket of gradients: 6 steps from the start and 3 from step 3.
+    assert output.count("6 reductions") == output.count("3 reductions") == 2
 
 
 def test_overfit_batch_reaches_zero_or_says_so(run_train):
