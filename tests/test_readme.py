@@ -10,7 +10,8 @@ SCRIPTS = ("train", "fineweb", "hellaswag", "sample", "plot", "bench")
 
 def shell_lines(text):
     blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
+    lines = [line.removeprefix("srun ") for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.strip() and not line.startswith(("#", "export "))]
 
 
 def docstring_lines(name):

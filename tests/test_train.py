@@ -402,6 +402,14 @@ def test_gpu_training_compiled_follows_the_cpu(run_train, dtype):
 
 
 @pytest.mark.gpu
+def test_gpu_batch_size_auto_is_less_than_everything_and_trains(run_train):
+    options = "--device cuda --vocab_size 50304 --total_batch_size 4194304 --max_steps 1 --val_every 0"
+    (run,) = run_train(f"{options} --batch_size auto --checkpoint_every 0")["run"]
+    # 2 ** 18 windows of 16 tokens would have 2.5 TB of logits, one in fp32 has 10 MB with its gradients.
+    assert 16 <= run["args"]["batch_size"] < 2**18
+
+
+@pytest.mark.gpu
 def test_gpu_resume_repeats_the_losses(run_train):
     options = "--device cuda --dtype bfloat16 --no-compile --dropout 0.1"
     whole = run_train(options)
