@@ -107,7 +107,9 @@ class Distributed:
         return list(dict.fromkeys(line for lines in gathered for line in lines))
 
     def error(self, message: str) -> BaseException:
-        """What all ranks raise where all of them fail alike: one says why, the others just end."""
+        """Leave the process group, for all ranks to raise what one of them says; the others just end."""
+        if self.world_size > 1:
+            torch.distributed.destroy_process_group()
         return ValueError(message) if self.is_main else SystemExit(1)
 
 

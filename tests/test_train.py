@@ -259,12 +259,17 @@ def test_overfit_batch_reaches_zero_or_says_so(run_train):
 
 def test_early_stop_keeps_the_best(run_train):
     # Random bytes: the model memorises the training windows and gets worse on others.
-    records = run_train("--max_steps 200 --val_every 5 --early_stop 2 --learning_rate 3e-2")
+    options = "--max_steps 200 --val_every 5 --early_stop 2 --learning_rate 3e-2"
+    records = run_train(options)
     validations = records["val"]
     best = min(validations, key=lambda record: record["loss"])
     assert validations[-1]["step"] == best["step"] + 10 < 200
     checkpoint = torch.load("log/model_best.pt", weights_only=True)
     assert (checkpoint["step"], checkpoint["val_loss"]) == (best["step"], best["loss"])
+    for path in Path("log").glob("model_0*.pt"):
+        path.unlink()
+    resumed = run_train(f"{options} --resume")  # from the best: it knows when that was
+    assert [r["loss"] for r in resumed["val"]] == [r["loss"] for r in validations]
 
 
 def test_gradients_that_are_not_finite_are_skipped_and_end_the_run(run_train):
