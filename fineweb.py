@@ -3,29 +3,36 @@
     python fineweb.py                                             # FineWeb-Edu, 10 billion tokens
     python fineweb.py --files input.txt --out_dir shakespeare     # your own .txt, .jsonl, .jsonl.gz, .parquet
     python fineweb.py --dataset Salesforce/wikitext --name wikitext-103-raw-v1 --shard_size 1e7 --out_dir wiki
+    python fineweb.py --verify                                    # are the shards still what they were?
 
 Writes `edufineweb_{val|train}_{index:06d}.npy` to --out_dir: one-dimensional uint16 arrays of --shard_size
 tokens, the first one for validation, every document headed by the end-of-text token; and `manifest.json`,
 which describes them. A set that fits into one shard is cut instead: its last tenth is `val`, the rest
 `train`, as is usual for Tiny Shakespeare. FineWeb-Edu's sample of about 10 billion tokens gives about 100
-shards of 200 MB.
+shards of 200 MB. The same command continues a set that was interrupted, and mends a finished one.
 """
 
 import argparse
 import glob
 import gzip
 import hashlib
+import io
 import json
 import multiprocessing
 import os
+import shlex
+import shutil
 import sys
 import sysconfig
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -33,35 +40,178 @@ from tqdm import tqdm
 from tokenizer import NAMES, get_tokenizer
 
 MANIFEST = "manifest.json"
+DOWNLOADS = "downloads"  # folder in --out_dir for the Hub's files
 DOCUMENTS_PER_CHUNK = 64  # enough to hide the cost of passing a chunk between processes
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+ROWS_PER_CHUNK = 512  # of parquet files, where a worker decodes the whole row group, mostly of 1,000 rows
+HUB_TRIES = 6  # half a minute of waiting in all, beside what huggingface_hub does by itself
+HUB_REFUSALS = ("OfflineModeIsEnabled", "DatasetNotFoundError")
+SUFFIXES = (".txt", ".py", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 
 
-def file_documents(paths: list[Path], text_column: str) -> Iterator[str | None]:
-    """Yield the texts of .txt (one document each), .jsonl, .jsonl.gz and .parquet files, in order.
+@dataclass(frozen=True)
+class Input:
+    """One file of documents, local or, with a `repo` and its `revision`, a dataset's on the Hub."""
 
-    Raises ValueError naming the file, and the line where there is one, for what cannot be read.
-    """
+    path: str
+    size: int
+    sha256: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+
+
+Position = tuple[int, int, int]  # input, row where a chunk begins, and tokens from there
+
+
+class Chunk(NamedTuple):
+    """Consecutive documents of one input: their texts, or the rows of a parquet file that a worker reads, for
+    one that does leaves less work to the parent."""
+
+    input: int  # which of the inputs it stands in
+    row: int  # and where it begins
+    share: float  # of this input that is read when it ends
+    texts: list[str | None] | None
+    rows: tuple[str, str, int, int] | None  # path, column, row group, and first row in it
+
+
+def local_inputs(paths: list[Path]) -> list[Input]:
+    """Raises ValueError for a format that we do not read."""
     for path in paths:
+        if not path.name.endswith(SUFFIXES):
+            raise ValueError(f"cannot read {path}: inputs are {', '.join(SUFFIXES)}")
+    return [Input(str(path), path.stat().st_size) for path in paths]
+
+
+def hub_inputs(dataset: str, name: str | None) -> list[Input]:
+    """List the files of a dataset's `train` split, at its present revision.
+
+    Raises ValueError where there is none that we read, ConnectionError when the Hub is out of reach.
+    """
+    from datasets import load_dataset_builder
+    from huggingface_hub import HfApi
+
+    builder = retrying(lambda: load_dataset_builder(dataset, name), f"list {dataset}")
+    files = (builder.config.data_files or {}).get("train", [])
+    if not files:
+        raise ValueError(f"{dataset} ({name}) has no train split: choose another --name")
+    if not files[0].startswith("hf://"):  # a folder on this machine
+        return local_inputs([Path(file) for file in files])
+    at = f"hf://datasets/{dataset}@"
+    revision = files[0].removeprefix(at).split("/")[0]
+    paths = [file.removeprefix(f"{at}{revision}/") for file in files]
+    unknown = [path for path in paths if not path.endswith(SUFFIXES)]
+    if unknown:
+        raise ValueError(f"cannot read {unknown[0]} of {dataset}: inputs are {', '.join(SUFFIXES)}")
+
+    def describe() -> dict:
+        infos = HfApi().get_paths_info(dataset, paths, repo_type="dataset", revision=revision)
+        return {info.path: info for info in infos}
+
+    infos = retrying(describe, f"list {dataset}")
+    return [
+        Input(path, infos[path].size, infos[path].lfs and infos[path].lfs.sha256, dataset, revision)
+        for path in paths
+    ]
+
+
+def retrying(call: Callable, what: str):
+    """Return what `call` returns; repeat it, later and later, while the Hub has trouble that may pass.
+
+    Raises FileNotFoundError where the Hub says no, ConnectionError after the last try.
+    """
+    for left in reversed(range(HUB_TRIES)):
         try:
-            if path.suffix == ".txt":
-                yield path.read_bytes().decode("utf-8")
-            elif path.suffix == ".parquet":
-                yield from _parquet_documents(path, text_column)
+            return call()
+        except Exception as error:  # what the client library raises has no base class in common
+            if isinstance(error, ValueError) and not isinstance(error, OSError):
+                raise
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status in (401, 403, 404) or any(name in reason for name in HUB_REFUSALS):
+                raise FileNotFoundError(
+                    f"cannot {what} ({reason}): check its name, HF_TOKEN and HF_HUB_OFFLINE, or give --files"
+                ) from error
+            if not left:
+                raise ConnectionError(f"cannot {what} ({reason})") from error
+            time.sleep(2 ** (HUB_TRIES - 1 - left))
+
+
+def download(source: Input, folder: Path) -> Path:
+    """Fetch a file from the Hub, whole and with the right hash, continuing a download that was cut off."""
+    from huggingface_hub import hf_hub_download
+
+    def fetch() -> Path:
+        where = dict(repo_type="dataset", revision=source.revision, local_dir=folder)
+        path = Path(hf_hub_download(source.repo, source.path, **where))
+        if source.sha256 and file_hash(path) != source.sha256:
+            path.unlink()
+            raise OSError(f"{source.path} came with another hash than the Hub names")
+        return path
+
+    return retrying(fetch, f"fetch {source.path}")
+
+
+class Fetcher:
+    """The inputs as files on this machine; the next one is fetched while one is read."""
+
+    def __init__(self, inputs: list[Input], folder: Path, keep: bool):
+        self.inputs, self.folder, self.keep = inputs, folder, keep
+        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="download")
+        self.pending: dict[int, Future] = {}
+
+    def path(self, index: int) -> Path:
+        if self.inputs[index].repo is None:
+            return Path(self.inputs[index].path)
+        for each in range(index, min(index + 2, len(self.inputs))):
+            if each not in self.pending:
+                self.pending[each] = self.pool.submit(download, self.inputs[each], self.folder)
+        return self.pending[index].result()
+
+    def release(self, before: int) -> None:
+        """Drop the local copies of the inputs before this one: their tokens are safe."""
+        for index in [index for index in self.pending if index < before and not self.keep]:
+            self.pending.pop(index).result().unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+
+def read_chunks(fetcher: Fetcher, text_column: str, start: tuple[int, int]) -> Iterator[Chunk]:
+    """Yield the documents of all inputs in order, from row start[1] of input start[0], a chunk's beginning.
+
+    A .txt or .py file is one document, the others have a row each. Raises ValueError naming the file, and the
+    line where there is one, for what cannot be read.
+    """
+    first, first_row = start
+    for index in range(first, len(fetcher.inputs)):
+        path, skip = fetcher.path(index), first_row if index == first else 0
+        try:
+            if path.suffix == ".parquet":
+                for row, share, rows in _parquet_rows(path, text_column):
+                    if row >= skip:
+                        yield Chunk(index, row, share, None, rows)
+                continue
+            if path.suffix in (".txt", ".py"):
+                errors = "strict" if path.suffix == ".txt" else "replace"
+                rows = iter([(1.0, path.read_bytes().decode("utf-8", errors))])
             else:
-                yield from _jsonl_documents(path, text_column)
+                rows = _jsonl_rows(path, text_column)
+            rows = islice(rows, skip, None)
+            while batch := list(islice(rows, DOCUMENTS_PER_CHUNK)):
+                yield Chunk(index, skip, batch[-1][0], [text for _, text in batch], None)
+                skip += len(batch)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error}): convert it with iconv") from error
         except (ValueError, OSError, EOFError) as error:
             raise ValueError(f"{path}: {error}") from error
 
 
-def _jsonl_documents(path: Path, text_column: str) -> Iterator[str | None]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
+def _jsonl_rows(path: Path, text_column: str) -> Iterator[tuple[float, str | None]]:
+    with open(path, "rb") as file:
+        lines = io.TextIOWrapper(gzip.open(file) if path.suffix == ".gz" else file, encoding="utf-8")
+        size = max(path.stat().st_size, 1)
         for number, line in enumerate(lines, start=1):
             try:
-                yield json.loads(line)[text_column]
+                yield file.tell() / size, json.loads(line)[text_column]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"line {number} is no JSON object with a {text_column!r} ({error}): "
@@ -69,38 +219,34 @@ def _jsonl_documents(path: Path, text_column: str) -> Iterator[str | None]:
                 ) from error
 
 
-def _parquet_documents(path: Path, text_column: str) -> Iterator[str | None]:
+@lru_cache(maxsize=2)
+def _open_parquet(path: str):
     import pyarrow.parquet
 
-    parquet = pyarrow.parquet.ParquetFile(path)
-    names = parquet.schema_arrow.names
+    return pyarrow.parquet.ParquetFile(path)
+
+
+@lru_cache(maxsize=1)
+def _read_row_group(path: str, column: str, number: int):
+    return _open_parquet(path).read_row_group(number, [column], use_threads=False)[0]
+
+
+def _parquet_rows(path: Path, text_column: str) -> Iterator[tuple[int, float, tuple[str, str, int, int]]]:
+    metadata = _open_parquet(str(path)).metadata
+    names = metadata.schema.to_arrow_schema().names
     if text_column not in names:
         raise ValueError(f"no column {text_column!r}: set --text_column to one of {names}")
-    for batch in parquet.iter_batches(batch_size=1024, columns=[text_column]):
-        yield from batch.column(0).to_pylist()
+    row = 0
+    for number in range(metadata.num_row_groups):
+        rows = metadata.row_group(number).num_rows
+        for first in range(0, rows, ROWS_PER_CHUNK):
+            count = min(ROWS_PER_CHUNK, rows - first)
+            yield row, (row + count) / metadata.num_rows, (str(path), text_column, number, first)
+            row += count
 
 
-def hub_documents(dataset: str, name: str | None, text_column: str) -> Iterator[str | None]:
-    """Stream the texts of a Hub dataset's `train` split. Raises FileNotFoundError when it is out of reach."""
-    from datasets import load_dataset
-
-    try:
-        stream = load_dataset(dataset, name=name, split="train", streaming=True)
-        for row in stream:
-            if text_column not in row:
-                raise ValueError(
-                    f"{dataset} has no column {text_column!r}: set --text_column to one of {list(row)}"
-                )
-            yield row[text_column]
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FileNotFoundError(
-            f"cannot read {dataset} from the Hub ({reason}): check name and network, or give local --files"
-        ) from error
-
-
-def stdlib_documents() -> Iterator[str]:
-    """Yield the sources of Python's standard library, about 10 MB of text that every machine with Python has.
+def stdlib_inputs() -> list[Input]:
+    """The sources of Python's standard library, about 10 MB of text that every machine with Python has.
 
     Left out are its tests, what is installed beside it, and two packages of tables. The order is by hash of
     the file name, so that the last tenth is a fair sample.
@@ -113,43 +259,56 @@ def stdlib_documents() -> Iterator[str]:
         raise FileNotFoundError(
             f"no Python sources in {root}: make shards with `python fineweb.py --files …`"
         )
-    for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        yield (root / name).read_text(encoding="utf-8", errors="replace")
+    names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
+    return local_inputs([root / name for name in names])
 
 
-def encode_chunk(texts: list[str | None], tokenizer_name: str) -> tuple[np.ndarray, int]:
-    """Return the documents' ids in uint16, end-of-text before each, and how many empty ones were skipped."""
-    tokenizer = get_tokenizer(tokenizer_name)
+def encode_chunk(chunk: Chunk, tokenizer_name: str) -> tuple[np.ndarray, int]:
+    """Return the documents' ids in uint16, end-of-text before each, and how many were skipped: those that are
+    empty or no text."""
+    tokenizer, texts = get_tokenizer(tokenizer_name), chunk.texts
+    if chunk.rows:
+        path, column, number, first = chunk.rows
+        try:
+            texts = _read_row_group(path, column, number)[first : first + ROWS_PER_CHUNK].to_pylist()
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path}: {error}") from error
     eot = np.array([tokenizer.eot_token], dtype=np.uint16)
     parts = []
-    for text in filter(None, texts):
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            continue
         # disallowed_special=(): "<|endoftext|>" in a text is ordinary text
-        parts += [eot, tokenizer.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)]
+        try:
+            ids = tokenizer.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell: do as tiktoken's encode
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            ids = tokenizer.encode_to_numpy(text, disallowed_special=())
+        parts += [eot, ids.astype(np.uint16)]
     return np.concatenate(parts or [eot[:0]]), len(texts) - len(parts) // 2
 
 
-def encode_documents(
-    documents: Iterable[str | None], tokenizer: str, workers: int
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield what `encode_chunk` returns for chunks of the documents, in their order, from `workers`
-    processes."""
-    documents = iter(documents)
-    chunks = iter(lambda: list(islice(documents, DOCUMENTS_PER_CHUNK)), [])
+def encode_chunks(
+    chunks: Iterator[Chunk], tokenizer: str, workers: int
+) -> Iterator[tuple[Chunk, np.ndarray, int]]:
+    """Yield the chunks in order, each with what `encode_chunk` makes of it, from `workers` processes."""
     if workers == 1:
-        yield from (encode_chunk(chunk, tokenizer) for chunk in chunks)
+        yield from ((chunk, *encode_chunk(chunk, tokenizer)) for chunk in chunks)
         return
     # Spawn works everywhere and inherits no threads; the bounded queue keeps memory flat.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pending = deque()
+        pending: deque = deque()
         try:
             for chunk in chunks:
-                pending.append(pool.submit(encode_chunk, chunk, tokenizer))
-                if len(pending) > 4 * workers:
-                    yield pending.popleft().result()
+                pending.append((chunk._replace(texts=None), pool.submit(encode_chunk, chunk, tokenizer)))
+                if len(pending) > 2 * workers:
+                    chunk, future = pending.popleft()
+                    yield chunk, *future.result()
             while pending:
-                yield pending.popleft().result()
+                chunk, future = pending.popleft()
+                yield chunk, *future.result()
         finally:
-            for future in pending:
+            for _, future in pending:
                 future.cancel()
 
 
@@ -173,60 +332,118 @@ def write_json(path: str | Path, record: dict) -> None:
     write_atomically(Path(path), lambda file: file.write(data))
 
 
-class ShardWriter:
-    """Cut a stream of tokens into shards and keep the manifest beside them true."""
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def __init__(self, out_dir: Path, shard_size: int, manifest: dict):
-        self.out_dir = out_dir
-        self.manifest = manifest
-        self.buffer = np.empty(shard_size, dtype=np.uint16)
-        self.filled = 0
-        self._write_manifest()
 
-    def add(self, tokens: np.ndarray) -> None:
-        while len(tokens):
-            if self.filled == len(self.buffer):
-                self._write_shard(self.buffer)
-                self.filled = 0
-            taken = min(len(tokens), len(self.buffer) - self.filled)
-            self.buffer[self.filled : self.filled + taken] = tokens[:taken]
-            self.filled += taken
-            tokens = tokens[taken:]
+class ShardSet:
+    """The shards of one folder, and the manifest that describes them.
 
-    def close(self) -> None:
-        """Write what is left; the set is complete. Raises ValueError when there is too little to cut in
-        two."""
-        tokens = self.buffer[: self.filled]
-        if not self.manifest["shards"]:
-            cut = int(0.9 * len(tokens))
-            if cut == 0:
-                raise ValueError(
-                    f"{len(tokens)} tokens are too few for a val and a train shard: give more text"
-                )
-            self._write_shard(tokens[cut:])
-            tokens = tokens[:cut]
-        self._write_shard(tokens)
-        self.manifest["complete"] = True
-        self._write_manifest()
+    Each shard's record says where the `next` one begins: input, row, and how many tokens from there on belong
+    to this one still. So a set goes on after its last whole shard, and any shard can be made anew.
+    """
 
-    def _write_shard(self, tokens: np.ndarray) -> None:
-        index = len(self.manifest["shards"])
-        name = f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
+    def __init__(self, out_dir: Path, manifest: dict, fetcher: Fetcher, workers: int):
+        self.out_dir, self.manifest, self.fetcher, self.workers = out_dir, manifest, fetcher, workers
+        self.path = out_dir / manifest_name(manifest["task_index"], manifest["task_count"])
+        self.sizes = np.cumsum([0, *(each.size for each in fetcher.inputs)])
+
+    def shards(
+        self, start: Position, size: int, left: int, done: int = 0, skipped: int = 0
+    ) -> Iterator[tuple[np.ndarray, Position | None, int]]:
+        """Yield the tokens of one shard after the other, where the next one begins (None after the last), and
+        the number of documents skipped up to there."""
+        total = self.manifest["max_tokens"] or sys.maxsize
+        chunks = read_chunks(self.fetcher, self.manifest["source"]["text_column"], start[:2])
+        stream = encode_chunks(chunks, self.manifest["tokenizer"], self.workers)
+        buffer, filled, drop = np.empty(size, dtype=np.uint16), 0, start[2]
+        with tqdm(
+            unit="tok", unit_scale=True, desc="tokenising", initial=done, disable=None, leave=False
+        ) as bar:
+            for chunk, tokens, skipped_here in stream:
+                taken = min(drop, len(tokens))
+                drop -= taken
+                tokens = tokens[: taken + left]
+                left -= len(tokens) - taken
+                bar.update(len(tokens) - taken)
+                done_bytes = self.sizes[chunk.input] + chunk.share * self.fetcher.inputs[chunk.input].size
+                bar.total = min(int(bar.n * self.sizes[-1] / max(done_bytes, 1)), total)
+                while taken < len(tokens):
+                    if filled == size:
+                        yield buffer, (chunk.input, chunk.row, taken), skipped
+                        filled = 0
+                    piece = tokens[taken : taken + size - filled]
+                    buffer[filled : filled + len(piece)] = piece
+                    filled, taken = filled + len(piece), taken + len(piece)
+                skipped += skipped_here
+                if left == 0:
+                    break
+        yield buffer[:filled], None, skipped
+
+    def extend(self) -> None:
+        """Write the shards that are missing at the end."""
+        records, task_count = self.manifest["shards"], self.manifest["task_count"]
+        start, skipped, done = (0, 0, 0), 0, sum(record["tokens"] for record in records)
+        if records:
+            start, skipped = tuple(records[-1]["next"]), records[-1]["skipped_documents"]
+        left = (self.manifest["max_tokens"] or sys.maxsize) - done
+        size = self.manifest["shard_size"]
+        for tokens, following, skipped_now in self.shards(start, size, left, done, skipped):
+            parts = [tokens]
+            if following is None and not records and task_count == 1:
+                cut = int(0.9 * len(tokens))
+                if cut == 0:
+                    raise ValueError(
+                        f"{len(tokens)} tokens are too few for a val and a train shard: give more text"
+                    )
+                parts = [tokens[cut:], tokens[:cut]]
+            made = []
+            for part in parts:
+                index = (len(records) + len(made)) * task_count + self.manifest["task_index"]
+                name = f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
+                self.write(name, part)
+                documents = int((part == self.manifest["eot_token"]).sum())
+                record = {"name": name, "tokens": len(part), "documents": documents}
+                made.append({**record, "sha256": file_hash(self.out_dir / name)})
+            records += [{**record, "next": following, "skipped_documents": skipped_now} for record in made]
+            self.manifest["skipped_documents"] = skipped_now
+            self.manifest["complete"] = following is None
+            write_json(self.path, self.manifest)
+            self.fetcher.release(following[0] if following else len(self.fetcher.inputs))
+
+    def write(self, name: str, tokens: np.ndarray) -> None:
         write_atomically(self.out_dir / name, lambda file: np.save(file, tokens))
-        with open(self.out_dir / name, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        documents = int((tokens == self.manifest["eot_token"]).sum())
-        self.manifest["shards"].append(
-            {"name": name, "tokens": len(tokens), "documents": documents, "sha256": digest}
-        )
-        self._write_manifest()
 
-    def _write_manifest(self) -> None:
-        write_json(self.out_dir / MANIFEST, self.manifest)
+    def bad(self) -> list[int]:
+        """Indices of the shards that are missing or are not what they were."""
+        bar = tqdm(self.manifest["shards"], desc="verifying", disable=None, leave=False)
+        return [i for i, record in enumerate(bar) if not self.is_whole(record)]
+
+    def is_whole(self, record: dict) -> bool:
+        path = self.out_dir / record["name"]
+        return path.exists() and file_hash(path) == record["sha256"]
+
+    def mend(self, index: int) -> None:
+        """Make one shard anew. Raises ValueError when the inputs no longer give the same tokens."""
+        records = self.manifest["shards"]
+        record, begin, size = records[index], 0, records[index]["tokens"]
+        start = tuple(records[index - 1]["next"] or (0, 0, 0)) if index else (0, 0, 0)
+        if records[0]["next"] is None and len(records) == 2:  # one shard, of which val was the end
+            begin, size = (0, size) if index else (records[1]["tokens"], records[1]["tokens"] + size)
+        tokens, _, _ = next(self.shards(start, size, size))
+        self.write(record["name"], tokens[begin:])
+        if not self.is_whole(record):
+            raise ValueError(f"{record['name']} came out with another hash: its inputs have changed")
+
+
+def manifest_name(task_index: int, task_count: int) -> str:
+    return MANIFEST if task_count == 1 else f"manifest_{task_index:04d}_of_{task_count:04d}.json"
 
 
 def prepare(
-    documents: Iterable[str | None],
+    inputs: list[Input],
     out_dir: str | Path,
     *,
     source: dict,
@@ -234,12 +451,15 @@ def prepare(
     shard_size: int = 100_000_000,
     max_tokens: int | None = None,
     workers: int = 1,
+    task_index: int = 0,
+    task_count: int = 1,
+    keep_downloads: bool = False,
 ) -> dict:
-    """Write the shards and the manifest of `documents` to `out_dir` and return the manifest.
+    """Write the shards and the manifest of the inputs' documents to `out_dir` and return the manifest.
 
-    `source` says in plain types where the documents come from. A complete set made with the same arguments is
-    left as it is; one that was interrupted is made anew. Raises ValueError when the folder holds any other
-    shards.
+    `source` says in plain types where the documents come from. A set that was interrupted is continued, of a
+    finished one the shards that are damaged are made anew. Of `task_count` tasks, each takes every so-manieth
+    input. Raises ValueError when the folder holds a set made with other arguments, or any other shards.
     """
     out_dir = Path(out_dir)
     encoding = get_tokenizer(tokenizer)
@@ -250,40 +470,70 @@ def prepare(
         "source": source,
         "shard_size": shard_size,
         "max_tokens": max_tokens,
-        "skipped_documents": 0,
+        "task_index": task_index,
+        "task_count": task_count,
         "shards": [],
         "complete": False,
     }
-    if (out_dir / MANIFEST).exists():
-        found = json.loads((out_dir / MANIFEST).read_text())
-        if found["complete"]:
-            for name in ("source", "tokenizer", "shard_size", "max_tokens"):
-                if found.get(name) != manifest[name]:
-                    raise ValueError(
-                        f"{out_dir} already holds shards with {name} {found.get(name)}, "
-                        f"not {manifest[name]}: choose another --out_dir"
-                    )
-            return found
-        for shard in found["shards"]:
-            (out_dir / shard["name"]).unlink(missing_ok=True)
-    if any(out_dir.glob("*.npy")):
+    found = read_manifest(out_dir, task_index, task_count)
+    if found and found["shards"]:
+        for name in ("source", "tokenizer", "shard_size", "max_tokens"):
+            if found.get(name) != manifest[name]:
+                raise ValueError(difference(out_dir, name, found.get(name), manifest[name]))
+        manifest = found
+    elif task_count == 1 and any(out_dir.glob("*.npy")):
         raise ValueError(
             f"{out_dir} already holds .npy files that no manifest describes: choose another --out_dir"
         )
+    inputs = inputs[task_index::task_count]
+    if not inputs:
+        raise ValueError(f"there are fewer inputs than tasks: lower --task_count {task_count}")
     out_dir.mkdir(parents=True, exist_ok=True)
-    writer = ShardWriter(out_dir, shard_size, manifest)
-    left = max_tokens if max_tokens is not None else sys.maxsize
-    with tqdm(unit="tok", unit_scale=True, desc="tokenising", disable=None, leave=False) as bar:
-        for tokens, skipped in encode_documents(documents, tokenizer, workers):
-            manifest["skipped_documents"] += skipped
-            tokens = tokens[:left]
-            left -= len(tokens)
-            writer.add(tokens)
-            bar.update(len(tokens))
-            if left == 0:
-                break
-    writer.close()
+    fetcher = Fetcher(inputs, out_dir / DOWNLOADS, keep_downloads)
+    shards = ShardSet(out_dir, manifest, fetcher, workers)
+    try:
+        if not manifest["complete"]:
+            write_json(shards.path, manifest)
+            shards.extend()
+        else:
+            for index in shards.bad():
+                print(f"making {manifest['shards'][index]['name']} anew: it is missing or damaged")
+                shards.mend(index)
+    finally:
+        fetcher.close()
+    if not keep_downloads:
+        shutil.rmtree(fetcher.folder, ignore_errors=True)
     return manifest
+
+
+def read_manifest(out_dir: Path, task_index: int = 0, task_count: int = 1) -> dict | None:
+    """The manifest of one task, None where there is none."""
+    path = out_dir / manifest_name(task_index, task_count)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def difference(out_dir: Path, name: str, found: object, wanted: object) -> str:
+    """Name what keeps a folder's shards from being continued."""
+    while isinstance(found, dict) and isinstance(wanted, dict):
+        name = next(each for each in {**found, **wanted} if found.get(each) != wanted.get(each))
+        found, wanted = found.get(name), wanted.get(name)
+    if isinstance(found, list) and isinstance(wanted, list):
+        changed = [pair for pair in zip(found, wanted, strict=False) if pair[0] != pair[1]]
+        found, wanted = changed[0] if changed else (f"{len(found)} files", f"{len(wanted)} files")
+    return f"{out_dir} already holds shards with {name} {found}, not {wanted}: choose another --out_dir"
+
+
+def verify(out_dir: Path, task_index: int, task_count: int) -> None:
+    """Compare a finished set with its hashes. Raises ValueError, a line for each shard that is bad."""
+    manifest = read_manifest(out_dir, task_index, task_count)
+    if manifest is None or not manifest["complete"]:
+        raise ValueError(f"no finished set in {out_dir}: make one with the same command without --verify")
+    shards = ShardSet(out_dir, manifest, Fetcher([], out_dir, keep=True), workers=1)
+    bad = [manifest["shards"][index]["name"] for index in shards.bad()]
+    if bad:
+        lines = [f"{name} is missing or damaged: the command that made it makes it anew" for name in bad]
+        raise ValueError("\n".join(lines))
+    print(f"all {len(manifest['shards'])} shards in {out_dir} are whole")
 
 
 def count(text: str) -> int:
@@ -309,13 +559,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--shard_size", type=count, default=100_000_000, help="tokens per shard")
     add("--max_tokens", type=count, help="stop after this many tokens; None takes all")
     add("--workers", type=count, default=os.cpu_count(), help="processes that tokenise")
+    add("--task_index", type=int, default=0, help="which of --task_count machines this is, from 0")
+    add("--task_count", type=count, default=1, help="machines that share the inputs, a file at a time")
+    add("--keep_downloads", action="store_true", help=f"leave the Hub's files in --out_dir/{DOWNLOADS}")
+    add("--verify", action="store_true", help="only compare a finished set with the hashes in its manifest")
     args = parser.parse_args(argv)
+    if not 0 <= args.task_index < args.task_count:
+        raise ValueError(f"--task_index is {args.task_index}: give 0 to {args.task_count - 1}")
     if args.name is None and args.dataset == parser.get_default("dataset"):
         args.name = "sample-10BT"
     return args
 
 
 def main(args: argparse.Namespace) -> None:
+    out_dir = Path(args.out_dir)
+    if args.verify:
+        return verify(out_dir, args.task_index, args.task_count)
+    found = read_manifest(out_dir, args.task_index, args.task_count)
     if args.files:
         paths = []
         for pattern in args.files:
@@ -323,35 +583,46 @@ def main(args: argparse.Namespace) -> None:
             if not matches:
                 raise FileNotFoundError(f"no file matches {pattern!r}: check the path given to --files")
             paths += [Path(match) for match in matches]
-        unknown = [path for path in paths if not path.name.endswith(SUFFIXES)]
-        if unknown:
-            raise ValueError(f"cannot read {unknown[0]}: --files takes {', '.join(SUFFIXES)}")
-        source = {
-            "files": [[path.name, path.stat().st_size] for path in paths],
-            "text_column": args.text_column,
-        }
-        documents = file_documents(paths, args.text_column)
+        inputs = local_inputs(paths)
+        files = [[Path(each.path).name, each.size] for each in inputs]
+        source = {"files": files, "text_column": args.text_column}
     else:
         source = {"dataset": args.dataset, "name": args.name, "text_column": args.text_column}
-        documents = hub_documents(args.dataset, args.name, args.text_column)
+        if found and all(found["source"].get(name) == value for name, value in source.items()):
+            # What was begun is finished at its revision, whatever the Hub has today.
+            inputs = [Input(*each) for each in found["source"]["inputs"]]
+        else:
+            inputs = hub_inputs(args.dataset, args.name)
+        source["inputs"] = [list(astuple(each)) for each in inputs]
     manifest = prepare(
-        documents,
-        args.out_dir,
+        inputs,
+        out_dir,
         source=source,
         tokenizer=args.tokenizer,
         shard_size=args.shard_size,
         max_tokens=args.max_tokens,
         workers=args.workers,
+        task_index=args.task_index,
+        task_count=args.task_count,
+        keep_downloads=args.keep_downloads,
     )
     for split in ("val", "train"):
         shards = [shard for shard in manifest["shards"] if split in shard["name"]]
         tokens, documents = (sum(shard[what] for shard in shards) for what in ("tokens", "documents"))
         print(f"{split:>5}: {tokens:,} tokens in {len(shards)} shard(s), {documents:,} documents begin there")
+    print(f"skipped: {manifest['shards'][-1]['skipped_documents']:,} documents that are empty or no text")
     print(f"next:  python train.py --data_dir {args.out_dir}")
 
 
-if __name__ == "__main__":
+def run() -> str | None:
+    """Do what the command line says; return what went wrong, in one line where it is not several things."""
     try:
         main(parse_args())
+    except ConnectionError as error:
+        return f"fineweb.py: error: {error}; to continue: python {shlex.join(sys.argv)}"
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"fineweb.py: error: {error}")
+        return "\n".join(f"fineweb.py: error: {line}" for line in str(error).splitlines())
+
+
+if __name__ == "__main__":
+    sys.exit(run())

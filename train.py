@@ -139,14 +139,19 @@ def setup_distributed(device: str) -> Distributed:
 
 
 def read_manifest(data_dir: Path) -> dict:
-    """What fineweb.py says of its shards, {} for other tools'. Raises ValueError for an unfinished set."""
-    path = data_dir / fineweb.MANIFEST
-    if not path.exists():
+    """What fineweb.py says of its shards, all tasks together; {} for other tools'.
+
+    Raises ValueError for a set that is not finished, or whose tasks do not agree.
+    """
+    manifests = [json.loads(path.read_text()) for path in sorted(data_dir.glob("manifest*.json"))]
+    if not manifests:
         return {}
-    manifest = json.loads(path.read_text())
-    if not manifest["complete"]:
+    if not all(each["complete"] for each in manifests) or len(manifests) < manifests[0].get("task_count", 1):
         raise ValueError(f"the shards in {data_dir} are not complete: repeat the fineweb.py command")
-    return manifest
+    for name in ("tokenizer", "vocab_size", "task_count"):
+        if len(found := {each.get(name) for each in manifests}) > 1:
+            raise ValueError(f"the manifests in {data_dir} have {name} {found}: give each set its own")
+    return {**manifests[0], "shards": [shard for each in manifests for shard in each["shards"]]}
 
 
 def find_shards(data_dir: Path, split: str) -> list[Path]:
@@ -543,8 +548,8 @@ def prepare_demo_data(dist: Distributed) -> None:
     manifest = Path(DEMO_DATA_DIR) / fineweb.MANIFEST
     if dist.is_main and not (manifest.exists() and json.loads(manifest.read_text())["complete"]):
         print(f"making shards from Python's standard library in {DEMO_DATA_DIR}/")
-        source = {"standard library of Python": platform.python_version()}
-        fineweb.prepare(fineweb.stdlib_documents(), DEMO_DATA_DIR, source=source, tokenizer="byte")
+        source = {"standard library of Python": platform.python_version(), "text_column": None}
+        fineweb.prepare(fineweb.stdlib_inputs(), DEMO_DATA_DIR, source=source, tokenizer="byte")
     dist.sum(0)  # the others wait for the shards
 
 

@@ -1,6 +1,8 @@
 import gzip
 import hashlib
 import json
+import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 import fineweb
+import train
 
 TEXTS = ["first", "", "a second text\nof two lines", None, "<|endoftext|>", "naïve 漢字 🙂", "tail " * 40]
 EOT = 256
@@ -37,7 +40,8 @@ def files(tmp_path):
     (tmp_path / "2.txt").write_text(TEXTS[2])
     with gzip.open(tmp_path / "3.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"text": text, "id": 1}) + "\n" for text in TEXTS[3:5])
-    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2], "text": TEXTS[5:]}), tmp_path / "4.parquet")
+    table = pyarrow.table({"id": [1, 2], "text": TEXTS[5:]})
+    pyarrow.parquet.write_table(table, tmp_path / "4.parquet", row_group_size=1)
     return [str(tmp_path / "[1-3].*"), str(tmp_path / "4.parquet")]
 
 
@@ -99,34 +103,141 @@ def test_a_dataset_is_read_through_the_datasets_library(tmp_path):
 
 
 def test_standard_library_documents_are_python_and_always_the_same():
-    documents = list(fineweb.stdlib_documents())
-    assert documents == list(fineweb.stdlib_documents())
+    fetcher = fineweb.Fetcher(fineweb.stdlib_inputs(), Path("unused"), keep=False)
+    documents = [chunk.texts[0] for chunk in fineweb.read_chunks(fetcher, "text", (0, 0))]
+    assert fineweb.stdlib_inputs() == fetcher.inputs and len(documents) == len(fetcher.inputs)
     assert sum(map(len, documents)) > 5e6
     assert any("def dataclass(" in document for document in documents)
     assert not any("class TestCase_of_test_package" in d or "import test.support" in d for d in documents)
 
 
-def test_a_finished_set_is_kept_and_an_interrupted_one_made_anew(files):
-    arguments = ("--files", *files, "--tokenizer", "byte", "--shard_size", 50, "--out_dir", "out")
-    cli(*arguments)
-    before = load_shards("out")
-    modified = {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
-    cli(*arguments)
-    assert modified == {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
+def modified(folder):
+    return {path.name: path.stat().st_mtime_ns for path in Path(folder).glob("*.npy")}
 
-    manifest = json.loads(Path("out/manifest.json").read_text())
-    manifest["complete"] = False
-    Path("out/manifest.json").write_text(json.dumps(manifest))
-    Path("out/edufineweb_val_000000.npy").write_bytes(b"cut")
+
+@pytest.mark.parametrize("shard_size", [50, 1000])  # 1000: one shard, cut into train and val
+def test_verify_names_what_is_bad_and_the_same_command_makes_only_that_anew(files, capsys, shard_size):
+    arguments = ("--files", *files, "--tokenizer", "byte", "--shard_size", shard_size, "--out_dir", "out")
+    with pytest.raises(ValueError, match="no finished set in out"):
+        cli("--out_dir", "out", "--verify")
     cli(*arguments)
-    after = load_shards("out")
-    assert all(np.array_equal(before[name], after[name]) for name in before | after)
+    whole, before = {path.name: path.read_bytes() for path in Path("out").iterdir()}, modified("out")
+    cli(*arguments)
+    cli("--out_dir", "out", "--verify")
+    assert f"all {len(before)} shards in out are whole" in capsys.readouterr().out
+    assert modified("out") == before
+    for name in before:
+        data = bytearray(whole[name])
+        data[-1] ^= 1
+        Path("out", name).write_bytes(data)
+        with pytest.raises(ValueError, match=f"^{name} is missing or damaged: [^\n]*$"):
+            cli("--out_dir", "out", "--verify")
+        untouched = {each: time for each, time in modified("out").items() if each != name}
+        cli(*arguments)
+        assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == whole
+        assert untouched.items() <= modified("out").items()
+    Path("out", name).unlink()
+    cli(*arguments)
+    assert Path("out", name).read_bytes() == whole[name]
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_any_sequence_of_interruptions_gives_the_same_files(files, monkeypatch, start_method):
+    monkeypatch.setattr(fineweb, "DOCUMENTS_PER_CHUNK", 2)
+    arguments = ("--files", *files, "--tokenizer", "byte", "--shard_size", 30, "--out_dir")
+    cli(*arguments, "whole", "--workers", 1)
+    whole = {path.name: path.read_bytes() for path in Path("whole").iterdir()}
+
+    context = multiprocessing.get_context(start_method)
+    monkeypatch.setattr(fineweb.multiprocessing, "get_context", lambda method: context)
+    replace, lives = os.replace, 0
+
+    class Killed(BaseException):
+        pass
+
+    def dies(*paths):  # the first time before a file gets its name, the second time after it
+        if lives % 2:
+            replace(*paths)
+        raise Killed
+
+    while not (done := Path("killed/manifest.json").exists() and
+               json.loads(Path("killed/manifest.json").read_text())["complete"]):  # fmt: skip
+        # Each life writes one file more than it can keep: a shard, or the manifest that names it.
+        budget = iter([replace] * (1 + lives % 3) + [dies])
+        monkeypatch.setattr(os, "replace", lambda *paths: next(budget)(*paths))  # noqa: B023
+        try:
+            cli(*arguments, "killed", "--workers", 2 - lives % 2)
+        except Killed:
+            lives += 1
+        assert lives < 100
+    assert done and lives > 5
+    assert {path.name: path.read_bytes() for path in Path("killed").iterdir()} == whole
+
+
+def test_continuing_redoes_no_more_than_the_shard_in_progress(files, monkeypatch):
+    monkeypatch.setattr(fineweb, "DOCUMENTS_PER_CHUNK", 1)
+    arguments = ("--files", *files, "--tokenizer", "byte", "--shard_size", 30, "--workers", 1)
+    arguments += ("--out_dir", "out")
+    cli(*arguments)
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    last = manifest["shards"].pop()
+    Path("out", last["name"]).unlink()
+    Path("out/manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    read, encode = [], fineweb.encode_chunk
+    monkeypatch.setattr(fineweb, "encode_chunk", lambda *chunk: read.append(chunk[0]) or encode(*chunk))
+    cli(*arguments)
+    assert [(chunk.input, chunk.row) for chunk in read] == [(3, 1)]  # the last document
+    with pytest.raises(ValueError, match="holds shards with shard_size 30, not 31: choose another --out_dir"):
+        cli(*arguments, "--shard_size", 31)
+    with pytest.raises(ValueError, match=r"holds shards with files \['1.jsonl', \d+\], not \['2.txt', 26\]"):
+        cli(*arguments, "--files", files[0].replace("[1-3]", "[2-3]"), files[1])
+
+
+def test_tasks_share_the_inputs_and_train_reads_the_union(tmp_path):
+    for i in range(5):
+        Path(f"{i}.txt").write_text(str(i) * 50)
+    for task in (2, 0, 1):
+        with pytest.raises(ValueError, match="are not complete"):
+            Path("out").mkdir(exist_ok=True)
+            Path("out/manifest_9999_of_0003.json").write_text('{"complete": false}')
+            train.read_manifest(Path("out"))
+        Path("out/manifest_9999_of_0003.json").unlink()
+        cli(
+            *("--files", "[0-4].txt", "--tokenizer", "byte", "--shard_size", 40, "--workers", 1),
+            *("--task_index", task, "--task_count", 3, "--out_dir", "out"),
+        )
+    shards = load_shards("out")
+    # Task t writes shards t, t + 3, …; 102 tokens of two documents are three shards, 51 of one are two.
+    trains = [f"edufineweb_train_{i:06d}.npy" for i in (1, 2, 3, 4, 5, 6, 7)]
+    assert sorted(shards) == [*trains, "edufineweb_val_000000.npy"]
+    for task in range(3):
+        mine = np.concatenate([tokens for name, tokens in shards.items() if int(name[-10:-4]) % 3 == task])
+        assert mine.tolist() == expected_tokens([str(i) * 50 for i in range(task, 5, 3)])
+    merged = train.read_manifest(Path("out"))
+    assert {shard["name"] for shard in merged["shards"]} == set(shards) and merged["tokenizer"] == "byte"
+    Path("out/manifest_0001_of_0003.json").unlink()
+    with pytest.raises(ValueError, match="are not complete"):
+        train.read_manifest(Path("out"))
+    with pytest.raises(ValueError, match="fewer inputs than tasks: lower --task_count 9"):
+        cli("--files", "[0-4].txt", "--tokenizer", "byte", "--task_index", 8, "--task_count", 9)
+    with pytest.raises(ValueError, match="--task_index is 3: give 0 to 2"):
+        fineweb.parse_args(["--task_index", "3", "--task_count", "3"])
+
+
+def test_odd_documents_are_text_or_counted(tmp_path):
+    odd = ["x" * 1_000_000, "\ud800 half a pair", "<|endoftext|>", "one\r\ntwo\rthree\n", "\0", "\ufeff"]
+    rows = [*odd, "", None, 5, ["list"]]
+    Path("odd.jsonl").write_text("\r\n".join(json.dumps({"text": text}) for text in rows))
+    cli("--files", "odd.jsonl", "--tokenizer", "byte", "--shard_size", 900_000, "--out_dir", "out")
+    fixed = [text.replace("\ud800", "\ufffd") for text in odd]
+    assert np.concatenate(list(load_shards("out").values())).tolist() == expected_tokens(fixed)
+    assert json.loads(Path("out/manifest.json").read_text())["skipped_documents"] == 4
 
 
 def test_bad_input_names_the_mend_and_leaves_nothing(files, tmp_path):
     cases = [
         (("--files", "no/such/*.txt"), FileNotFoundError, "no file matches 'no/such/"),
-        (("--files", "a.csv"), ValueError, r"a.csv: --files takes .txt, .jsonl, .jsonl.gz, .parquet"),
+        (("--files", "a.csv"), ValueError, r"cannot read a.csv: inputs are .txt, .*, .parquet"),
         (("--files", "broken.jsonl"), ValueError, "broken.jsonl: line 2 is no JSON object .* mend it"),
         (("--files", "latin.txt"), ValueError, "latin.txt is not UTF-8"),
         (

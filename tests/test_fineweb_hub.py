@@ -1,0 +1,196 @@
+"""fineweb.py against a Hub that has every kind of trouble, with the real client library in between."""
+
+import hashlib
+import http.server
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import urllib.parse
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import REPOSITORY
+
+REVISION = "a" * 40
+TEXTS = [[f"document {row} of file {number}" for row in range(300)] for number in range(3)]
+CARD = """---
+configs:
+- config_name: default
+  data_files: [{split: train, path: "data/*"}]
+- config_name: small
+  data_files: [{split: train, path: "sample/*"}]
+---
+"""
+# Waits are noted, not waited for; the client takes 10 MB at a time, and would have nothing to continue with.
+CLIENT = """
+import sys, time
+time.sleep = lambda seconds: print("wait", seconds)
+from huggingface_hub import constants
+constants.DOWNLOAD_CHUNK_SIZE = 100
+import fineweb
+sys.exit(fineweb.run())
+"""
+
+
+def parquet(texts: list[str]) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), file)
+    return file.getvalue()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as the client asks for; `server.faults` maps parts of requests to faults."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def reply(self, status: int, data: bytes = b"", **headers) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": len(data), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def describe(self, path: str) -> dict:
+        data = self.server.files[path]
+        lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+        entry = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+        return {**entry, "lfs": lfs} if path.endswith(".parquet") else entry
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        paths = urllib.parse.parse_qs(body).get("paths") or json.loads(body)["paths"]
+        self.reply(200, json.dumps([self.describe(path) for path in paths]).encode())
+
+    def do_GET(self):
+        files, path = self.server.files, urllib.parse.unquote(self.path.split("?")[0])
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.seen.append((self.command, path, headers))
+        for (command, part), faults in self.server.faults.items():
+            if command == self.command and part in path and faults:
+                fault = faults.pop(0) if len(faults) > 1 or faults[0] != "always" else 503
+                if isinstance(fault, int):
+                    return self.reply(fault, **({"Retry_After": 7} if fault == 429 else {}))
+                break
+        else:
+            fault = None
+        name = path.split("/", 6)[-1]
+        if path.startswith("/api/datasets/org/name/tree/"):
+            prefix = path.partition(REVISION)[2].strip("/")
+            entries = [self.describe(file) for file in files if file.startswith(prefix)]
+            if not prefix:
+                folders = {file.split("/")[0] for file in files if "/" in file}
+                entries = [{"type": "directory", "path": folder, "size": 0, "oid": "0"} for folder in folders]
+            self.reply(200, json.dumps(entries).encode())
+        elif re.match(r"/api/datasets/org/name(/revision/\w+)?$", path):
+            siblings = [{"rfilename": file} for file in files]
+            self.reply(200, json.dumps({"id": "org/name", "sha": REVISION, "siblings": siblings}).encode())
+        elif (name := path.partition("/resolve/")[2].partition("/")[2]) in files:
+            data = files[name]
+            headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X_Repo_Commit": REVISION}
+            if fault == "altered":
+                data = data[:100] + b"?" + data[101:]
+            start = int(re.match(r"bytes=(\d+)", self.headers.get("Range", "bytes=0"))[1])
+            if start:
+                headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            if fault == "cut":
+                self.send_response(200)
+                for header, value in {"Content-Length": len(data), **headers}.items():
+                    self.send_header(header.replace("_", "-"), str(value))
+                self.end_headers()
+                self.wfile.write(data[: len(data) // 2])
+                self.wfile.flush()
+                self.close_connection = True
+            else:
+                self.reply(206 if start else 200, data[start:], **headers)
+        else:
+            self.reply(404, b"{}", X_Error_Code="EntryNotFound")
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files = {f"sample/{number}.parquet": parquet(texts) for number, texts in enumerate(TEXTS)}
+    server.files |= {"data/0.parquet": parquet(["not asked for"]), "README.md": CARD.encode()}
+    server.faults, server.seen = {}, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def prepare(hub, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+        **{"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": "home", "HF_TOKEN": "hf_secret"},
+        **{"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(REPOSITORY)},
+        **environment,
+    }
+    arguments = ["--dataset", "org/name", "--name", "small", "--tokenizer", "byte", "--shard_size", "9000"]
+    arguments += ["--out_dir", "out", "--workers", "1", *options]
+    return subprocess.run(
+        [sys.executable, "-c", CLIENT, *arguments], env=environment, capture_output=True, text=True
+    )
+
+
+def test_every_kind_of_trouble_is_survived(hub):
+    hub.faults = {
+        ("GET", "/tree/"): [429, 503],
+        ("HEAD", "sample/0"): [502],
+        ("GET", "sample/0"): [500, "cut"],
+        ("GET", "sample/1"): [429, "altered"],
+        ("HEAD", "sample/2"): [504],
+        ("GET", "sample/2"): ["cut", 503],
+    }
+    result = prepare(hub)
+    assert result.returncode == 0, result.stderr
+    assert not any(hub.faults.values())
+    stream = [token for texts in TEXTS for text in texts for token in (256, *text.encode())]
+    shards = sorted(Path("out").glob("*.npy"), key=lambda path: path.stem[-6:])
+    assert np.concatenate([np.load(path) for path in shards]).tolist() == stream
+    assert "wait 8.0" in result.stdout  # Retry-After is respected: the client adds a second
+    ranges = [headers["range"] for _, path, headers in hub.seen if "sample/0" in path and "range" in headers]
+    assert any(int(re.search(r"\d+", each)[0]) > 100 for each in ranges)  # the cut one was continued
+    tokens = {headers.get("authorization") for _, path, headers in hub.seen if "sample" in path}
+    assert tokens == {"Bearer hf_secret"}
+    assert {path.suffix for path in Path("out").iterdir()} == {".npy", ".json"}  # no copies of the inputs
+
+
+def test_what_does_not_pass_is_one_line_and_the_same_command_continues(hub):
+    hub.faults = {("GET", "sample/2"): ["always"]}
+    result = prepare(hub)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    message = r"error: cannot fetch sample/2.parquet \(.*503.*; to continue: python .*--out_dir out"
+    assert re.search(message, result.stderr)
+    assert [path.name for path in Path("out").glob("*.npy")] == ["edufineweb_val_000000.npy"]
+    assert [path.name for path in Path("out/downloads/sample").iterdir()] == ["1.parquet"]  # 0 is safe
+    hub.faults, hub.seen[:] = {}, []
+    hub.files["sample/3.parquet"] = parquet(["new on the Hub since"])
+    result = prepare(hub, "--keep_downloads")
+    assert result.returncode == 0, result.stderr
+    stream = [token for texts in TEXTS for text in texts for token in (256, *text.encode())]
+    shards = sorted(Path("out").glob("*.npy"), key=lambda path: path.stem[-6:])
+    assert np.concatenate([np.load(path) for path in shards]).tolist() == stream
+    fetched = {path for command, path, _ in hub.seen if command == "GET" and "sample" in path}
+    assert len(fetched) == 1 and fetched.pop().endswith("sample/2.parquet")
+    assert {path.name for path in Path("out/downloads/sample").iterdir()} == {"1.parquet", "2.parquet"}
+
+
+def test_offline_and_unknown_names_are_one_line(hub):
+    result = prepare(hub, HF_HUB_OFFLINE="1")
+    assert result.returncode == 1 and "HF_HUB_OFFLINE, or give --files" in result.stderr.splitlines()[-1]
+    assert hub.seen == [] and not Path("out").exists()
+    result = prepare(hub, "--name", "none")
+    assert result.returncode == 1 and "small" in result.stderr.splitlines()[-1]
