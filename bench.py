@@ -2,6 +2,7 @@
 
     python bench.py hellaswag                       # 124M random weights, the project's own items, a minute
     python bench.py hellaswag --data hellaswag_val.jsonl --tokenizer gpt2 --limit 200
+    python bench.py data --files 'edu_text/*.parquet' --tokenizer gpt2
     python bench.py memory --n_layer 6 --n_embd 1600 --n_head 25 --output memory.json
 
 Every subcommand prints a table, and with --output writes it as JSON with machine, versions and commit. Ways
@@ -9,17 +10,23 @@ that are compared run in turn in one process: quote their ratios, times by thems
 """
 
 import argparse
+import functools
+import glob
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
+import fineweb
 import hellaswag
 from fineweb import count, write_json
 from model import GPT, GPTConfig, choose_device
@@ -62,6 +69,58 @@ def bench_hellaswag(args: argparse.Namespace, device: torch.device) -> list[dict
     rows, chosen = alternate(ways, args.rounds, device, len(examples), "items")
     same = sum(map(int.__eq__, *chosen))
     print(f"both ways choose the same ending for {same} of {len(examples)} items")
+    return rows
+
+
+def encode_document(text: str, tokenizer_name: str) -> np.ndarray:
+    """What the usual script does in a worker: one document at a time."""
+    tokenizer = get_tokenizer(tokenizer_name)
+    tokens = np.array([tokenizer.eot_token, *tokenizer.encode_ordinary(text)])
+    assert tokens.max() < 2**16
+    return tokens.astype(np.uint16)
+
+
+def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """MB of text per second: one core of tiktoken, a pool that maps document by document, fineweb.py."""
+    paths = sorted(path for pattern in args.files for path in glob.glob(pattern))
+    inputs = fineweb.local_inputs([Path(path) for path in paths]) if paths else fineweb.stdlib_inputs()
+    chunks = fineweb.read_chunks(fineweb.Fetcher(inputs, Path(), keep=True), "text", (0, 0))
+    texts = [text for chunk in chunks for text in fineweb.texts_of(chunk) if text]
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    tokenizer = get_tokenizer(args.tokenizer)
+
+    def serial() -> int:
+        return sum(1 + len(tokenizer.encode_to_numpy(text, disallowed_special=())) for text in texts)
+
+    def by_document() -> int:
+        # Forked, so it starts at once; reading and writing, which the usual script does too, are left out.
+        with multiprocessing.get_context("fork").Pool(args.workers) as pool:
+            encode = functools.partial(encode_document, tokenizer_name=args.tokenizer)
+            return sum(map(len, pool.imap(encode, texts, chunksize=16)))
+
+    def prepare(out_dir: str, workers: int) -> int:
+        options = ["--tokenizer", args.tokenizer, "--workers", str(workers), "--out_dir", out_dir]
+        command = [sys.executable, fineweb.__file__, "--files", *(each.path for each in inputs), *options]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        manifest = fineweb.read_manifest(Path(out_dir))
+        return sum(shard["tokens"] for shard in manifest["shards"])
+
+    def command() -> int:
+        with tempfile.TemporaryDirectory() as out_dir:
+            return prepare(out_dir, args.workers)
+
+    ways = {"tiktoken, one core": serial, "pool, by document": by_document, "fineweb.py": command}
+    rows, (tokens, *others) = alternate(ways, args.rounds, device, megabytes, "MB")
+    assert others == [tokens, tokens], (tokens, others)
+    start = time.process_time()
+    with tempfile.TemporaryDirectory() as out_dir:
+        source = {"text_column": "text"}
+        fineweb.prepare(inputs, out_dir, source=source, tokenizer=args.tokenizer, workers=args.workers)
+    parent, core = (time.process_time() - start) / tokens, rows[0]["MB/s"] / megabytes * tokens
+    print(f"{megabytes:.1f} MB, {tokens:,} tokens, {args.workers} workers")
+    print(f"fineweb.py reaches {rows[2]['ratio'] / args.workers:.0%} of workers x one core of tiktoken and")
+    print(f"{rows[2]['ratio'] / rows[1]['ratio']:.2f} times the pool that maps document by document; its")
+    print(f"parent needs {1e9 * parent:.1f} ns of CPU per token: busy with {1 / parent / core:.0f} workers")
     return rows
 
 
@@ -158,6 +217,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--n_head", type=int, default=12, help="attention heads per block")
     add("--n_embd", type=int, default=768, help="width")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of weights and arithmetic")
+    add("--rounds", type=count, default=3, help="counted repetitions of each way, after one warm-up")
+    command = commands.add_parser("data", help=bench_data.__doc__, formatter_class=formatter)
+    command.set_defaults(run=bench_data)
+    add = command.add_argument
+    add("--files", nargs="+", default=[], help="text to tokenise; none is Python's standard library")
+    add("--tokenizer", choices=NAMES, default="byte", help="gpt2 is the real thing, byte needs no download")
+    add("--workers", type=count, default=os.cpu_count(), help="processes that tokenise")
     add("--rounds", type=count, default=3, help="counted repetitions of each way, after one warm-up")
     command = commands.add_parser("memory", help=bench_memory.__doc__, formatter_class=formatter)
     command.set_defaults(run=bench_memory)

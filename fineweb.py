@@ -42,7 +42,7 @@ from tokenizer import NAMES, get_tokenizer
 MANIFEST = "manifest.json"
 DOWNLOADS = "downloads"  # folder in --out_dir for the Hub's files
 DOCUMENTS_PER_CHUNK = 64  # enough to hide the cost of passing a chunk between processes
-ROWS_PER_CHUNK = 512  # of parquet files, where a worker decodes the whole row group, mostly of 1,000 rows
+ROWS_PER_CHUNK = 256  # of parquet files, where a worker decodes the whole row group, mostly of 1,000 rows
 HUB_TRIES = 6  # half a minute of waiting in all, beside what huggingface_hub does by itself
 HUB_REFUSALS = ("OfflineModeIsEnabled", "DatasetNotFoundError")
 SUFFIXES = (".txt", ".py", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
@@ -263,16 +263,21 @@ def stdlib_inputs() -> list[Input]:
     return local_inputs([root / name for name in names])
 
 
+def texts_of(chunk: Chunk) -> list[str | None]:
+    """The documents of a chunk, read where they have not been. Raises ValueError naming a damaged file."""
+    if chunk.rows is None:
+        return chunk.texts
+    path, column, number, first = chunk.rows
+    try:
+        return _read_row_group(path, column, number)[first : first + ROWS_PER_CHUNK].to_pylist()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def encode_chunk(chunk: Chunk, tokenizer_name: str) -> tuple[np.ndarray, int]:
     """Return the documents' ids in uint16, end-of-text before each, and how many were skipped: those that are
     empty or no text."""
-    tokenizer, texts = get_tokenizer(tokenizer_name), chunk.texts
-    if chunk.rows:
-        path, column, number, first = chunk.rows
-        try:
-            texts = _read_row_group(path, column, number)[first : first + ROWS_PER_CHUNK].to_pylist()
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{path}: {error}") from error
+    tokenizer, texts = get_tokenizer(tokenizer_name), texts_of(chunk)
     eot = np.array([tokenizer.eot_token], dtype=np.uint16)
     parts = []
     for text in texts:
@@ -288,28 +293,41 @@ def encode_chunk(chunk: Chunk, tokenizer_name: str) -> tuple[np.ndarray, int]:
     return np.concatenate(parts or [eot[:0]]), len(texts) - len(parts) // 2
 
 
-def encode_chunks(
-    chunks: Iterator[Chunk], tokenizer: str, workers: int
-) -> Iterator[tuple[Chunk, np.ndarray, int]]:
-    """Yield the chunks in order, each with what `encode_chunk` makes of it, from `workers` processes."""
+def start_workers(workers: int, tokenizer: str) -> ProcessPoolExecutor | None:
+    """Start the processes that tokenise; None for one worker, which is this process.
+
+    On Linux they are forked, before any thread starts here, and have at once what is loaded; elsewhere a fork
+    is not safe.
+    """
     if workers == 1:
+        return None
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context)
+    for _ in range(workers):
+        pool.submit(encode_chunk, Chunk(0, 0, 0.0, [], None), tokenizer)
+    return pool
+
+
+def encode_chunks(
+    chunks: Iterator[Chunk], tokenizer: str, pool: ProcessPoolExecutor | None
+) -> Iterator[tuple[Chunk, np.ndarray, int]]:
+    """Yield the chunks in order, each with what `encode_chunk` makes of it in the pool's processes."""
+    if pool is None:
         yield from ((chunk, *encode_chunk(chunk, tokenizer)) for chunk in chunks)
         return
-    # Spawn works everywhere and inherits no threads; the bounded queue keeps memory flat.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pending: deque = deque()
-        try:
-            for chunk in chunks:
-                pending.append((chunk._replace(texts=None), pool.submit(encode_chunk, chunk, tokenizer)))
-                if len(pending) > 2 * workers:
-                    chunk, future = pending.popleft()
-                    yield chunk, *future.result()
-            while pending:
+    pending: deque = deque()
+    try:
+        for chunk in chunks:
+            pending.append((chunk._replace(texts=None), pool.submit(encode_chunk, chunk, tokenizer)))
+            if len(pending) > 2 * pool._max_workers:  # a bounded queue keeps memory flat
                 chunk, future = pending.popleft()
                 yield chunk, *future.result()
-        finally:
-            for _, future in pending:
-                future.cancel()
+        while pending:
+            chunk, future = pending.popleft()
+            yield chunk, *future.result()
+    finally:
+        for _, future in pending:
+            future.cancel()
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -345,8 +363,10 @@ class ShardSet:
     to this one still. So a set goes on after its last whole shard, and any shard can be made anew.
     """
 
-    def __init__(self, out_dir: Path, manifest: dict, fetcher: Fetcher, workers: int):
-        self.out_dir, self.manifest, self.fetcher, self.workers = out_dir, manifest, fetcher, workers
+    def __init__(
+        self, out_dir: Path, manifest: dict, fetcher: Fetcher, pool: ProcessPoolExecutor | None = None
+    ):
+        self.out_dir, self.manifest, self.fetcher, self.pool = out_dir, manifest, fetcher, pool
         self.path = out_dir / manifest_name(manifest["task_index"], manifest["task_count"])
         self.sizes = np.cumsum([0, *(each.size for each in fetcher.inputs)])
 
@@ -357,7 +377,7 @@ class ShardSet:
         the number of documents skipped up to there."""
         total = self.manifest["max_tokens"] or sys.maxsize
         chunks = read_chunks(self.fetcher, self.manifest["source"]["text_column"], start[:2])
-        stream = encode_chunks(chunks, self.manifest["tokenizer"], self.workers)
+        stream = encode_chunks(chunks, self.manifest["tokenizer"], self.pool)
         buffer, filled, drop = np.empty(size, dtype=np.uint16), 0, start[2]
         with tqdm(
             unit="tok", unit_scale=True, desc="tokenising", initial=done, disable=None, leave=False
@@ -489,8 +509,11 @@ def prepare(
     if not inputs:
         raise ValueError(f"there are fewer inputs than tasks: lower --task_count {task_count}")
     out_dir.mkdir(parents=True, exist_ok=True)
+    if any(each.path.endswith(".parquet") for each in inputs):
+        import pyarrow.parquet  # noqa: F401  # once, before the workers are forked
+    pool = start_workers(workers, tokenizer)
     fetcher = Fetcher(inputs, out_dir / DOWNLOADS, keep_downloads)
-    shards = ShardSet(out_dir, manifest, fetcher, workers)
+    shards = ShardSet(out_dir, manifest, fetcher, pool)
     try:
         if not manifest["complete"]:
             write_json(shards.path, manifest)
@@ -501,6 +524,8 @@ def prepare(
                 shards.mend(index)
     finally:
         fetcher.close()
+        if pool:
+            pool.shutdown(cancel_futures=True)
     if not keep_downloads:
         shutil.rmtree(fetcher.folder, ignore_errors=True)
     return manifest
@@ -528,7 +553,7 @@ def verify(out_dir: Path, task_index: int, task_count: int) -> None:
     manifest = read_manifest(out_dir, task_index, task_count)
     if manifest is None or not manifest["complete"]:
         raise ValueError(f"no finished set in {out_dir}: make one with the same command without --verify")
-    shards = ShardSet(out_dir, manifest, Fetcher([], out_dir, keep=True), workers=1)
+    shards = ShardSet(out_dir, manifest, Fetcher([], out_dir, keep=True))
     bad = [manifest["shards"][index]["name"] for index in shards.bad()]
     if bad:
         lines = [f"{name} is missing or damaged: the command that made it makes it anew" for name in bad]

@@ -224,7 +224,7 @@ train.DistributedDataParallel = Counted
 for i, args in enumerate({runs}):
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i)  # a second process group needs a store of its own
     train.main(argparse.Namespace(**args))
-    print(len(reductions), "reductions")
+    print(f"{{len(reductions)}} reductions\\n", end="", flush=True)  # one write: two ranks print at once
     reductions.clear()
 """
 
