@@ -22,8 +22,10 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import sys
 import sysconfig
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -293,6 +295,17 @@ def encode_chunk(chunk: Chunk, tokenizer_name: str) -> tuple[np.ndarray, int]:
     return np.concatenate(parts or [eot[:0]]), len(texts) - len(parts) // 2
 
 
+def end_with_parent() -> None:
+    """Let this worker end when the parent is killed: it would wait for work for ever."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def start_workers(workers: int, tokenizer: str) -> ProcessPoolExecutor | None:
     """Start the processes that tokenise; None for one worker, which is this process.
 
@@ -302,7 +315,7 @@ def start_workers(workers: int, tokenizer: str) -> ProcessPoolExecutor | None:
     if workers == 1:
         return None
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
     for _ in range(workers):
         pool.submit(encode_chunk, Chunk(0, 0, 0.0, [], None), tokenizer)
     return pool
@@ -643,6 +656,8 @@ def run() -> str | None:
     """Do what the command line says; return what went wrong, in one line where it is not several things."""
     try:
         main(parse_args())
+    except KeyboardInterrupt:
+        return "fineweb.py: stopped: the same command continues"
     except ConnectionError as error:
         return f"fineweb.py: error: {error}; to continue: python {shlex.join(sys.argv)}"
     except (ValueError, FileNotFoundError) as error:

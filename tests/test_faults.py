@@ -134,14 +134,14 @@ def test_a_run_killed_at_random_instants_loses_nothing(shards):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops_and_the_run_goes_on(start, run_train, number):
-    options = "--max_steps 60 --total_batch_size 512 --checkpoint_every 400 --log_every 1 --dropout 0.1"
+    options = "--max_steps 40 --total_batch_size 512 --checkpoint_every 400 --log_every 1 --dropout 0.1"
     process = start(options)
     wait_until(lambda: lines("log") > 10)
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     stopped_at = len(read())
-    assert f"stopped by a signal after step {stopped_at - 1}" in output and stopped_at < 60
+    assert f"stopped by a signal after step {stopped_at - 1}" in output and stopped_at < 40
     assert load_checkpoint("log")["step"] == stopped_at
     run_train(f"{options} --resume")
     run_train(options, out_dir="whole")

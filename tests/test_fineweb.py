@@ -3,6 +3,8 @@ import hashlib
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +174,22 @@ def test_any_sequence_of_interruptions_gives_the_same_files(files, monkeypatch, 
         assert lives < 100
     assert done and lives > 5
     assert {path.name: path.read_bytes() for path in Path("killed").iterdir()} == whole
+
+
+def test_a_killed_command_leaves_no_process_and_goes_on(tmp_path):
+    Path("text.jsonl").write_text((json.dumps({"text": "word " * 500}) + "\n") * 4000)
+    options = ["--files", "text.jsonl", "--tokenizer", "byte", "--shard_size", "1e6", "--out_dir"]
+    command = [sys.executable, fineweb.__file__, *options, "killed", "--workers", "2"]
+    life = subprocess.Popen(command, stdout=subprocess.PIPE)
+    while not Path("killed/edufineweb_train_000002.npy").exists():
+        assert life.poll() is None
+    life.kill()
+    life.stdout.read()  # returns when no process holds the pipe any more
+    assert 2 < len(load_shards("killed")) < 11
+    subprocess.run(command, check=True)
+    cli(*options, "whole", "--workers", 1)
+    killed, whole = ({p.name: p.read_bytes() for p in Path(f).iterdir()} for f in ("killed", "whole"))
+    assert killed == whole
 
 
 def test_continuing_redoes_no_more_than_the_shard_in_progress(files, monkeypatch):
