@@ -30,6 +30,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from itertools import islice
@@ -487,12 +488,14 @@ def prepare(
     task_index: int = 0,
     task_count: int = 1,
     keep_downloads: bool = False,
+    resume: bool = True,
 ) -> dict:
     """Write the shards and the manifest of the inputs' documents to `out_dir` and return the manifest.
 
     `source` says in plain types where the documents come from. A set that was interrupted is continued, of a
-    finished one the shards that are damaged are made anew. Of `task_count` tasks, each takes every so-manieth
-    input. Raises ValueError when the folder holds a set made with other arguments, or any other shards.
+    finished one the shards that are damaged are made anew; without `resume` all of them are. Of `task_count`
+    tasks, each takes every so-manieth input. Raises ValueError when the folder holds a set made with other
+    arguments, or any other shards.
     """
     out_dir = Path(out_dir)
     encoding = get_tokenizer(tokenizer)
@@ -509,7 +512,10 @@ def prepare(
         "complete": False,
     }
     found = read_manifest(out_dir, task_index, task_count)
-    if found and found["shards"]:
+    if found and not resume:
+        for shard in found["shards"]:
+            (out_dir / shard["name"]).unlink(missing_ok=True)
+    elif found and found["shards"]:
         for name in ("source", "tokenizer", "shard_size", "max_tokens"):
             if found.get(name) != manifest[name]:
                 raise ValueError(difference(out_dir, name, found.get(name), manifest[name]))
@@ -600,6 +606,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--task_index", type=int, default=0, help="which of --task_count machines this is, from 0")
     add("--task_count", type=count, default=1, help="machines that share the inputs, a file at a time")
     add("--keep_downloads", action="store_true", help=f"leave the Hub's files in --out_dir/{DOWNLOADS}")
+    add(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="continue or mend the set in --out_dir; --no-resume deletes it first",
+    )
     add("--verify", action="store_true", help="only compare a finished set with the hashes in its manifest")
     args = parser.parse_args(argv)
     if not 0 <= args.task_index < args.task_count:
@@ -613,7 +625,7 @@ def main(args: argparse.Namespace) -> None:
     out_dir = Path(args.out_dir)
     if args.verify:
         return verify(out_dir, args.task_index, args.task_count)
-    found = read_manifest(out_dir, args.task_index, args.task_count)
+    found = read_manifest(out_dir, args.task_index, args.task_count) if args.resume else None
     if args.files:
         paths = []
         for pattern in args.files:
@@ -643,6 +655,7 @@ def main(args: argparse.Namespace) -> None:
         task_index=args.task_index,
         task_count=args.task_count,
         keep_downloads=args.keep_downloads,
+        resume=args.resume,
     )
     for split in ("val", "train"):
         shards = [shard for shard in manifest["shards"] if split in shard["name"]]
@@ -658,6 +671,8 @@ def run() -> str | None:
         main(parse_args())
     except KeyboardInterrupt:
         return "fineweb.py: stopped: the same command continues"
+    except BrokenProcessPool:
+        return "fineweb.py: error: a worker was killed, for lack of memory perhaps: lower --workers"
     except ConnectionError as error:
         return f"fineweb.py: error: {error}; to continue: python {shlex.join(sys.argv)}"
     except (ValueError, FileNotFoundError) as error:

@@ -207,6 +207,9 @@ def test_continuing_redoes_no_more_than_the_shard_in_progress(files, monkeypatch
     assert [(chunk.input, chunk.row) for chunk in read] == [(3, 1)]  # the last document
     with pytest.raises(ValueError, match="holds shards with shard_size 30, not 31: choose another --out_dir"):
         cli(*arguments, "--shard_size", 31)
+    cli(*arguments, "--shard_size", 1000, "--no-resume")
+    assert len(load_shards("out")) == 2
+    cli(*arguments, "--no-resume")
     with pytest.raises(ValueError, match=r"holds shards with files \['1.jsonl', \d+\], not \['2.txt', 26\]"):
         cli(*arguments, "--files", files[0].replace("[1-3]", "[2-3]"), files[1])
 
