@@ -90,7 +90,7 @@ def test_a_run_killed_at_random_instants_loses_nothing(shards):
     context.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.backends.backend_agg"])
     argv = (
         f"--data_dir {shards} --tokenizer byte --n_layer 2 --n_head 2 --n_embd 64 --block_size 16 "
-        f"--batch_size 8 --total_batch_size 512 --warmup_steps 2 --max_steps 120 --dropout 0.1 --shuffle "
+        f"--batch_size 8 --total_batch_size 512 --warmup_steps 2 --max_steps 80 --dropout 0.1 --shuffle "
         f"--val_every 3 --val_tokens 600 --hellaswag_every 40 --hellaswag_data {train.DEMO_ITEMS} "
         "--sample_every 0 --checkpoint_every 4 --device cpu --dtype float32 --resume --out_dir"
     ).split()
@@ -105,7 +105,7 @@ def test_a_run_killed_at_random_instants_loses_nothing(shards):
     whole = begin("whole")
     whole.join()
     duration = time.monotonic() - started
-    assert whole.exitcode == 0 and len(read("whole")) == 120
+    assert whole.exitcode == 0 and len(read("whole")) == 80
 
     rng, half_written = random.Random(0), 0
     for i in range(KILLS):
@@ -125,7 +125,7 @@ def test_a_run_killed_at_random_instants_loses_nothing(shards):
     assert last.exitcode == 0
     assert read("killed") == read("whole")
     assert read("killed", "val") == read("whole", "val")
-    a, b = (load_checkpoint(f"{folder}/model_00120.pt")["model"] for folder in ("whole", "killed"))
+    a, b = (load_checkpoint(f"{folder}/model_00080.pt")["model"] for folder in ("whole", "killed"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not any(Path("killed").glob("*.tmp"))
     assert half_written > 0

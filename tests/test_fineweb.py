@@ -184,7 +184,7 @@ def test_a_killed_command_leaves_no_process_and_goes_on(tmp_path):
     while not Path("killed/edufineweb_train_000002.npy").exists():
         assert life.poll() is None
     life.kill()
-    life.stdout.read()  # returns when no process holds the pipe any more
+    life.communicate(timeout=30)  # returns when no process holds the pipe any more
     assert 2 < len(load_shards("killed")) < 11
     subprocess.run(command, check=True)
     cli(*options, "whole", "--workers", 1)
