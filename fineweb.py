@@ -46,7 +46,7 @@ MANIFEST = "manifest.json"
 DOWNLOADS = "downloads"  # folder in --out_dir for the Hub's files
 DOCUMENTS_PER_CHUNK = 64  # enough to hide the cost of passing a chunk between processes
 ROWS_PER_CHUNK = 256  # of parquet files, where a worker decodes the whole row group, mostly of 1,000 rows
-HUB_TRIES = 6  # half a minute of waiting in all, beside what huggingface_hub does by itself
+HUB_TRIES = 4  # beside those of huggingface_hub, which takes up to half a minute for each
 HUB_REFUSALS = ("OfflineModeIsEnabled", "DatasetNotFoundError")
 SUFFIXES = (".txt", ".py", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 
