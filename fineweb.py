@@ -435,8 +435,7 @@ class ShardSet:
                 parts = [tokens[cut:], tokens[:cut]]
             made = []
             for part in parts:
-                index = (len(records) + len(made)) * task_count + self.manifest["task_index"]
-                name = f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
+                name = shard_name(len(records) + len(made), self.manifest)
                 self.write(name, part)
                 documents = int((part == self.manifest["eot_token"]).sum())
                 record = {"name": name, "tokens": len(part), "documents": documents}
@@ -470,6 +469,12 @@ class ShardSet:
         self.write(record["name"], tokens[begin:])
         if not self.is_whole(record):
             raise ValueError(f"{record['name']} came out with another hash: its inputs have changed")
+
+
+def shard_name(number: int, manifest: dict) -> str:
+    """What the shard of this number among those of its task is called: tasks take turns in the names."""
+    index = number * manifest["task_count"] + manifest["task_index"]
+    return f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
 
 
 def manifest_name(task_index: int, task_count: int) -> str:
@@ -513,14 +518,15 @@ def prepare(
     }
     found = read_manifest(out_dir, task_index, task_count)
     if found and not resume:
-        for shard in found["shards"]:
-            (out_dir / shard["name"]).unlink(missing_ok=True)
+        written = len(found["shards"]) + 1  # killed before it was noted down, one more
+        for number in range(written):
+            (out_dir / shard_name(number, found)).unlink(missing_ok=True)
     elif found and found["shards"]:
         for name in ("source", "tokenizer", "shard_size", "max_tokens"):
             if found.get(name) != manifest[name]:
                 raise ValueError(difference(out_dir, name, found.get(name), manifest[name]))
         manifest = found
-    elif task_count == 1 and any(out_dir.glob("*.npy")):
+    elif not found and task_count == 1 and any(out_dir.glob("*.npy")):
         raise ValueError(
             f"{out_dir} already holds .npy files that no manifest describes: choose another --out_dir"
         )

@@ -176,6 +176,33 @@ def test_any_sequence_of_interruptions_gives_the_same_files(files, monkeypatch, 
     assert {path.name: path.read_bytes() for path in Path("killed").iterdir()} == whole
 
 
+@pytest.mark.parametrize("shard_size", [30, 1000])  # 1000: one shard, cut into train and val
+def test_a_first_shard_that_no_manifest_names_yet_is_no_obstacle(files, monkeypatch, shard_size):
+    arguments = ("--files", *files, "--tokenizer", "byte", "--shard_size", shard_size, "--workers", 1)
+    cli(*arguments, "--out_dir", "whole")
+    replace = os.replace
+
+    def dies(source, target):
+        if Path("out/edufineweb_val_000000.npy").exists():
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        cli(*arguments, "--out_dir", "out")
+    assert list(load_shards("out")) == ["edufineweb_val_000000.npy"]
+    monkeypatch.setattr(os, "replace", replace)
+    cli(*arguments, "--out_dir", "out")
+    out, whole = ({path.name: path.read_bytes() for path in Path(f).iterdir()} for f in ("out", "whole"))
+    assert out == whole
+    if shard_size == 30:  # --no-resume takes away also the shard that was not in the manifest yet
+        manifest = json.loads(Path("out/manifest.json").read_text())
+        last = manifest["shards"].pop()
+        Path("out/manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+        cli(*arguments, "--shard_size", 200, "--no-resume", "--out_dir", "out")
+        assert last["name"] not in load_shards("out")
+
+
 def test_a_killed_command_leaves_no_process_and_goes_on(tmp_path):
     Path("text.jsonl").write_text((json.dumps({"text": "word " * 500}) + "\n") * 4000)
     options = ["--files", "text.jsonl", "--tokenizer", "byte", "--shard_size", "1e6", "--out_dir"]
