@@ -11,7 +11,6 @@ that are compared run in turn in one process: quote their ratios, times by thems
 
 import argparse
 import functools
-import glob
 import multiprocessing
 import os
 import statistics
@@ -82,8 +81,7 @@ def encode_document(text: str, tokenizer_name: str) -> np.ndarray:
 
 def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """MB of text per second: one core of tiktoken, a pool that maps document by document, fineweb.py."""
-    paths = sorted(path for pattern in args.files for path in glob.glob(pattern))
-    inputs = fineweb.local_inputs([Path(path) for path in paths]) if paths else fineweb.stdlib_inputs()
+    inputs = fineweb.local_inputs(args.files) if args.files else fineweb.stdlib_inputs()
     chunks = fineweb.read_chunks(fineweb.Fetcher(inputs, Path(), keep=True), "text", (0, 0))
     texts = [text for chunk in chunks for text in fineweb.texts_of(chunk) if text]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
@@ -98,16 +96,12 @@ def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
             encode = functools.partial(encode_document, tokenizer_name=args.tokenizer)
             return sum(map(len, pool.imap(encode, texts, chunksize=16)))
 
-    def prepare(out_dir: str, workers: int) -> int:
-        options = ["--tokenizer", args.tokenizer, "--workers", str(workers), "--out_dir", out_dir]
-        command = [sys.executable, fineweb.__file__, "--files", *(each.path for each in inputs), *options]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        manifest = fineweb.read_manifest(Path(out_dir))
-        return sum(shard["tokens"] for shard in manifest["shards"])
-
     def command() -> int:
         with tempfile.TemporaryDirectory() as out_dir:
-            return prepare(out_dir, args.workers)
+            options = ["--tokenizer", args.tokenizer, "--workers", str(args.workers), "--out_dir", out_dir]
+            words = [sys.executable, fineweb.__file__, "--files", *(each.path for each in inputs), *options]
+            subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+            return sum(shard["tokens"] for shard in fineweb.read_manifest(Path(out_dir))["shards"])
 
     ways = {"tiktoken, one core": serial, "pool, by document": by_document, "fineweb.py": command}
     rows, (tokens, *others) = alternate(ways, args.rounds, device, megabytes, "MB")
@@ -204,40 +198,41 @@ def alternate(
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     formatter = argparse.ArgumentDefaultsHelpFormatter
+    # What several subcommands take.
+    shared, timed, tokenized, sized = (argparse.ArgumentParser(add_help=False) for _ in range(4))
+    add = shared.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--output", help="write the figures to this .json file")
+    add = timed.add_argument
+    add("--rounds", type=count, default=3, help="counted repetitions of each way, after one warm-up")
+    add = tokenized.add_argument
+    add("--tokenizer", choices=NAMES, default="byte", help="gpt2 is the real thing, byte needs no download")
+    add = sized.add_argument
+    add("--n_layer", type=int, default=12, help="blocks")
+    add("--n_head", type=int, default=12, help="attention heads per block")
+    add("--n_embd", type=int, default=768, help="width")
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("hellaswag", help=bench_hellaswag.__doc__, formatter_class=formatter)
-    command.set_defaults(run=bench_hellaswag)
-    add = command.add_argument
+
+    def command(name: str, run: Callable, *parents: argparse.ArgumentParser) -> Callable:
+        parents = [shared, *parents]
+        command = commands.add_parser(name, help=run.__doc__, formatter_class=formatter, parents=parents)
+        command.set_defaults(run=run)
+        return command.add_argument
+
+    add = command("hellaswag", bench_hellaswag, timed, tokenized, sized)
     add("--data", default=str(DEMO_ITEMS), help="items to score")
-    add("--tokenizer", choices=NAMES, default="byte", help="gpt2 is the real thing, byte needs no download")
     add("--limit", type=count, default=20, help="items to score")
     add("--batch_tokens", type=count, help="tokens per forward pass; None is hellaswag.evaluate's own choice")
-    add("--n_layer", type=int, default=12, help="blocks")
-    add("--n_head", type=int, default=12, help="attention heads per block")
-    add("--n_embd", type=int, default=768, help="width")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of weights and arithmetic")
-    add("--rounds", type=count, default=3, help="counted repetitions of each way, after one warm-up")
-    command = commands.add_parser("data", help=bench_data.__doc__, formatter_class=formatter)
-    command.set_defaults(run=bench_data)
-    add = command.add_argument
+    add = command("data", bench_data, timed, tokenized)
     add("--files", nargs="+", default=[], help="text to tokenise; none is Python's standard library")
-    add("--tokenizer", choices=NAMES, default="byte", help="gpt2 is the real thing, byte needs no download")
     add("--workers", type=count, default=os.cpu_count(), help="processes that tokenise")
-    add("--rounds", type=count, default=3, help="counted repetitions of each way, after one warm-up")
-    command = commands.add_parser("memory", help=bench_memory.__doc__, formatter_class=formatter)
-    command.set_defaults(run=bench_memory)
-    add = command.add_argument
-    add("--n_layer", type=int, default=12, help="blocks")
-    add("--n_head", type=int, default=12, help="attention heads per block")
-    add("--n_embd", type=int, default=768, help="width")
+    add = command("memory", bench_memory, sized)
     add("--vocab_size", type=int, default=50304, help="token ids")
     add("--block_size", type=int, default=256, help="context in tokens")
     add("--batch_size", type=int, default=2, help="sequences")
-    for command in commands.choices.values():
-        add = command.add_argument
-        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-        add("--output", help="write the figures to this .json file")
     return parser.parse_args(argv)
 
 

@@ -76,12 +76,26 @@ class Chunk(NamedTuple):
     rows: tuple[str, str, int, int] | None  # path, column, row group, and first row in it
 
 
-def local_inputs(paths: list[Path]) -> list[Input]:
-    """Raises ValueError for a format that we do not read."""
+def check_format(path: str) -> None:
+    """Raise ValueError for a format that we do not read."""
+    if not path.endswith(SUFFIXES):
+        raise ValueError(f"cannot read {path}: inputs are {', '.join(SUFFIXES)}")
+
+
+def local_inputs(patterns: list[str]) -> list[Input]:
+    """The files that match, each pattern's in the order of their names.
+
+    Raises FileNotFoundError for a pattern without a match, ValueError for a format that we do not read.
+    """
+    paths = []
+    for pattern in patterns:
+        matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        if not matches:
+            raise FileNotFoundError(f"no file matches {pattern!r}: check the path given to --files")
+        paths += matches
     for path in paths:
-        if not path.name.endswith(SUFFIXES):
-            raise ValueError(f"cannot read {path}: inputs are {', '.join(SUFFIXES)}")
-    return [Input(str(path), path.stat().st_size) for path in paths]
+        check_format(path)
+    return [Input(path, os.path.getsize(path)) for path in paths]
 
 
 def hub_inputs(dataset: str, name: str | None) -> list[Input]:
@@ -97,13 +111,12 @@ def hub_inputs(dataset: str, name: str | None) -> list[Input]:
     if not files:
         raise ValueError(f"{dataset} ({name}) has no train split: choose another --name")
     if not files[0].startswith("hf://"):  # a folder on this machine
-        return local_inputs([Path(file) for file in files])
+        return local_inputs([glob.escape(file) for file in files])
     at = f"hf://datasets/{dataset}@"
     revision = files[0].removeprefix(at).split("/")[0]
     paths = [file.removeprefix(f"{at}{revision}/") for file in files]
-    unknown = [path for path in paths if not path.endswith(SUFFIXES)]
-    if unknown:
-        raise ValueError(f"cannot read {unknown[0]} of {dataset}: inputs are {', '.join(SUFFIXES)}")
+    for path in paths:
+        check_format(path)
 
     def describe() -> dict:
         infos = HfApi().get_paths_info(dataset, paths, repo_type="dataset", revision=revision)
@@ -263,7 +276,7 @@ def stdlib_inputs() -> list[Input]:
             f"no Python sources in {root}: make shards with `python fineweb.py --files …`"
         )
     names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
-    return local_inputs([root / name for name in names])
+    return local_inputs([glob.escape(str(root / name)) for name in names])
 
 
 def texts_of(chunk: Chunk) -> list[str | None]:
@@ -377,9 +390,7 @@ class ShardSet:
     to this one still. So a set goes on after its last whole shard, and any shard can be made anew.
     """
 
-    def __init__(
-        self, out_dir: Path, manifest: dict, fetcher: Fetcher, pool: ProcessPoolExecutor | None = None
-    ):
+    def __init__(self, out_dir: Path, manifest: dict, fetcher: Fetcher, pool: ProcessPoolExecutor | None):
         self.out_dir, self.manifest, self.fetcher, self.pool = out_dir, manifest, fetcher, pool
         self.path = out_dir / manifest_name(manifest["task_index"], manifest["task_count"])
         self.sizes = np.cumsum([0, *(each.size for each in fetcher.inputs)])
@@ -419,11 +430,9 @@ class ShardSet:
     def extend(self) -> None:
         """Write the shards that are missing at the end."""
         records, task_count = self.manifest["shards"], self.manifest["task_count"]
-        start, skipped, done = (0, 0, 0), 0, sum(record["tokens"] for record in records)
-        if records:
-            start, skipped = tuple(records[-1]["next"]), records[-1]["skipped_documents"]
+        start, done = tuple(records[-1]["next"]) if records else (0, 0, 0), sum(r["tokens"] for r in records)
         left = (self.manifest["max_tokens"] or sys.maxsize) - done
-        size = self.manifest["shard_size"]
+        size, skipped = self.manifest["shard_size"], self.manifest["skipped_documents"]
         for tokens, following, skipped_now in self.shards(start, size, left, done, skipped):
             parts = [tokens]
             if following is None and not records and task_count == 1:
@@ -440,7 +449,7 @@ class ShardSet:
                 documents = int((part == self.manifest["eot_token"]).sum())
                 record = {"name": name, "tokens": len(part), "documents": documents}
                 made.append({**record, "sha256": file_hash(self.out_dir / name)})
-            records += [{**record, "next": following, "skipped_documents": skipped_now} for record in made]
+            records += [{**record, "next": following} for record in made]
             self.manifest["skipped_documents"] = skipped_now
             self.manifest["complete"] = following is None
             write_json(self.path, self.manifest)
@@ -448,15 +457,6 @@ class ShardSet:
 
     def write(self, name: str, tokens: np.ndarray) -> None:
         write_atomically(self.out_dir / name, lambda file: np.save(file, tokens))
-
-    def bad(self) -> list[int]:
-        """Indices of the shards that are missing or are not what they were."""
-        bar = tqdm(self.manifest["shards"], desc="verifying", disable=None, leave=False)
-        return [i for i, record in enumerate(bar) if not self.is_whole(record)]
-
-    def is_whole(self, record: dict) -> bool:
-        path = self.out_dir / record["name"]
-        return path.exists() and file_hash(path) == record["sha256"]
 
     def mend(self, index: int) -> None:
         """Make one shard anew. Raises ValueError when the inputs no longer give the same tokens."""
@@ -467,8 +467,19 @@ class ShardSet:
             begin, size = (0, size) if index else (records[1]["tokens"], records[1]["tokens"] + size)
         tokens, _, _ = next(self.shards(start, size, size))
         self.write(record["name"], tokens[begin:])
-        if not self.is_whole(record):
+        if file_hash(self.out_dir / record["name"]) != record["sha256"]:
             raise ValueError(f"{record['name']} came out with another hash: its inputs have changed")
+
+
+def bad_shards(out_dir: Path, manifest: dict) -> list[int]:
+    """Numbers of the shards that are missing or are not what they were."""
+
+    def is_whole(record: dict) -> bool:
+        path = out_dir / record["name"]
+        return path.exists() and file_hash(path) == record["sha256"]
+
+    bar = tqdm(manifest["shards"], desc="verifying", disable=None, leave=False)
+    return [number for number, record in enumerate(bar) if not is_whole(record)]
 
 
 def shard_name(number: int, manifest: dict) -> str:
@@ -513,6 +524,7 @@ def prepare(
         "max_tokens": max_tokens,
         "task_index": task_index,
         "task_count": task_count,
+        "skipped_documents": 0,
         "shards": [],
         "complete": False,
     }
@@ -533,6 +545,9 @@ def prepare(
     inputs = inputs[task_index::task_count]
     if not inputs:
         raise ValueError(f"there are fewer inputs than tasks: lower --task_count {task_count}")
+    bad = bad_shards(out_dir, manifest) if manifest["complete"] else []
+    if manifest["complete"] and not bad:
+        return manifest
     out_dir.mkdir(parents=True, exist_ok=True)
     if any(each.path.endswith(".parquet") for each in inputs):
         import pyarrow.parquet  # noqa: F401  # once, before the workers are forked
@@ -544,9 +559,9 @@ def prepare(
             write_json(shards.path, manifest)
             shards.extend()
         else:
-            for index in shards.bad():
-                print(f"making {manifest['shards'][index]['name']} anew: it is missing or damaged")
-                shards.mend(index)
+            for number in bad:
+                print(f"making {manifest['shards'][number]['name']} anew: it is missing or damaged")
+                shards.mend(number)
     finally:
         fetcher.close()
         if pool:
@@ -578,8 +593,7 @@ def verify(out_dir: Path, task_index: int, task_count: int) -> None:
     manifest = read_manifest(out_dir, task_index, task_count)
     if manifest is None or not manifest["complete"]:
         raise ValueError(f"no finished set in {out_dir}: make one with the same command without --verify")
-    shards = ShardSet(out_dir, manifest, Fetcher([], out_dir, keep=True))
-    bad = [manifest["shards"][index]["name"] for index in shards.bad()]
+    bad = [manifest["shards"][number]["name"] for number in bad_shards(out_dir, manifest)]
     if bad:
         lines = [f"{name} is missing or damaged: the command that made it makes it anew" for name in bad]
         raise ValueError("\n".join(lines))
@@ -607,7 +621,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tokenizer", choices=NAMES, default="gpt2", help="gpt2, or byte, which needs no download")
     add("--out_dir", default="edu_fineweb10B", help="folder for the shards")
     add("--shard_size", type=count, default=100_000_000, help="tokens per shard")
-    add("--max_tokens", type=count, help="stop after this many tokens; None takes all")
+    add("--max_tokens", type=count, help="stop after this many tokens (of each task); None takes all")
     add("--workers", type=count, default=os.cpu_count(), help="processes that tokenise")
     add("--task_index", type=int, default=0, help="which of --task_count machines this is, from 0")
     add("--task_count", type=count, default=1, help="machines that share the inputs, a file at a time")
@@ -633,13 +647,7 @@ def main(args: argparse.Namespace) -> None:
         return verify(out_dir, args.task_index, args.task_count)
     found = read_manifest(out_dir, args.task_index, args.task_count) if args.resume else None
     if args.files:
-        paths = []
-        for pattern in args.files:
-            matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-            if not matches:
-                raise FileNotFoundError(f"no file matches {pattern!r}: check the path given to --files")
-            paths += [Path(match) for match in matches]
-        inputs = local_inputs(paths)
+        inputs = local_inputs(args.files)
         files = [[Path(each.path).name, each.size] for each in inputs]
         source = {"files": files, "text_column": args.text_column}
     else:
@@ -667,7 +675,7 @@ def main(args: argparse.Namespace) -> None:
         shards = [shard for shard in manifest["shards"] if split in shard["name"]]
         tokens, documents = (sum(shard[what] for shard in shards) for what in ("tokens", "documents"))
         print(f"{split:>5}: {tokens:,} tokens in {len(shards)} shard(s), {documents:,} documents begin there")
-    print(f"skipped: {manifest['shards'][-1]['skipped_documents']:,} documents that are empty or no text")
+    print(f"skipped: {manifest['skipped_documents']:,} documents that are empty or no text")
     print(f"next:  python train.py --data_dir {args.out_dir}")
 
 

@@ -20,7 +20,6 @@ Published values: build-nanogpt's hellaswag.py for GPT-2 in both ways, Brown et 
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -37,7 +36,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fineweb import write_json
+from fineweb import file_hash, write_json
 from model import GPT, choose_device
 from sample import tokenizer_for
 
@@ -91,7 +90,7 @@ def download(url: str = URL, path: str | Path = DATA, sha256: str = SHA256) -> P
                     os.fsync(file.fileno())
             if partial.stat().st_size < size:
                 raise OSError(f"the connection ended after {partial.stat().st_size} of {size} bytes")
-            digest = hashlib.sha256(partial.read_bytes()).hexdigest()
+            digest = file_hash(partial)
             if digest != sha256:
                 partial.unlink()
                 raise OSError(f"its sha256 is {digest[:12]}…, not {sha256[:12]}…")

@@ -203,9 +203,9 @@ class GPT(nn.Module):
                 )
             positions = torch.arange(past, past + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        again = self.recompute and torch.is_grad_enabled()
         for i, block in enumerate(self.transformer.h):
             inputs = (x, cache[i] if cache else None, mask)
-            again = self.recompute and torch.is_grad_enabled()
             x = recomputed(block, *inputs, use_reentrant=False) if again else block(*inputs)
         return self.transformer.ln_f(x)
 

@@ -545,8 +545,8 @@ def find_batch_size(model: GPT, args: argparse.Namespace, dtype: torch.dtype, di
 
 def prepare_demo_data(dist: Distributed) -> None:
     """Make the demo's shards, where they are missing, from the sources of the standard library."""
-    manifest = Path(DEMO_DATA_DIR) / fineweb.MANIFEST
-    if dist.is_main and not (manifest.exists() and json.loads(manifest.read_text())["complete"]):
+    found = fineweb.read_manifest(Path(DEMO_DATA_DIR))
+    if dist.is_main and not (found and found["complete"]):
         print(f"making shards from Python's standard library in {DEMO_DATA_DIR}/")
         source = {"standard library of Python": platform.python_version(), "text_column": None}
         fineweb.prepare(fineweb.stdlib_inputs(), DEMO_DATA_DIR, source=source, tokenizer="byte")

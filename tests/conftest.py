@@ -66,12 +66,17 @@ def run_train(shards, monkeypatch):
     return run
 
 
+def torchrun_command(*options: str) -> tuple[str, ...]:
+    """What comes between the interpreter and a script that torchrun starts."""
+    return ("-m", "torch.distributed.run", *options)
+
+
 @pytest.fixture
 def torchrun():
     """Run a script under torchrun on two ranks and return what it prints."""
 
     def run(*arguments: str) -> str:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command = [sys.executable, *torchrun_command("--standalone", "--nproc_per_node=2")]
         environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
         result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr

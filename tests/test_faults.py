@@ -11,12 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, TINY
+from conftest import REPOSITORY, TINY, torchrun_command
 
 import train
 from model import load_checkpoint
@@ -67,16 +68,9 @@ def start(shards):
             process.kill()
 
 
-def torchrun(*options: str) -> tuple[str, ...]:
-    return ("-m", "torch.distributed.run", *options)
-
-
 def workers(process: subprocess.Popen) -> list[int]:
     """The processes that a torchrun has started."""
-    try:
-        return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
-    except FileNotFoundError:
-        return []
+    return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
 
 
 def train_quietly(argv: list[str]) -> None:
@@ -165,7 +159,7 @@ def test_a_second_signal_ends_at_once(start):
 def test_torchrun_restarts_a_killed_worker_and_the_run_goes_on(start, run_train):
     options = "--max_steps 40 --checkpoint_every 5 --resume"
     standalone = ("--standalone", "--nproc_per_node=2", "--max-restarts=2", "--monitor-interval=0.1")
-    process = start(f"{options} --batch_size 1", torchrun(*standalone))
+    process = start(f"{options} --batch_size 1", torchrun_command(*standalone))
     wait_until(lambda: lines("log") > 15)
     os.kill(workers(process)[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
@@ -183,7 +177,7 @@ def test_two_nodes_train_as_one_process(start, run_train):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     rendezvous = ("--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test")
-    launcher = torchrun("--nnodes=2", "--nproc_per_node=1", "--local-addr=127.0.0.1", *rendezvous)
+    launcher = torchrun_command("--nnodes=2", "--nproc_per_node=1", "--local-addr=127.0.0.1", *rendezvous)
     nodes = [start("--out_dir two", launcher) for _ in range(2)]
     for node in nodes:
         _, errors = node.communicate(timeout=120)
@@ -204,11 +198,11 @@ def test_a_rank_that_fails_ends_the_job_with_its_error(start, tmp_path):
         "train.learning_rate_at = fails\n"
         "train.main(train.parse_args(sys.argv[2:]))\n"
     )
-    launcher = (*torchrun("--standalone", "--nproc_per_node=2"), str(script))
+    launcher = (*torchrun_command("--standalone", "--nproc_per_node=2"), str(script))
     process = start("--max_steps 8", launcher, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and "RuntimeError: rank 1 is broken" in errors
-    process = start("--batch_size 3", torchrun("--standalone", "--nproc_per_node=2"))
+    process = start("--batch_size 3", torchrun_command("--standalone", "--nproc_per_node=2"))
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and errors.count("does not divide by --batch_size 3") == 1
 
@@ -268,8 +262,6 @@ def test_an_altered_checkpoint_is_passed_over(run_train):
 
 
 def test_a_checkpoint_holds_what_was_there_when_it_was_saved(tmp_path, monkeypatch):
-    import threading
-
     release, write = threading.Event(), torch.save
     monkeypatch.setattr(train.torch, "save", lambda *a: release.wait(60) and write(*a))
     logged = []
