@@ -336,9 +336,9 @@ def start_workers(workers: int, tokenizer: str) -> ProcessPoolExecutor | None:
 
 
 def encode_chunks(
-    chunks: Iterator[Chunk], tokenizer: str, pool: ProcessPoolExecutor | None
+    chunks: Iterator[Chunk], tokenizer: str, pool: ProcessPoolExecutor | None, workers: int
 ) -> Iterator[tuple[Chunk, np.ndarray, int]]:
-    """Yield the chunks in order, each with what `encode_chunk` makes of it in the pool's processes."""
+    """Yield the chunks in order, each with what `encode_chunk` makes of it in the pool's `workers`."""
     if pool is None:
         yield from ((chunk, *encode_chunk(chunk, tokenizer)) for chunk in chunks)
         return
@@ -346,7 +346,7 @@ def encode_chunks(
     try:
         for chunk in chunks:
             pending.append((chunk._replace(texts=None), pool.submit(encode_chunk, chunk, tokenizer)))
-            if len(pending) > 2 * pool._max_workers:  # a bounded queue keeps memory flat
+            if len(pending) > 2 * workers:  # a bounded queue keeps memory flat
                 chunk, future = pending.popleft()
                 yield chunk, *future.result()
         while pending:
@@ -390,8 +390,11 @@ class ShardSet:
     to this one still. So a set goes on after its last whole shard, and any shard can be made anew.
     """
 
-    def __init__(self, out_dir: Path, manifest: dict, fetcher: Fetcher, pool: ProcessPoolExecutor | None):
-        self.out_dir, self.manifest, self.fetcher, self.pool = out_dir, manifest, fetcher, pool
+    def __init__(
+        self, out_dir: Path, manifest: dict, fetcher: Fetcher, pool: ProcessPoolExecutor | None, workers: int
+    ):
+        self.out_dir, self.manifest, self.fetcher = out_dir, manifest, fetcher
+        self.pool, self.workers = pool, workers
         self.path = out_dir / manifest_name(manifest["task_index"], manifest["task_count"])
         self.sizes = np.cumsum([0, *(each.size for each in fetcher.inputs)])
 
@@ -402,7 +405,7 @@ class ShardSet:
         the number of documents skipped up to there."""
         total = self.manifest["max_tokens"] or sys.maxsize
         chunks = read_chunks(self.fetcher, self.manifest["source"]["text_column"], start[:2])
-        stream = encode_chunks(chunks, self.manifest["tokenizer"], self.pool)
+        stream = encode_chunks(chunks, self.manifest["tokenizer"], self.pool, self.workers)
         buffer, filled, drop = np.empty(size, dtype=np.uint16), 0, start[2]
         with tqdm(
             unit="tok", unit_scale=True, desc="tokenising", initial=done, disable=None, leave=False
@@ -446,7 +449,7 @@ class ShardSet:
             for part in parts:
                 name = shard_name(len(records) + len(made), self.manifest)
                 self.write(name, part)
-                documents = int((part == self.manifest["eot_token"]).sum())
+                documents = int(np.count_nonzero(part == self.manifest["eot_token"]))
                 record = {"name": name, "tokens": len(part), "documents": documents}
                 made.append({**record, "sha256": file_hash(self.out_dir / name)})
             records += [{**record, "next": following} for record in made]
@@ -553,7 +556,7 @@ def prepare(
         import pyarrow.parquet  # noqa: F401  # once, before the workers are forked
     pool = start_workers(workers, tokenizer)
     fetcher = Fetcher(inputs, out_dir / DOWNLOADS, keep_downloads)
-    shards = ShardSet(out_dir, manifest, fetcher, pool)
+    shards = ShardSet(out_dir, manifest, fetcher, pool, workers)
     try:
         if not manifest["complete"]:
             write_json(shards.path, manifest)
