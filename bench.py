@@ -3,6 +3,7 @@
     python bench.py hellaswag                       # 124M random weights, the project's own items, a minute
     python bench.py hellaswag --data hellaswag_val.jsonl --tokenizer gpt2 --limit 200
     python bench.py data --files 'edu_text/*.parquet' --tokenizer gpt2
+    python bench.py generate --batch_size 8 --dtype bfloat16
     python bench.py memory --n_layer 6 --n_embd 1600 --n_head 25 --output memory.json
 
 Every subcommand prints a table, and with --output writes it as JSON with machine, versions and commit. Ways
@@ -29,6 +30,7 @@ import fineweb
 import hellaswag
 from fineweb import count, write_json
 from model import GPT, GPTConfig, choose_device
+from sample import generate
 from tokenizer import NAMES, get_tokenizer
 from train import DEMO_ITEMS, describe_machine, synchronize
 
@@ -116,6 +118,50 @@ def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
     print(f"{rows[2]['ratio'] / rows[1]['ratio']:.2f} times the pool that maps document by document; its")
     print(f"parent needs {1e9 * parent:.1f} ns of CPU per token: busy with {1 / parent / core:.0f} workers")
     return rows
+
+
+def bench_generate(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Greedy tokens per second of sample.generate, transformers, a loop without a cache, and memory alone."""
+    from transformers import GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPTConfig(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
+    model, dtype, n = GPT(config).eval(), getattr(torch, args.dtype), args.max_new_tokens
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, vocab_size=config.vocab_size)
+        theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).eval().to(device)
+    model.to(device=device, dtype=dtype)
+    prompt = torch.randint(config.vocab_size, (args.batch_size, args.prompt_tokens), device=device)
+    weights = torch.ones(model.num_params() * dtype.itemsize // 4, device=device)
+
+    def transformers() -> torch.Tensor:
+        options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "eos_token_id": None}
+        return theirs.generate(prompt, min_new_tokens=n, max_new_tokens=n, pad_token_id=0, **options)
+
+    ways = {
+        "transformers": transformers,
+        "sample.generate": lambda: generate(model, prompt, n, temperature=0),
+        "memory: weights once a token": lambda: [weights.sum() for _ in range(n)],
+    }
+    if device.type == "cuda":
+        ways["sample.generate, compiled"] = lambda: generate(model, prompt, n, temperature=0, compiled=True)
+    rows, results = alternate(ways, args.rounds, device, args.batch_size * n, "tokens")
+    same = (results[0] == results[1])[:, args.prompt_tokens :].float().mean()
+    print(f"transformers and sample.generate draw the same token {same:.1%} of the time")
+    best = max(row["tokens/s"] for row in rows if "sample" in row["way"])
+    print(f"the best way reaches {best / rows[2]['tokens/s']:.0%} of what memory allows, with")
+    print(f"{4e-9 * weights.numel() * rows[2]['tokens/s'] / args.batch_size:.1f} GB/s read by torch.sum")
+
+    # The loop without a cache would take minutes. Its time grows steadily, so five of its steps tell.
+    lengths = np.linspace(args.prompt_tokens, args.prompt_tokens + n - 1, 5).astype(int)
+    steps = {str(T): functools.partial(model, results[1][:, :T]) for T in lengths}
+    with torch.no_grad():
+        steps, _ = alternate(steps, args.rounds, device, 1, "steps")
+    for name in ("tokens/s", "min", "max"):
+        seconds = n * np.trapezoid([1 / step[name.replace("tokens", "steps")] for step in steps]) / 4
+        steps[0][name] = args.batch_size * n / seconds
+    loop = {name: steps[0][name] for name in ("tokens/s", "min", "max")}
+    return [*rows, {"way": "no cache, from 5 steps", **loop, "ratio": loop["tokens/s"] / rows[0]["tokens/s"]}]
 
 
 def resident(name: str) -> int:
@@ -229,6 +275,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = command("data", bench_data, timed, tokenized)
     add("--files", nargs="+", default=[], help="text to tokenise; none is Python's standard library")
     add("--workers", type=count, default=os.cpu_count(), help="processes that tokenise")
+    add = command("generate", bench_generate, timed, sized)
+    add("--batch_size", type=count, default=1, help="sequences")
+    add("--prompt_tokens", type=count, default=8, help="tokens in the prompt")
+    add("--max_new_tokens", type=count, default=256, help="tokens to generate")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and arithmetic")
     add = command("memory", bench_memory, sized)
     add("--vocab_size", type=int, default=50304, help="token ids")
     add("--block_size", type=int, default=256, help="context in tokens")

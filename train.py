@@ -936,9 +936,9 @@ def main(args: argparse.Namespace) -> None:
             say(f"step {step:5d} | hellaswag acc_norm {scores['acc_norm']:.4f}, acc {scores['acc']:.4f}")
 
         if args.sample_every and (step % args.sample_every == 0 or last_step):
-            with autocast:
-                what = (args.tokenizer, args.sample_prompt, 2, args.sample_tokens)
-                texts = sample.complete(raw_model, *what, seed=args.seed, top_k=50)
+            random = torch.Generator(device).manual_seed(args.seed)
+            what = (get_tokenizer(args.tokenizer), [args.sample_prompt], args.sample_tokens)
+            texts = sample.complete(raw_model, *what, num_samples=2, top_k=50, generator=random)
             log(step, "sample", texts=texts)
             say("".join(f"step {step:5d} | sample\n{text}\n\n" for text in texts))
 

@@ -1,4 +1,8 @@
+import argparse
 import math
+import os
+import pathlib
+import pickle
 
 import pytest
 import torch
@@ -79,20 +83,19 @@ def test_gpt2_padding_is_trimmed_by_default(tmp_path):
 @pytest.mark.parametrize("pieces", [(16,), (1,) * 16, (5, 1, 7, 3)])
 def test_cache_gives_what_one_pass_gives(pieces):
     model, idx = tiny_gpt(), torch.randint(0, 320, (3, 16))
-    cache = model.new_cache()
-    with torch.no_grad():
-        parts = [model.trunk(part, cache) for part in idx.split(pieces, dim=1)]
-        torch.testing.assert_close(torch.cat(parts, dim=1), model.trunk(idx), atol=1e-5, rtol=0)
+    cache, slots = model.new_cache(max_length=16), torch.arange(16)
+    with torch.no_grad(), model.packed_weights():
+        parts = [
+            model.trunk(part, at, (torch.arange(int(at[-1]) + 1) <= at[:, None])[None, None], cache, at)
+            for part, at in zip(idx.split(pieces, dim=1), slots.split(pieces), strict=True)
+        ]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model.trunk(idx), atol=1e-5, rtol=0)
 
 
 def test_context_longer_than_block_size_is_refused():
     model = tiny_gpt()
     with pytest.raises(ValueError, match="17 tokens .* context of 16"):
         model(torch.zeros(1, 17, dtype=torch.long))
-    cache = model.new_cache()
-    model.trunk(torch.zeros(1, 10, dtype=torch.long), cache)
-    with pytest.raises(ValueError, match="context of 16"):
-        model.trunk(torch.zeros(1, 7, dtype=torch.long), cache)
 
 
 def test_decay_is_for_matrices_and_embeddings_only():
@@ -125,11 +128,8 @@ def test_bad_sources_are_one_line(tmp_path, hf_folder):
     with pytest.raises(ValueError, match="text.pt is cut short or no checkpoint"):
         GPT.from_pretrained(tmp_path / "text.pt")
     torch.save({"weights": 1}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="it has no model and no config"):
+    with pytest.raises(ValueError, match="other.pt is no GPT-2: it has no transformer.wte.weight"):
         GPT.from_pretrained(tmp_path / "other.pt")
-    torch.save({"model": {}, "config": {**vars(TINY), "bias": False}}, tmp_path / "foreign.pt")
-    with pytest.raises(ValueError, match="foreign.pt is no GPT-2 of ours .*'bias'"):
-        GPT.from_pretrained(tmp_path / "foreign.pt")
     weights = hf_folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1000])
@@ -144,6 +144,107 @@ def test_bad_sources_are_one_line(tmp_path, hf_folder):
     config.write_text(config.read_text().replace('"gelu_new"', '"relu"'))
     with pytest.raises(ValueError, match="activation_function is relu"):
         GPT.from_pretrained(hf_folder)
+
+
+class Settings:
+    """The config object of another repository, of whose class nothing is known when it is read."""
+
+
+def foreign_checkpoints(model):
+    """The same model as the usual repositories save it."""
+    state, sizes = model.state_dict(), vars(model.config)
+    settings = Settings()
+    vars(settings).update(sizes)
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(2)}
+    transposed = {
+        name: w.t() if w.dim() == 2 and (".c_" in name) else w
+        for name, w in state.items()
+        if name != "lm_head.weight"
+    }
+    compiled = {f"_orig_mod.{name}": w for name, w in (state | masks).items()}
+    return {
+        "config object, validation loss": {"model": state, "config": settings, "step": 7, "val_loss": 3.5},
+        "compiled, model_args, training settings": {
+            "model": compiled,
+            "model_args": {**sizes, "bias": True},
+            "config": {"dataset": "openwebtext", "batch_size": 12},
+            "iter_num": 7,
+            "best_val_loss": torch.tensor(3.5),
+        },
+        "DDP around compile": {
+            "model": {f"module.{name}": w for name, w in compiled.items()},
+            "args": argparse.Namespace(n_head=2, out=pathlib.PurePosixPath("log")),
+        },
+        "wrapped module": {"state_dict": {f"model.{name}": w for name, w in state.items()}, "hparams": sizes},
+        "bare state dict in OpenAI's layout": transposed,
+        "half precision": {"model": {name: w.bfloat16() for name, w in state.items()}, "config": sizes},
+    }
+
+
+@pytest.mark.parametrize("kind", foreign_checkpoints(tiny_gpt()))
+def test_checkpoints_of_other_repositories_are_read(kind, tmp_path):
+    torch.manual_seed(0)
+    config = TINY if "bare" not in kind else GPTConfig(**{**vars(TINY), "n_embd": 128})  # heads 64 wide
+    model, idx = GPT(config).eval(), torch.randint(0, 320, (2, 16))
+    torch.save(foreign_checkpoints(model)[kind], tmp_path / "foreign.pt")
+    read = GPT.from_pretrained(tmp_path / "foreign.pt").eval()
+    assert read.config == config
+    tolerance = 0.05 if kind == "half precision" else 0
+    with torch.no_grad():
+        torch.testing.assert_close(read(idx)[0], model(idx)[0], atol=tolerance, rtol=0)
+    if kind.startswith("config object"):
+        assert read.metadata == {"step": 7, "val_loss": 3.5, "args": None}
+
+
+def test_a_model_without_biases_has_biases_of_zero(tmp_path):
+    model = tiny_gpt()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(not name.endswith(".bias"))
+    state = {name: w for name, w in model.state_dict().items() if not name.endswith(".bias")}
+    torch.save({"model": state, "model_args": {"n_head": 2, "bias": False}}, tmp_path / "foreign.pt")
+    read = GPT.from_pretrained(tmp_path / "foreign.pt")
+    assert all(torch.equal(w, model.state_dict()[name]) for name, w in read.state_dict().items())
+    torch.save({"model": {**state, "transformer.ln_f.bias": torch.ones(32)}}, tmp_path / "foreign.pt")
+    with pytest.raises(ValueError, match="is no GPT-2 .*Missing key.*c_attn.bias"):
+        GPT.from_pretrained(tmp_path / "foreign.pt")
+
+
+def attack(name):
+    os.mkdir(name)
+
+
+class Attack:
+    def __init__(self, function):
+        self.function = function
+
+    def __reduce__(self):
+        return self.function, ("attacked",)
+
+
+def test_a_file_never_runs_code_and_a_head_of_its_own_is_refused(tmp_path):
+    model = tiny_gpt()
+    weights = {"model": model.state_dict(), "n_head": 2}
+    torch.save({**weights, "config": Attack(attack)}, tmp_path / "inert.pt")
+    torch.save({**weights, "config": Attack(os.mkdir)}, tmp_path / "blocked.pt")
+    torch.save(Attack(attack), tmp_path / "object.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Attack(attack)))
+    assert GPT.from_pretrained(tmp_path / "inert.pt").config == TINY
+    for name, message in (
+        ("blocked.pt", "mkdir.* is blocked"),
+        ("object.pt", "no checkpoint: it holds a"),
+        ("pickle.pt", "no checkpoint"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            GPT.from_pretrained(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    assert not pathlib.Path("attacked").exists()
+    pickle.loads((tmp_path / "pickle.pt").read_bytes())
+    assert pathlib.Path("attacked").exists()  # what it would have done
+    untied = {**model.state_dict(), "lm_head.weight": torch.zeros(320, 32)}
+    torch.save({"model": untied, "config": vars(TINY)}, tmp_path / "untied.pt")
+    with pytest.raises(ValueError, match="lm_head is not tied"):
+        GPT.from_pretrained(tmp_path / "untied.pt")
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):

@@ -1,15 +1,28 @@
-import re
-import subprocess
+import io
+import json
 import sys
+from pathlib import Path
 
 import pytest
+import tiktoken
 import torch
-from conftest import REPOSITORY
-from transformers import GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    pipeline,
+)
 
 import sample
+import tokenizer
 from model import GPT, GPTConfig
 from sample import generate
+from tokenizer import get_tokenizer
+from train import DEMO_ITEMS, can_compile
 
 
 @pytest.fixture
@@ -18,18 +31,23 @@ def model(hf_folder):
 
 
 PROMPT = torch.tensor([[5, 9, 200], [7, 7, 7]])
+TEXT = "naïve 漢字 🙂 don't  stop\n\n\tx=1;  <|endoftext|> ’s"
 
 
-def test_greedy_is_that_of_a_plain_loop_and_of_transformers(model, hf_folder):
-    out = generate(model, PROMPT, 13, temperature=0)
-    plain = PROMPT
-    with torch.no_grad():
-        for _ in range(13):
-            plain = torch.cat((plain, model(plain)[0][:, -1].argmax(dim=-1, keepdim=True)), dim=1)
-    assert torch.equal(out, plain)
+@pytest.mark.parametrize("lengths", [(3, 3, 3), (3, 1, 2)])
+def test_greedy_is_that_of_a_plain_loop_and_of_transformers(model, hf_folder, lengths):
+    prompts = torch.tensor([[5, 9, 200], [0, 0, 7], [0, 8, 1]])
+    out = generate(model, prompts, 13, lengths=torch.tensor(lengths), temperature=0)
+    for row, prompt, length in zip(out, prompts, lengths, strict=True):
+        plain = prompt[None, 3 - length :]
+        with torch.no_grad():
+            for _ in range(13):
+                plain = torch.cat((plain, model(plain)[0][:, -1].argmax(dim=-1, keepdim=True)), dim=1)
+        assert torch.equal(row[3 - length :], plain[0])
     theirs = GPT2LMHeadModel.from_pretrained(hf_folder)
+    seen = (torch.arange(3) >= 3 - torch.tensor(lengths)[:, None]).long()
     options = {"do_sample": False, "max_new_tokens": 13, "eos_token_id": None, "pad_token_id": 0}
-    assert torch.equal(out, theirs.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **options))
+    assert torch.equal(out, theirs.generate(prompts, attention_mask=seen, **options))
 
 
 def test_a_long_text_goes_on_from_the_last_half_of_the_context(model):
@@ -44,25 +62,39 @@ def test_a_long_text_goes_on_from_the_last_half_of_the_context(model):
             text, window = torch.cat((text, new), dim=1), torch.cat((window, new), dim=1)
     assert torch.equal(out, text)
     assert generate(model, torch.randint(0, 320, (1, 99)), 2, temperature=0).shape == (1, 101)
+    # A shorter row goes through the same reading: here it has fewer tokens than half a context.
+    short = torch.tensor([[1] * 9 + [5, 9, 200, 4, 3, 2], [0] * 14 + [7]])
+    out = generate(model, short, 5, lengths=torch.tensor([15, 1]), temperature=0)
+    assert torch.equal(out[1, 14:], generate(model, short[1:, 14:], 5, temperature=0)[0])
 
 
-def test_draws_follow_the_distribution_and_its_limits():
-    probs = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    logits = probs.log().expand(40_000, 4)
-
-    def frequencies(**options):
-        options = {"temperature": 1.0, "top_k": None, "top_p": None, **options}
-        draws = sample._draw(logits, **options, generator=torch.Generator().manual_seed(0))
-        return (torch.bincount(draws.flatten(), minlength=4) / len(draws)).tolist()
-
-    assert frequencies() == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=0.01)
-    squared = probs.square() / probs.square().sum()
-    assert frequencies(temperature=0.5) == pytest.approx(squared.tolist(), abs=0.01)
-    assert frequencies(top_k=2) == pytest.approx([4 / 7, 3 / 7, 0, 0], abs=0.01)
-    assert frequencies(top_k=9) == frequencies()
-    assert frequencies(top_p=0.65) == pytest.approx([4 / 7, 3 / 7, 0, 0], abs=0.01)
-    assert frequencies(top_p=0.75) == pytest.approx([4 / 9, 3 / 9, 2 / 9, 0], abs=0.01)
-    assert frequencies(temperature=0) == [1, 0, 0, 0]
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.9}]
+)
+def test_draws_have_the_distribution_of_transformers_processors(options):
+    """Chi-square over the 64 pairs of tokens that can follow, from 20,000 draws in one batch."""
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=16)).eval()
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(10)
+    processors = LogitsProcessorList([TemperatureLogitsWarper(options.get("temperature", 1.0))])
+    processors += [TopKLogitsWarper(options["top_k"])] if "top_k" in options else []
+    processors += [TopPLogitsWarper(options["top_p"])] if "top_p" in options else []
+    prompt, n = torch.tensor([[1, 4]]), 20_000
+    with torch.no_grad():
+        first = processors(prompt, model(prompt)[0][:, -1]).softmax(-1)[0]  # (8,)
+        pairs = torch.cat((prompt.expand(8, -1), torch.arange(8)[:, None]), dim=1)
+        second = processors(pairs, model(pairs)[0][:, -1]).softmax(-1)  # (8, 8)
+    expected = n * (first[:, None] * second).flatten()
+    generator = torch.Generator().manual_seed(0)
+    drawn = generate(model, prompt, 2, num_samples=n, generator=generator, **options)[:, 2:]
+    counts = torch.bincount(8 * drawn[:, 0] + drawn[:, 1], minlength=64)
+    assert (counts[expected == 0] == 0).all()
+    expected, counts = expected[expected > 5], counts[expected > 5]
+    freedom = len(expected) - 1
+    assert freedom >= 8
+    # Mean and variance of the statistic are `freedom` and twice that: four standard deviations.
+    assert ((counts - expected) ** 2 / expected).sum() < freedom + 4 * (2 * freedom) ** 0.5
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn(model):
@@ -74,39 +106,175 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(model):
     assert generate(model, PROMPT, 12, temperature=0, vocab_size=257).max() < 257
 
 
-def test_same_seed_same_text_and_the_training_mode_stays(model):
-    model.train()
-    first, again, other = (
-        sample.complete(model, "byte", "ab", 2, 12, seed=seed, top_k=50) for seed in (1, 1, 2)
+def test_a_row_that_stops_stays_so_and_the_others_go_on(model):
+    free = generate(model, PROMPT, 12, temperature=0)[:, 3:]
+    stop = int(next(token for token in free[0] if token not in free[1]))
+    at = free[0].tolist().index(stop)
+    out = generate(model, PROMPT, 12, temperature=0, stop=stop)[:, 3:]
+    assert out[0].tolist() == free[0, : at + 1].tolist() + [stop] * (11 - at)
+    assert torch.equal(out[1], free[1])
+    assert len(list(sample.stream(model, PROMPT[:1], 12, temperature=0, stop=stop))) == at + 1
+    assert generate(model, PROMPT[:1], 12, temperature=0, stop=stop).shape == (1, 15)
+
+
+def test_packed_weights_give_the_same_logits_and_leave_nothing_behind(model):
+    reference = model(PROMPT)[0]
+    before = {name: vars(module).copy() for name, module in model.named_modules()}
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        with torch.no_grad(), model.to(dtype).packed_weights():
+            torch.testing.assert_close(model(PROMPT)[0].float(), reference, atol=tolerance, rtol=tolerance)
+    assert {name: vars(module).keys() for name, module in model.named_modules()} == {
+        name: entries.keys() for name, entries in before.items()
+    }
+
+
+def test_compiled_decoding_gives_the_same_text(model):
+    if not can_compile(torch.device("cpu"), print):
+        pytest.skip("no compiler")
+    options = {"lengths": torch.tensor([3, 2]), "temperature": 0, "num_samples": 2}
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert torch.equal(
+        generate(model, PROMPT, 20, compiled=True, **options), generate(model, PROMPT, 20, **options)
     )
-    assert first == again != other
-    assert first[0] != first[1] and all(text.startswith("ab") for text in first)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_give_the_same_text(hf_folder):
+    model = GPT.from_pretrained(hf_folder).cuda()
+    options = {"lengths": torch.tensor([3, 2]), "temperature": 0, "num_samples": 2}
+    for _ in range(2):  # recorded, then replayed
+        out = generate(model, PROMPT.cuda(), 20, compiled=True, **options)
+        assert torch.equal(out, generate(model, PROMPT.cuda(), 20, **options))
+
+
+def test_same_seed_same_text_and_the_training_mode_stays(model):
+    def texts(seed):
+        random = torch.Generator().manual_seed(seed)
+        options = {"num_samples": 2, "top_k": 50, "generator": random}
+        return sample.complete(model, get_tokenizer("byte"), ["ab", ""], 12, **options)
+
+    model.train()
+    first = texts(1)
+    assert first == texts(1) != texts(2)
+    assert len(set(first)) == 4 and [text[:2] == "ab" for text in first] == [True, True, False, False]
     assert model.training
     small = GPT(GPTConfig(block_size=4, vocab_size=200, n_layer=1, n_head=1, n_embd=4))
     with pytest.raises(ValueError, match="tokenizer byte has 257 ids, the model 200"):
-        sample.complete(small, "byte", "ab", 1, 1, seed=1)
+        sample.tokenizer_for(small, "byte")
 
 
-def test_command_line_reads_the_newest_checkpoint(run_train, capsys):
+def test_bytes_wait_until_they_are_a_character(model, monkeypatch):
+    data = "é漢".encode() + b"\xff" + "🙂".encode()[:3]  # the last one never ends
+    rows = [[byte, 256] for byte in data] + [[256, 256]] * 2
+    monkeypatch.setattr(sample, "stream", lambda *args, **options: map(torch.tensor, rows))
+    pieces = []
+    texts = sample.complete(model, get_tokenizer("byte"), ["a"], 9, num_samples=2, on_text=pieces.append)
+    assert texts == ["aé漢\ufffd\ufffd", "a"] and "".join(pieces) == texts[0]
+    assert pieces[:6] == ["a", "", "é", "", "", "漢"]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run sample.py on a tiny model: options and standard input; what it prints, and its error or None."""
+    torch.manual_seed(0)
+    tiny = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
+    torch.save({"model": tiny.state_dict(), "config": vars(tiny.config)}, "tiny.pt")
+
+    def run(options, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", *options])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        capsys.readouterr()
+        error = sample.run()
+        return capsys.readouterr().out, error
+
+    return run
+
+
+def test_prompts_come_from_options_files_and_standard_input(command):
+    short = ["--model", "tiny.pt", "--max_new_tokens", "5", "--temperature", "0"]
+    Path("prompt.txt").write_text("import \n")
+    text, error = command([*short, "--prompt", "import "])
+    assert error is None and text.startswith("import ") and text.endswith("\n")
+    assert command([*short, "--prompt_file", "prompt.txt"])[0] == text
+    assert command([*short, "--prompt_file", "-"], "import \n")[0] == text
+    both = command([*short, "--prompt", "import ", "b", "--num_samples", "2"])[0]
+    assert both[:-1].split(sample.SEPARATOR)[:2] == [text[:-1]] * 2
+    assert [each[0] for each in both[:-1].split(sample.SEPARATOR)[2:]] == ["b", "b"]
+    assert command([*short, "--interactive"], "import \n\nimport ")[0].count(text) == 2
+
+
+def test_the_newest_checkpoint_of_a_run_is_sampled(run_train, command):
     run_train()
-    capsys.readouterr()
-    sample.main(sample.parse_args(["--prompt", "import ", "--num_samples", "2", "--max_new_tokens", "30"]))
-    texts = capsys.readouterr().out.split("\n\n---\n\n")
-    assert len(texts) == 2 and all(text.startswith("import ") for text in texts)
+    assert command(["--prompt", "import ", "--max_new_tokens", "30"])[0].startswith("import ")
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         ("--model nowhere", "no model at nowhere"),
-        ("--num_samples 0 --temperature -1 --top_p 2", "--num_samples is 0.*--temperature is -1.*--top_p"),
+        ("--num_samples 0 --temperature -1 --top_p 2 --top_k 0 --max_new_tokens 0", "--num_samples is 0: "),
         ("--device cuda:99", "device cuda:99 cannot be used here"),
         ("--prompt a --prompt_file b", "exclude each other"),
-        ("--prompt_file none.txt", "no file none.txt"),
+        ("--prompt_file none.txt", "cannot read none.txt"),
+        ("--prompt_file latin.txt", "latin.txt is not UTF-8"),
+        ("--model tiny.pt --export .", ". exists and is not empty"),
     ],
 )
-def test_bad_input_is_one_line(options, message):
-    command = [sys.executable, REPOSITORY / "sample.py", *options.split()]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
-    assert re.search(message, result.stderr)
+def test_bad_input_is_a_line_for_each_problem(command, options, message):
+    Path("latin.txt").write_bytes(b"caf\xe9")
+    _, error = command(options.split())
+    assert message in error and error.count("\n") == (4 if "top_p" in options else 0)
+
+
+def test_an_exported_run_is_at_home_in_transformers(run_train, command, tmp_path):
+    log = run_train(f"--hellaswag_every 3 --hellaswag_data {DEMO_ITEMS} --sample_every 3 --sample_tokens 5")
+    assert command(["--model", "log", "--export", "exported"])[1] is None
+    ours, theirs = GPT.from_pretrained("log").eval(), AutoModelForCausalLM.from_pretrained("exported").eval()
+    idx = torch.randint(0, 257, (2, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, ours(idx)[0][..., :257], atol=1e-5, rtol=0)
+    back = GPT.from_pretrained("exported")
+    for name, weights in ours.state_dict().items():
+        weights = weights[:257] if name in ("transformer.wte.weight", "lm_head.weight") else weights
+        assert torch.equal(back.state_dict()[name], weights), name
+    text = pipeline("text-generation", "exported")("ab", max_new_tokens=8, do_sample=False)[0]
+    options = ["--model", "exported", "--prompt", "ab", "--max_new_tokens", "8", "--temperature", "0"]
+    assert command(options)[0][:-1] == text["generated_text"]
+    hf_tokenizer = AutoTokenizer.from_pretrained("exported")
+    assert hf_tokenizer(TEXT.replace("<|endoftext|>", ""))["input_ids"] == list(
+        TEXT.replace("<|endoftext|>", "").encode()
+    )
+    assert hf_tokenizer.eos_token_id == 256 and hf_tokenizer.model_max_length == 16
+    card = Path("exported/README.md").read_text()
+    best = min(record["loss"] for record in log["val"])
+    for fact in (
+        f"| validation loss | {GPT.from_pretrained('log').metadata['val_loss']:.4f} nats per token |",
+        f"| tokens seen | {64 * GPT.from_pretrained('log').metadata['step']} |",
+        f"acc_norm {log['hellaswag'][-1]['acc_norm']:.2%}",
+        "| `--n_layer` | 2 |",
+    ):
+        assert fact in card
+    assert best == pytest.approx(GPT.from_pretrained("log/model_best.pt").metadata["val_loss"])
+    assert log["sample"][-1]["texts"]
+    run_train("--init_from exported", out_dir="tuned")
+    assert not Path("exported.tmp").exists()
+
+
+def test_an_exported_tokenizer_makes_the_same_tokens(tmp_path):
+    """A small vocabulary learnt from the project's source, with GPT-2's pattern, stands in for GPT-2's."""
+    from tiktoken._educational import bpe_train
+
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+    source = Path(tokenizer.__file__).read_text() + TEXT * 3
+    ranks = bpe_train(data=source, vocab_size=400, pat_str=pattern, visualise=None)
+    special = {"<|endoftext|>": len(ranks)}
+    encoding = tiktoken.Encoding("small", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    tokenizer.to_hugging_face(encoding, 64).save_pretrained(tmp_path / "hf")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = Path(sample.__file__).read_text() + TEXT
+    assert theirs(text)["input_ids"] == encoding.encode(text, allowed_special="all")
+    assert theirs.decode(theirs(text)["input_ids"]) == text
+    merges = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())["model"]["merges"]
+    assert len(merges) == 400 - 256
