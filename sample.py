@@ -234,21 +234,21 @@ def export(model: GPT, source: str | Path, folder: str | Path) -> None:
     with whole_folder(folder) as partial:
         model.save_pretrained(partial, vocab_size=tokenizer.n_vocab)
         to_hugging_face(tokenizer, model.config.block_size).save_pretrained(partial)
-        card = model_card(model, Path(source), Path(folder).name)
+        card = model_card(GPT.from_pretrained(partial), model.metadata, Path(source), Path(folder).name)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(model: GPT, source: Path, name: str) -> str:
-    """What a run's checkpoint, and the log beside it, say about the model, in Markdown for the Hub."""
-    config, step, args = model.config, model.metadata.get("step"), model.metadata.get("args") or {}
+def model_card(model: GPT, metadata: dict, source: Path, name: str) -> str:
+    """What a checkpoint's metadata, and the log beside it, say about a model, in Markdown for the Hub."""
+    config, step, args = model.config, metadata.get("step"), metadata.get("args") or {}
     run = source if source.is_dir() else source.parent
     log = read_log(run) if step is not None and (run / "log.jsonl").exists() else {}
     facts = {"parameters": f"{model.num_params():,}", "context": f"{config.block_size:,} tokens"}
     if step is not None and "total_batch_size" in args:
         facts["trained for"] = f"{step:,} steps of {args['total_batch_size']:,} tokens"
         facts["tokens seen"] = f"{step * args['total_batch_size']:,}"
-    if model.metadata.get("val_loss") is not None:
-        facts["validation loss"] = f"{model.metadata['val_loss']:.4f} nats per token"
+    if metadata.get("val_loss") is not None:
+        facts["validation loss"] = f"{metadata['val_loss']:.4f} nats per token"
     trained = [record for record in log.get("train", []) if record["step"] < step]
     if trained:
         facts["training loss"] = f"{trained[-1]['loss']:.4f} nats per token, the last step"
@@ -361,15 +361,17 @@ def main(args: argparse.Namespace) -> None:
 
     if not args.interactive:
         return answer(prompts)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # lets `input` edit and recall lines; Windows does so itself
     while True:
-        say("> " if sys.stdin.isatty() else "")
-        line = sys.stdin.readline()
-        if not line:
-            return
         try:
-            answer([line.rstrip("\r\n")])
-        except KeyboardInterrupt:
-            print()
+            prompt = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        with contextlib.suppress(KeyboardInterrupt):  # enough of this text
+            answer([prompt])
+            continue
+        print()
 
 
 def run() -> str | int | None:

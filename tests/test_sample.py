@@ -205,6 +205,17 @@ def test_prompts_come_from_options_files_and_standard_input(command):
     assert command([*short, "--interactive"], "import \n\nimport ")[0].count(text) == 2
 
 
+def test_an_interrupt_ends_a_text_but_not_the_asking(command, monkeypatch):
+    def interrupted(model, tokenizer, prompts, *args, on_text, **options):
+        on_text(prompts[0])
+        if prompts == ["one"]:
+            raise KeyboardInterrupt
+        return prompts
+
+    monkeypatch.setattr(sample, "complete", interrupted)
+    assert command(["--model", "tiny.pt", "--interactive"], "one\ntwo\n") == ("one\ntwo\n", None)
+
+
 def test_the_newest_checkpoint_of_a_run_is_sampled(run_train, command):
     run_train()
     assert command(["--prompt", "import ", "--max_new_tokens", "30"])[0].startswith("import ")
