@@ -210,7 +210,7 @@ def complete(
     texts = [prompt for prompt in prompts for _ in range(num_samples)]
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in texts]
 
-    def add(row: int, data: bytes, final: bool) -> None:
+    def add(row: int, data: bytes, final: bool = False) -> None:
         piece = decoders[row].decode(data, final)
         texts[row] += piece
         if row == 0:
@@ -219,9 +219,9 @@ def complete(
     on_text(texts[0])
     for new in stream(model, idx, max_new_tokens, **options):
         for row, token in enumerate(new.tolist()):
-            add(row, b"" if token == stop else tokenizer.decode_single_token_bytes(token), token == stop)
+            add(row, b"" if token == stop else tokenizer.decode_single_token_bytes(token))
     for row in range(len(texts)):
-        add(row, b"", True)
+        add(row, b"", final=True)
     return texts
 
 
@@ -368,10 +368,10 @@ def main(args: argparse.Namespace) -> None:
             prompt = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
-        with contextlib.suppress(KeyboardInterrupt):  # enough of this text
+        try:
             answer([prompt])
-            continue
-        print()
+        except KeyboardInterrupt:  # enough of this text
+            print()
 
 
 def run() -> str | int | None:

@@ -64,6 +64,7 @@ def test_save_pretrained_trims_the_padding_and_round_trips(tmp_path):
     ours = tiny_gpt()
     ours.save_pretrained(tmp_path / "hf", vocab_size=257)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert (theirs.config.resid_pdrop, theirs.config.embd_pdrop, theirs.config.attn_pdrop) == (0, 0, 0)
     idx = torch.randint(0, 257, (3, 16))
     with torch.no_grad():
         torch.testing.assert_close(theirs(idx).logits, ours(idx)[0][..., :257], atol=1e-4, rtol=0)
