@@ -290,7 +290,8 @@ class GPT(nn.Module):
         A weight has 16 bytes in fp32: itself, its gradient, AdamW's two moments; and under autocast a = 2 for
         a copy. A token has in each block two fp32 inputs of LayerNorm and 14 n_embd of a, and in the head
         three times the logits in fp32: the softmax, its gradient and theirs. With `recompute` a block keeps
-        its fp32 input only, one of them all, and of the copies only the head's is alive.
+        its fp32 input only, one of them all, and of the copies only the head's is alive. Attention is to keep
+        no scores, as it does but for bf16 on CPUs.
         """
         P, V, C, L = self.num_params(), self.config.vocab_size, self.config.n_embd, self.config.n_layer
         a = dtype.itemsize

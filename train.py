@@ -12,6 +12,7 @@ GPT-2 scores 29.55 %.
 
 import argparse
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -27,11 +28,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -53,7 +55,7 @@ PRESETS = {
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4, **XL_BATCH),
     "demo": {
         **dict(n_layer=2, n_head=4, n_embd=128, block_size=64, batch_size=16, total_batch_size=1024),
-        **dict(learning_rate=6e-3, warmup_steps=100, max_steps=3200, shuffle=True, dtype="float32"),
+        **dict(learning_rate=6e-3, warmup_steps=100, max_steps=3200, shuffle=True),
         **dict(val_every=400, val_tokens=65536, hellaswag_every=1600, hellaswag_data=str(DEMO_ITEMS)),
         **dict(sample_every=1600, sample_prompt="import ", sample_tokens=300),
         **dict(checkpoint_every=1600, log_every=100),
@@ -310,8 +312,8 @@ class CheckpointWriter:
         self.host: dict[tuple, torch.Tensor] = {}
         self.failure = ""  # what became of the last write
         self.drawn = time.monotonic()
-        for partial in out_dir.glob("*.tmp"):  # the last one of a run that was killed
-            partial.unlink()
+        for unfinished in out_dir.glob("*.tmp"):  # the last one of a run that was killed
+            unfinished.unlink()
 
     def to_host(self, value):
         """Copy nested dicts and lists with their tensors; those that share memory still do.
@@ -489,6 +491,18 @@ def synchronize(device: torch.device) -> None:
     """Wait for what the device still computes: a GPU's clock is only honest then."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next tensor, where it would give it back to the system.
+
+    On CPUs a step allocates the same large tensors again and again, and the first touch of a page that comes
+    from the system costs as much as the arithmetic on it: half the time of a step of the 124M model (LOG.md).
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_max = -1, -4  # names and numbers of mallopt(3)
+        ctypes.CDLL(None).mallopt(m_mmap_max, 0)
+        ctypes.CDLL(None).mallopt(m_trim_threshold, -1)
 
 
 def can_compile(device: torch.device, say: Callable[[str], None]) -> bool:
@@ -853,6 +867,14 @@ def main(args: argparse.Namespace) -> None:
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    attention = contextlib.nullcontext
+    if device.type == "cpu":
+        keep_freed_memory()
+        if dtype == torch.bfloat16:
+            # The flash kernel is slow there: attention written out takes half its time and less (LOG.md). The
+            # flag is named for CUDA, but CPUs heed it: without, the written form computes in fp32.
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+            attention = partial(sdpa_kernel, SDPBackend.MATH)
     # raw_model: weights, sampling, HellaSwag. model: training and validation, so it sees fixed shapes only.
     model = raw_model
     if dist.world_size > 1:
@@ -963,7 +985,7 @@ def main(args: argparse.Namespace) -> None:
             # Gradients are summed over the ranks once a step, during the last backward pass.
             sync_now = dist.world_size == 1 or micro_step == accum - 1
             with contextlib.nullcontext() if sync_now else model.no_sync():
-                with autocast:
+                with autocast, attention():
                     loss = model(x, y)[1]  # the logits' memory is needed
                 scaler.scale(loss / accum).backward()
             loss_sum += loss.detach() / accum
