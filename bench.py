@@ -4,7 +4,10 @@
     python bench.py hellaswag --data hellaswag_val.jsonl --tokenizer gpt2 --limit 200
     python bench.py data --files 'edu_text/*.parquet' --tokenizer gpt2
     python bench.py generate --batch_size 8 --dtype bfloat16
+    python bench.py train                           # the step of train.py against transformers
+    python bench.py ladder --batch_size 16 --block_size 1024
     python bench.py memory --n_layer 6 --n_embd 1600 --n_head 25 --output memory.json
+    python bench.py all --output figures            # everything, for a GPU that is rented for half an hour
 
 Every subcommand prints a table, and with --output writes it as JSON with machine, versions and commit. Ways
 that are compared run in turn in one process: quote their ratios, times by themselves drift with the machine.
@@ -21,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -28,11 +32,15 @@ from torch.nn import functional as F
 
 import fineweb
 import hellaswag
+import train
 from fineweb import count, write_json
 from model import GPT, GPTConfig, choose_device
+from plot import read_log
 from sample import generate
 from tokenizer import NAMES, get_tokenizer
 from train import DEMO_ITEMS, describe_machine, synchronize
+
+WARM_UP_STEPS = 3  # until compiled code and memory are in place
 
 
 @torch.no_grad()
@@ -215,23 +223,346 @@ def bench_memory(args: argparse.Namespace, device: torch.device) -> list[dict]:
     return rows
 
 
+def write_shards(folder: Path, tokens: int, vocab_size: int) -> None:
+    """Shards of random ids: one for validation, two for training with `tokens` each."""
+    rng = np.random.default_rng(0)
+    for name, size in (("val_000000", 100_000), ("train_000001", tokens), ("train_000002", tokens)):
+        ids = rng.integers(min(vocab_size, 50257), size=size, dtype=np.uint16)
+        np.save(folder / f"edufineweb_{name}.npy", ids)
+
+
+def run_train(options: dict, device: torch.device) -> list[float]:
+    """Run nothing but steps of train.py on random shards; the seconds of each but for the first ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(Path(folder), 1_000_000, options["vocab_size"])
+        options = {"data_dir": folder, "out_dir": f"{folder}/log", "device": device, **options}
+        options |= {f"{name}_every": 0 for name in ("val", "hellaswag", "sample", "checkpoint")}
+        options |= {"warmup_steps": 0, "tokenizer": "byte"}  # which needs no download
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        subprocess.run([sys.executable, train.__file__, *words], check=True, stdout=subprocess.DEVNULL)
+        return [record["dt_ms"] / 1000 for record in read_log(f"{folder}/log")["train"]][WARM_UP_STEPS:]
+
+
+def usual_steps(options: dict, device: torch.device) -> list[float]:
+    """The same training as people write it with transformers; the seconds of each but for the first ones."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {name: options[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    rates = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    config = GPT2Config(n_positions=options["block_size"], loss_type="ForCausalLMLoss", **sizes, **rates)
+    model = GPT2LMHeadModel(config).to(device).train()
+    step_model = torch.compile(model) if device.type == "cuda" else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    dtype, seconds = getattr(torch, options["dtype"]), []
+    B, T = options["batch_size"], options["block_size"]
+    for _ in range(options["max_steps"]):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(options["total_batch_size"] // (B * T)):
+            idx = torch.randint(50257, (B, T), device=device)
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                loss = step_model(idx, labels=idx).loss
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        seconds.append(time.perf_counter() - start)
+    return seconds[WARM_UP_STEPS:]
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that a large matrix product reaches here, the best of twenty."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
+    seconds = []
+    for _ in range(20):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)
+
+
+def training_options(args: argparse.Namespace) -> dict:
+    """Options of train.py for one micro-step a step."""
+    names = ("n_layer", "n_head", "n_embd", "batch_size", "block_size", "dtype")
+    options = {name: getattr(args, name) for name in names}
+    return options | {"total_batch_size": args.batch_size * args.block_size, "vocab_size": 50304}
+
+
+def bench_train(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Tokens per second of train.py's step against the usual loop with transformers, each in its process."""
+    options = training_options(args) | {"max_steps": args.steps + WARM_UP_STEPS}
+    config = GPTConfig(args.block_size, 50304, args.n_layer, args.n_head, args.n_embd)
+    with torch.device("meta"):
+        flops = GPT(config).flops_per_token()
+    rate = matmul_rate(device, getattr(torch, args.dtype))
+
+    def usual() -> float:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return statistics.median(pool.apply(usual_steps, (options, device)))
+
+    def ours(**changes: int) -> float:
+        changed = options | changes
+        changed["total_batch_size"] = changed["batch_size"] * changed["block_size"]
+        return statistics.median(run_train(changed, device))
+
+    tokens = options["total_batch_size"]
+    ways = {"transformers": usual, "train.py": ours}
+    rows, _ = alternate(ways, args.rounds, device, tokens, "tokens", warm_up=False)
+    if args.grow:
+        for name in ("block_size", "batch_size", "n_layer"):
+            for factor in (1, 2, 4):
+                value = max(options[name] * factor // 2, 1)
+                (row,), _ = alternate(
+                    {f"train.py, {name} {value}": functools.partial(ours, **{name: value})},
+                    args.rounds,
+                    device,
+                    tokens * (factor / 2 if name != "n_layer" else 1),
+                    "tokens",
+                    warm_up=False,
+                )
+                rows.append({**row, "ratio": row["tokens/s"] / rows[0]["tokens/s"]})
+    share = rows[1]["tokens/s"] * flops / rate
+    print(f"{args.dtype} matrix product: {rate / 1e12:.2f} TFLOP/s, of which train.py reaches {share:.0%}")
+    return rows
+
+
+def attention_written_out(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+    """Causal attention in four operations, as in GPT-2's own code; takes what PyTorch's kernel takes."""
+    mask = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril()
+    scores = (q @ k.transpose(-2, -1) / q.size(-1) ** 0.5).masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1).to(v.dtype) @ v
+
+
+class Rung:
+    """One step of the ladder: a model and its optimizer, made when first called, trained on one batch."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, settings: set[str]):
+        self.args, self.device, self.settings, self.model = args, device, settings, None
+
+    def __call__(self) -> None:
+        args, settings, device = self.args, self.settings, self.device
+        torch.set_float32_matmul_precision("high" if "TF32" in settings else "highest")
+        attention = F.scaled_dot_product_attention if "flash attention" in settings else attention_written_out
+        with mock.patch.object(F, "scaled_dot_product_attention", attention):
+            if self.model is None:
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                vocab_size = 50304 if "vocabulary 50,304" in settings else 50257
+                config = GPTConfig(args.block_size, vocab_size, args.n_layer, args.n_head, args.n_embd)
+                self.model = GPT(config).to(device).train()
+                fused = "fused AdamW" in settings
+                self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=fused, foreach=False)
+                self.step_model = torch.compile(self.model) if "torch.compile" in settings else self.model
+                self.idx = torch.randint(50257, (args.batch_size, args.block_size + 1), device=device)
+            for _ in range(args.steps):
+                enabled = "bf16" in settings
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+                    loss = self.step_model(self.idx[:, :-1], self.idx[:, 1:])[1]
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.item()
+        if device.type == "cuda" and not hasattr(self, "peak_bytes"):
+            self.peak_bytes = torch.cuda.max_memory_allocated() - before
+
+
+def bench_ladder(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Milliseconds per step, one improvement after the other, and last train.py's own step."""
+    names = ["TF32", "bf16", "torch.compile", "flash attention", "vocabulary 50,304", "fused AdamW"]
+    if device.type != "cuda":
+        names.remove("TF32")
+    if not train.can_compile(device, print):
+        names.remove("torch.compile")
+    rungs = {"fp32, attention written out": Rung(args, device, set())}
+    for i, name in enumerate(names):
+        rungs[f"+ {name}"] = Rung(args, device, set(names[: i + 1]))
+    options = training_options(args) | {"dtype": "bfloat16", "max_steps": args.steps + WARM_UP_STEPS}
+    ways = {**rungs, "train.py": lambda: args.steps * statistics.median(run_train(options, device))}
+    tokens = options["total_batch_size"]
+    rows, _ = alternate(ways, args.rounds, device, args.steps * tokens, "tokens")
+    rate, peak = matmul_rate(device, torch.bfloat16), train.peak_flops(device, torch.bfloat16)
+    flops = rungs["fp32, attention written out"].model.flops_per_token()
+    for row in rows:
+        row["ms"] = 1000 * tokens / row["tokens/s"]
+        row["of matmul"] = row["tokens/s"] * flops / rate
+        if peak:
+            row["mfu"] = row["tokens/s"] * flops / peak
+        if device.type == "cuda":
+            row["GB"] = getattr(ways[row["way"]], "peak_bytes", float("nan")) / 1e9
+    print(f"bf16 matrix product: {rate / 1e12:.2f} TFLOP/s")
+    return rows
+
+
+def bench_loader(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """What a step waits for data, in microseconds, within a shard and where one ends; and memory per rank."""
+    config = GPTConfig(args.block_size, 50304, args.n_layer, args.n_head, args.n_embd)
+    model = GPT(config).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        shard = 40 * args.batch_size * args.block_size
+        write_shards(Path(folder), shard + 1, 50304)
+        before = resident("VmRSS")
+        sizes = {"batch_size": args.batch_size, "block_size": args.block_size, "vocab_size": 50304}
+        loader = train.DataLoaderLite(folder, "train", **sizes, dist=train.Distributed(0, 1, device))
+        waits, steps = [], []
+        for _ in range(args.steps):
+            start = time.perf_counter()
+            x, y = loader.next_batch()
+            waits.append(time.perf_counter() - start)
+            model(x, y)[1].backward()
+            synchronize(device)
+            steps.append(time.perf_counter() - start)
+        grown = resident("VmRSS") - before
+    at_end = [wait for i, wait in enumerate(waits) if i and i % 40 == 0]
+    inside = [wait for i, wait in enumerate(waits) if i and i % 40]
+    share = sum(waits[1:]) / sum(steps[1:])
+    print(f"waiting is {share:.3%} of forward and backward pass ({1000 * statistics.median(steps):.1f} ms);")
+    print(f"memory grew by {grown / 1e6:.0f} MB, activations and gradients included")
+    return [
+        {"way": way, "us": 1e6 * statistics.median(each), "min": 1e6 * min(each), "max": 1e6 * max(each)}
+        for way, each in (("within a shard", inside), ("at a shard's end", at_end))
+    ]
+
+
+def bench_startup(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Seconds from the command to the end of the demo's first step, with cold and warm compile caches."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def start(*options: str) -> float:
+            words = "--preset demo --max_steps 1 --val_every 0 --sample_every 0 --hellaswag_every 0 --device"
+            command = [sys.executable, train.__file__, *words.split(), str(device), *options]
+            cache = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache", "PYTHONUNBUFFERED": "1"}
+            where = {"env": {**os.environ, **cache}, "cwd": folder}
+            began = time.perf_counter()
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **where) as process:
+                seconds = next(time.perf_counter() - began for line in process.stdout if "| loss" in line)
+                process.communicate()
+            return seconds
+
+        def row(way: str, *options: str) -> dict:
+            seconds = [start(*options) for _ in range(1 if "first" in way or "cold" in way else args.rounds)]
+            return {"way": way, "s": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+
+        rows = [row("first start, shards to be made", "--no-compile"), row("later starts", "--no-compile")]
+        if train.can_compile(device, print):
+            rows += [row("compiled, cold cache", "--compile"), row("compiled, warm cache", "--compile")]
+    return rows
+
+
+def usual_quickstart(data_dir: str) -> float:
+    """The field's CPU quick start for Tiny Shakespeare; the validation loss after its 2,000 steps.
+
+    4 layers of width 128, 64 tokens of context, 12 sequences, AdamW at 1e-3 with warm-up and cosine: the
+    settings that nanoGPT's README gives for CPUs.
+    """
+    torch.manual_seed(1337)
+    tokens = {}
+    for split in ("train", "val"):
+        shards = [np.load(path) for path in train.find_shards(Path(data_dir), split)]
+        tokens[split] = torch.from_numpy(np.concatenate(shards).astype(np.int64))
+    model = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=4, n_head=4, n_embd=128)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    rates = dict(learning_rate=1e-3, min_lr=1e-4, warmup_steps=100, max_steps=2000, schedule="cosine")
+
+    def loss_of(split: str) -> torch.Tensor:
+        starts = torch.randint(len(tokens[split]) - 64, (12, 1))
+        rows = tokens[split][starts + torch.arange(65)]
+        return model(rows[:, :-1], rows[:, 1:])[1]
+
+    for step in range(2001):
+        if step % 250 == 0:
+            with torch.no_grad():
+                train_loss, val_loss = (statistics.mean(loss_of(s).item() for _ in range(20)) for s in tokens)
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate_at(step, argparse.Namespace(**rates))
+        loss = loss_of("train")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+    return val_loss
+
+
+def bench_quickstart(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Seconds from process start to validation loss 1.8857 on Tiny Shakespeare's bytes, and usually."""
+
+    def usual() -> float:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(usual_quickstart, (args.data_dir,))
+
+    def ours() -> float:
+        n = args.steps
+        with tempfile.TemporaryDirectory() as out_dir:
+            words = f"--preset demo --max_steps {n} --warmup_steps {n // 20} --val_every {n} --sample_every 0"
+            words += f" --hellaswag_every 0 --data_dir {args.data_dir} --out_dir {out_dir}/log"
+            command = [sys.executable, train.__file__, *words.split(), "--device", str(device)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            return read_log(f"{out_dir}/log")["val"][-1]["loss"]
+
+    seconds, losses = {}, {}
+    for name, way in (("the usual quick start", usual), ("train.py --preset demo", ours)):
+        start = time.perf_counter()
+        losses[name] = way()
+        seconds[name] = time.perf_counter() - start
+    base = next(iter(seconds.values()))
+    return [{"way": name, "s": s, "val loss": losses[name], "ratio": s / base} for name, s in seconds.items()]
+
+
+def bench_all(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Run every subcommand, each in its process; with --output, their figures in a folder of that name."""
+    sizes = ["--n_layer", "2", "--n_head", "4", "--n_embd", "256", "--block_size", "256"]
+    runs = [["ladder", *sizes]]
+    if device.type == "cuda":
+        full = ["--block_size", "1024", "--steps", "20"]
+        runs = [["ladder", *full, "--batch_size", str(size)] for size in (16, 32, 64)]
+        runs += [["train", *full, "--batch_size", "64"], ["loader", *full, "--batch_size", "64"]]
+        runs += [["memory", "--block_size", "1024", "--batch_size", "16"]]
+    else:
+        runs += [["train"], ["loader", *sizes, "--steps", "200"], ["memory"]]
+    rows = []
+    others = [["startup"], ["hellaswag"], ["generate"], ["generate", "--dtype", "bfloat16"], ["data"]]
+    for words in runs + others:
+        print("bench.py", *words, flush=True)
+        command = [sys.executable, __file__, *words, "--device", str(device)]
+        if args.output:
+            Path(args.output).mkdir(parents=True, exist_ok=True)
+            command += ["--output", f"{args.output}/{len(rows):02d}_{words[0]}.json"]
+        start = time.perf_counter()
+        failed = subprocess.run(command).returncode != 0
+        rows.append({"way": " ".join(words), "s": time.perf_counter() - start, "failed": float(failed)})
+    args.output = args.output and f"{args.output}/all.json"
+    return rows
+
+
 def alternate(
-    ways: dict[str, Callable[[], object]], rounds: int, device: torch.device, amount: float, unit: str
+    ways: dict[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    amount: float,
+    unit: str,
+    warm_up: bool = True,
 ) -> tuple[list[dict], list]:
-    """Time the ways in turn, after a warm-up each.
+    """Time the ways in turn, after a warm-up each; a way that returns a float has taken its seconds itself.
 
     Returns a row for each way, with its rate per second of `unit` and its ratio to the first way's round by
     round, and what each way returned.
     """
     seconds, results = {name: [] for name in ways}, {}
-    for round_number in range(rounds + 1):
+    for round_number in range(rounds + warm_up):
         for name, way in ways.items():
             synchronize(device)
             start = time.perf_counter()
             results[name] = way()
             synchronize(device)
-            if round_number:
-                seconds[name].append(time.perf_counter() - start)
+            taken = time.perf_counter() - start
+            if round_number >= warm_up:
+                seconds[name].append(results[name] if isinstance(results[name], float) else taken)
     base = next(iter(seconds.values()))
     rows = []
     for name, each in seconds.items():
@@ -245,18 +576,24 @@ def alternate(
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     # What several subcommands take.
-    shared, timed, tokenized, sized = (argparse.ArgumentParser(add_help=False) for _ in range(4))
+    shared, timed, tokenized, sized, stepped = (argparse.ArgumentParser(add_help=False) for _ in range(5))
     add = shared.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--output", help="write the figures to this .json file")
     add = timed.add_argument
-    add("--rounds", type=count, default=3, help="counted repetitions of each way, after one warm-up")
+    add("--rounds", type=count, default=2, help="counted repetitions of each way")
     add = tokenized.add_argument
     add("--tokenizer", choices=NAMES, default="byte", help="gpt2 is the real thing, byte needs no download")
     add = sized.add_argument
     add("--n_layer", type=int, default=12, help="blocks")
     add("--n_head", type=int, default=12, help="attention heads per block")
     add("--n_embd", type=int, default=768, help="width")
+
+    add = stepped.add_argument
+    add("--batch_size", type=count, default=4, help="sequences per step")
+    add("--block_size", type=count, default=512, help="context in tokens")
+    add("--steps", type=count, default=2, help="steps in each round")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the matrix products")
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -280,6 +617,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompt_tokens", type=count, default=8, help="tokens in the prompt")
     add("--max_new_tokens", type=count, default=256, help="tokens to generate")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and arithmetic")
+    add = command("train", bench_train, timed, sized, stepped)
+    add("--grow", action="store_true", help="also with half and twice the context, batch and depth")
+    command("ladder", bench_ladder, timed, sized, stepped)
+    command("loader", bench_loader, sized, stepped)
+    command("startup", bench_startup, timed)
+    add = command("quickstart", bench_quickstart)
+    add("--data_dir", required=True, help="Tiny Shakespeare: fineweb.py --files input.txt --tokenizer byte")
+    add("--steps", type=count, default=1000, help="steps of train.py, over which its learning rate decays")
+    command("all", bench_all)
     add = command("memory", bench_memory, sized)
     add("--vocab_size", type=int, default=50304, help="token ids")
     add("--block_size", type=int, default=256, help="context in tokens")
