@@ -1,4 +1,5 @@
 import json
+import subprocess
 
 import pytest
 import torch
@@ -34,3 +35,18 @@ def test_a_subcommand_writes_its_figures(command, ways, tmp_path, capsys):
         assert row["way"].startswith(way)
     assert all(row["way"] in printed and list(row.values())[1] > 0 for row in record["rows"])
     assert record["versions"]["torch"] == torch.__version__ and record["args"]["device"] == "cpu"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_all_runs_commands_that_exist(device, monkeypatch, tmp_path):
+    seen = []
+
+    def run(command):
+        seen.append(bench.parse_args(command[2:]))
+        return subprocess.CompletedProcess(command, returncode=len(seen) == 2)
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    rows = bench.bench_all(bench.parse_args(["all", "--output", str(tmp_path)]), torch.device(device))
+    assert {args.command for args in seen} >= {"ladder", "train", "loader", "memory", "startup", "generate"}
+    assert {args.device for args in seen} == {device} and len({args.output for args in seen}) == len(seen)
+    assert [row["failed"] for row in rows] == [0, 1] + [0] * (len(rows) - 2)
