@@ -4,7 +4,7 @@
     python bench.py hellaswag --data hellaswag_val.jsonl --tokenizer gpt2 --limit 200
     python bench.py data --files 'edu_text/*.parquet' --tokenizer gpt2
     python bench.py generate --batch_size 8 --dtype bfloat16
-    python bench.py train                           # the step of train.py against transformers
+    python bench.py train --n_layer 12 --n_head 12 --n_embd 768
     python bench.py ladder --batch_size 16 --block_size 1024
     python bench.py memory --n_layer 6 --n_embd 1600 --n_head 25 --output memory.json
     python bench.py all --output figures            # everything, for a GPU that is rented for half an hour
@@ -14,6 +14,7 @@ that are compared run in turn in one process: quote their ratios, times by thems
 """
 
 import argparse
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fineweb
 import hellaswag
@@ -287,14 +289,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def training_options(args: argparse.Namespace) -> dict:
     """Options of train.py for one micro-step a step."""
-    names = ("n_layer", "n_head", "n_embd", "batch_size", "block_size", "dtype")
+    names = ("n_layer", "n_head", "n_embd", "batch_size", "block_size")
     options = {name: getattr(args, name) for name in names}
     return options | {"total_batch_size": args.batch_size * args.block_size, "vocab_size": 50304}
 
 
 def bench_train(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Tokens per second of train.py's step against the usual loop with transformers, each in its process."""
-    options = training_options(args) | {"max_steps": args.steps + WARM_UP_STEPS}
+    options = training_options(args) | {"dtype": args.dtype, "max_steps": args.steps + WARM_UP_STEPS}
     config = GPTConfig(args.block_size, 50304, args.n_layer, args.n_head, args.n_embd)
     with torch.device("meta"):
         flops = GPT(config).flops_per_token()
@@ -338,16 +340,28 @@ def attention_written_out(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=Fals
 
 
 class Rung:
-    """One step of the ladder: a model and its optimizer, made when first called, trained on one batch."""
+    """One step of the ladder: a model and its optimizer, made when first called, trained on one batch.
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, settings: set[str]):
+    `backend` is the attention kernel, where it is not PyTorch's choice; `options` are those of torch.compile.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        device: torch.device,
+        settings: set[str],
+        backend: SDPBackend | None = None,
+        **options,
+    ):
         self.args, self.device, self.settings, self.model = args, device, settings, None
+        self.backend, self.options = backend, options
 
     def __call__(self) -> None:
         args, settings, device = self.args, self.settings, self.device
         torch.set_float32_matmul_precision("high" if "TF32" in settings else "highest")
         attention = F.scaled_dot_product_attention if "flash attention" in settings else attention_written_out
-        with mock.patch.object(F, "scaled_dot_product_attention", attention):
+        kernel = sdpa_kernel(self.backend) if self.backend else contextlib.nullcontext()
+        with kernel, mock.patch.object(F, "scaled_dot_product_attention", attention):
             if self.model is None:
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
@@ -357,7 +371,8 @@ class Rung:
                 self.model = GPT(config).to(device).train()
                 fused = "fused AdamW" in settings
                 self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=fused, foreach=False)
-                self.step_model = torch.compile(self.model) if "torch.compile" in settings else self.model
+                compiled = "torch.compile" in settings
+                self.step_model = torch.compile(self.model, **self.options) if compiled else self.model
                 self.idx = torch.randint(50257, (args.batch_size, args.block_size + 1), device=device)
             for _ in range(args.steps):
                 enabled = "bf16" in settings
@@ -399,18 +414,40 @@ def bench_ladder(args: argparse.Namespace, device: torch.device) -> list[dict]:
     return rows
 
 
+def bench_variants(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Tokens per second of the ladder's last rung with each attention kernel and each way to compile."""
+    if device.type == "cpu":  # as train.py does
+        train.keep_freed_memory()
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    settings = {"TF32", "bf16", "flash attention", "vocabulary 50,304", "fused AdamW"}
+    kernels = ["FLASH_ATTENTION", "MATH"]
+    kernels += ["CUDNN_ATTENTION", "EFFICIENT_ATTENTION"] if device.type == "cuda" else []
+    ways = {f"eager, {name}": Rung(args, device, settings, SDPBackend.__members__[name]) for name in kernels}
+    if train.can_compile(device, print):
+        settings |= {"torch.compile"}
+        for name in kernels:
+            ways[f"compiled, {name}"] = Rung(args, device, settings, SDPBackend.__members__[name])
+        if device.type == "cuda":
+            tuned = {"coordinate_descent_tuning": True}
+            ways["compiled, dynamic=False"] = Rung(args, device, settings, dynamic=False)
+            ways["compiled, coordinate descent"] = Rung(args, device, settings, options=tuned)
+            ways["compiled, max-autotune"] = Rung(args, device, settings, mode="max-autotune-no-cudagraphs")
+    tokens = args.steps * args.batch_size * args.block_size
+    return alternate(ways, args.rounds, device, tokens, "tokens")[0]
+
+
 def bench_loader(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """What a step waits for data, in microseconds, within a shard and where one ends; and memory per rank."""
     config = GPTConfig(args.block_size, 50304, args.n_layer, args.n_head, args.n_embd)
     model = GPT(config).to(device)
     with tempfile.TemporaryDirectory() as folder:
-        shard = 40 * args.batch_size * args.block_size
+        shard = args.steps * args.batch_size * args.block_size
         write_shards(Path(folder), shard + 1, 50304)
         before = resident("VmRSS")
         sizes = {"batch_size": args.batch_size, "block_size": args.block_size, "vocab_size": 50304}
         loader = train.DataLoaderLite(folder, "train", **sizes, dist=train.Distributed(0, 1, device))
         waits, steps = [], []
-        for _ in range(args.steps):
+        for _ in range(2 * args.steps + 1):  # from one shard to the other and back
             start = time.perf_counter()
             x, y = loader.next_batch()
             waits.append(time.perf_counter() - start)
@@ -418,8 +455,8 @@ def bench_loader(args: argparse.Namespace, device: torch.device) -> list[dict]:
             synchronize(device)
             steps.append(time.perf_counter() - start)
         grown = resident("VmRSS") - before
-    at_end = [wait for i, wait in enumerate(waits) if i and i % 40 == 0]
-    inside = [wait for i, wait in enumerate(waits) if i and i % 40]
+    at_end = waits[args.steps :: args.steps]
+    inside = [wait for i, wait in enumerate(waits) if i % args.steps]
     share = sum(waits[1:]) / sum(steps[1:])
     print(f"waiting is {share:.3%} of forward and backward pass ({1000 * statistics.median(steps):.1f} ms);")
     print(f"memory grew by {grown / 1e6:.0f} MB, activations and gradients included")
@@ -516,15 +553,12 @@ def bench_quickstart(args: argparse.Namespace, device: torch.device) -> list[dic
 
 def bench_all(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Run every subcommand, each in its process; with --output, their figures in a folder of that name."""
-    sizes = ["--n_layer", "2", "--n_head", "4", "--n_embd", "256", "--block_size", "256"]
-    runs = [["ladder", *sizes]]
+    runs = [["ladder"], ["variants"], ["train"], ["loader", "--steps", "40"], ["memory"]]
     if device.type == "cuda":
-        full = ["--block_size", "1024", "--steps", "20"]
+        full = "--n_layer 12 --n_head 12 --n_embd 768 --block_size 1024 --steps 20".split()
         runs = [["ladder", *full, "--batch_size", str(size)] for size in (16, 32, 64)]
-        runs += [["train", *full, "--batch_size", "64"], ["loader", *full, "--batch_size", "64"]]
+        runs += [[name, *full, "--batch_size", "64"] for name in ("variants", "train", "loader")]
         runs += [["memory", "--block_size", "1024", "--batch_size", "16"]]
-    else:
-        runs += [["train"], ["loader", *sizes, "--steps", "200"], ["memory"]]
     rows = []
     others = [["startup"], ["hellaswag"], ["generate"], ["generate", "--dtype", "bfloat16"], ["data"]]
     for words in runs + others:
@@ -576,7 +610,8 @@ def alternate(
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     # What several subcommands take.
-    shared, timed, tokenized, sized, stepped = (argparse.ArgumentParser(add_help=False) for _ in range(5))
+    parents = [argparse.ArgumentParser(add_help=False) for _ in range(6)]
+    shared, timed, tokenized, sized, small, stepped = parents
     add = shared.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--output", help="write the figures to this .json file")
@@ -584,16 +619,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=count, default=2, help="counted repetitions of each way")
     add = tokenized.add_argument
     add("--tokenizer", choices=NAMES, default="byte", help="gpt2 is the real thing, byte needs no download")
-    add = sized.add_argument
-    add("--n_layer", type=int, default=12, help="blocks")
-    add("--n_head", type=int, default=12, help="attention heads per block")
-    add("--n_embd", type=int, default=768, help="width")
-
+    for parent, n_layer, n_head, n_embd in ((sized, 12, 12, 768), (small, 2, 4, 256)):
+        add = parent.add_argument
+        add("--n_layer", type=int, default=n_layer, help="blocks")
+        add("--n_head", type=int, default=n_head, help="attention heads per block")
+        add("--n_embd", type=int, default=n_embd, help="width")
     add = stepped.add_argument
     add("--batch_size", type=count, default=4, help="sequences per step")
     add("--block_size", type=count, default=512, help="context in tokens")
-    add("--steps", type=count, default=2, help="steps in each round")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the matrix products")
+    add("--steps", type=count, default=2, help="steps in each round, or in a shard of the loader's")
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -617,10 +651,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompt_tokens", type=count, default=8, help="tokens in the prompt")
     add("--max_new_tokens", type=count, default=256, help="tokens to generate")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and arithmetic")
-    add = command("train", bench_train, timed, sized, stepped)
+    add = command("train", bench_train, timed, small, stepped)
     add("--grow", action="store_true", help="also with half and twice the context, batch and depth")
-    command("ladder", bench_ladder, timed, sized, stepped)
-    command("loader", bench_loader, sized, stepped)
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the matrix products")
+    command("ladder", bench_ladder, timed, small, stepped)
+    command("variants", bench_variants, timed, small, stepped)
+    command("loader", bench_loader, small, stepped)
     command("startup", bench_startup, timed)
     add = command("quickstart", bench_quickstart)
     add("--data_dir", required=True, help="Tiny Shakespeare: fineweb.py --files input.txt --tokenizer byte")

@@ -25,7 +25,7 @@ def test_ratios_are_those_of_each_round():
             f"generate {TINY} --max_new_tokens 9 --rounds 1",
             ["transformers", "sample.generate", "memory", "no cache"],
         ),
-        (f"loader {TINY} --block_size 16 --steps 90", ["within a shard", "at a shard's end"]),
+        (f"loader {TINY} --block_size 16", ["within a shard", "at a shard's end"]),
     ],
 )
 def test_a_subcommand_writes_its_figures(command, ways, tmp_path, capsys):
