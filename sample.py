@@ -78,12 +78,12 @@ def stream(
             "say end-of-text"
         )
     block_size, device = model.config.block_size, idx.device
-    window = min(T, block_size)
-    max_length = block_size if compiled else min(block_size, window + max_new_tokens)
+    filled = min(T, block_size)  # slots of the cache
+    max_length = block_size if compiled else min(block_size, filled + max_new_tokens)
     # CUDA graphs want fixed shapes: a decoder is compiled for every so many keys, the rest of them hidden.
     granularity = 128 if compiled else 1
     cache = model.new_cache(max_length)
-    starts = (window - lengths.to(device)).clamp(min=0)  # (B,): slots before are padding
+    starts = (filled - lengths.to(device)).clamp(min=0)  # (B,): slots before are padding
 
     def read(idx: torch.Tensor, first: int) -> torch.Tensor:
         """Logits (B, vocab_size) after ids (B, T) that go to the slots from the first."""
@@ -100,7 +100,7 @@ def stream(
     model.eval()
     try:
         with contextlib.nullcontext() if compiled else model.packed_weights():
-            logits = read(idx[:, -window:], 0)
+            logits = read(idx[:, -filled:], 0)
             for layer in cache:
                 layer.repeat(num_samples)
                 if compiled:
@@ -117,13 +117,13 @@ def stream(
                 if left == 0 or (stop is not None and ended.all()):
                     return
                 idx = torch.cat((idx, new[:, None]), dim=1)
-                if window < block_size:
-                    logits = read(new[:, None], window)
-                    window += 1
+                if filled < block_size:
+                    logits = read(new[:, None], filled)
+                    filled += 1
                 else:
                     kept = max(block_size // 2, 1)
-                    starts = (starts - (window + 1 - kept)).clamp(min=0)
-                    logits, window = read(idx[:, -kept:], 0), kept
+                    starts = (starts - (filled + 1 - kept)).clamp(min=0)
+                    logits, filled = read(idx[:, -kept:], 0), kept
     finally:
         model.train(was_training)
 
