@@ -448,8 +448,6 @@ def bench_variants(args: argparse.Namespace, device: torch.device) -> list[dict]
 def bench_loader(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """What a step waits for data, in microseconds, within a shard and where one ends; and memory per rank."""
     config = GPTConfig(args.block_size, 50304, args.n_layer, args.n_head, args.n_embd)
-    if device.type == "cpu":
-        train.keep_freed_memory()  # a step as quick as train.py's waits the more easily
     model = GPT(config).to(device)
     with tempfile.TemporaryDirectory() as folder:
         shard = args.steps * args.batch_size * args.block_size
