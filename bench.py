@@ -562,7 +562,7 @@ def bench_quickstart(args: argparse.Namespace, device: torch.device) -> list[dic
 
 def bench_all(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Run every subcommand, each in its process; with --output, their figures in a folder of that name."""
-    runs = [["ladder"], ["variants"], ["train"], ["loader", "--steps", "40"], ["memory"]]
+    runs = [["ladder"], ["variants"], ["train"], ["loader", "--steps", "20"], ["memory"]]
     if device.type == "cuda":
         full = "--n_layer 12 --n_head 12 --n_embd 768 --block_size 1024 --steps 20".split()
         runs = [["ladder", *full, "--batch_size", str(size)] for size in (16, 32, 64)]
