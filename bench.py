@@ -10,7 +10,7 @@
     python bench.py all --output figures            # everything, for a GPU that is rented for half an hour
 
 Every subcommand prints a table, and with --output writes it as JSON with machine, versions and commit. Ways
-that are compared run in turn in one process: quote their ratios, times by themselves drift with the machine.
+that are compared run in turn in one run: quote their ratios, times by themselves drift with the machine.
 """
 
 import argparse
@@ -36,7 +36,7 @@ import fineweb
 import hellaswag
 import train
 from fineweb import count, write_json
-from model import GPT, GPTConfig, choose_device
+from model import GPT, GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPTConfig, choose_device
 from plot import read_log
 from sample import generate
 from tokenizer import NAMES, get_tokenizer
@@ -164,14 +164,19 @@ def bench_generate(args: argparse.Namespace, device: torch.device) -> list[dict]
 
     # The loop without a cache would take minutes. Its time grows steadily, so five of its steps tell.
     lengths = np.linspace(args.prompt_tokens, args.prompt_tokens + n - 1, 5).astype(int)
-    steps = {str(T): functools.partial(model, results[1][:, :T]) for T in lengths}
+    steps = {f"step {i}": functools.partial(model, results[1][:, :T]) for i, T in enumerate(lengths)}
     with torch.no_grad():
-        steps, _ = alternate(steps, args.rounds, device, 1, "steps")
-    for name in ("tokens/s", "min", "max"):
-        seconds = n * np.trapezoid([1 / step[name.replace("tokens", "steps")] for step in steps]) / 4
-        steps[0][name] = args.batch_size * n / seconds
-    loop = {name: steps[0][name] for name in ("tokens/s", "min", "max")}
+        steps, _ = alternate(steps, args.rounds, device, args.batch_size, "tokens")
+    loop = {
+        name: (len(steps) - 1) / np.trapezoid([1 / step[name] for step in steps])
+        for name in ("tokens/s", "min", "max")
+    }
     return [*rows, {"way": "no cache, from 5 steps", **loop, "ratio": loop["tokens/s"] / rows[0]["tokens/s"]}]
+
+
+def config_of(args: argparse.Namespace, vocab_size: int = PADDED_VOCAB_SIZE) -> GPTConfig:
+    """The model that a command line describes."""
+    return GPTConfig(args.block_size, vocab_size, args.n_layer, args.n_head, args.n_embd)
 
 
 def resident(name: str) -> int:
@@ -213,7 +218,7 @@ def bench_memory(args: argparse.Namespace, device: torch.device) -> list[dict]:
     if device.type != "cuda" and not Path("/proc/self/status").exists():
         raise ValueError("memory is measured on Linux and on CUDA devices only")
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back to the system at once
-    config = GPTConfig(args.block_size, args.vocab_size, args.n_layer, args.n_head, args.n_embd)
+    config = config_of(args, args.vocab_size)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for recompute in (False, True):
@@ -229,7 +234,7 @@ def write_shards(folder: Path, tokens: int) -> None:
     """Shards of random ids: one for validation, two for training with `tokens` each."""
     rng = np.random.default_rng(0)
     for name, size in (("val_000000", 100_000), ("train_000001", tokens), ("train_000002", tokens)):
-        ids = rng.integers(50257, size=size, dtype=np.uint16)
+        ids = rng.integers(GPT2_VOCAB_SIZE, size=size, dtype=np.uint16)
         np.save(folder / f"edufineweb_{name}.npy", ids)
 
 
@@ -238,6 +243,7 @@ def run_train(options: dict, device: torch.device) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), 1_000_000)
         options = {"data_dir": folder, "out_dir": f"{folder}/log", "device": device, **options}
+        options["total_batch_size"] = options["batch_size"] * options["block_size"]
         options |= {f"{name}_every": 0 for name in ("val", "hellaswag", "sample", "checkpoint")}
         options |= {"warmup_steps": 0, "tokenizer": "byte"}  # which needs no download
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -256,15 +262,13 @@ def usual_steps(options: dict, device: torch.device) -> list[float]:
     step_model = torch.compile(model) if device.type == "cuda" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
     dtype, seconds = getattr(torch, options["dtype"]), []
-    B, T = options["batch_size"], options["block_size"]
     for _ in range(options["max_steps"]):
         synchronize(device)
         start = time.perf_counter()
-        for _ in range(options["total_batch_size"] // (B * T)):
-            idx = torch.randint(50257, (B, T), device=device)
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                loss = step_model(idx, labels=idx).loss
-            loss.backward()
+        idx = torch.randint(GPT2_VOCAB_SIZE, (options["batch_size"], options["block_size"]), device=device)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = step_model(idx, labels=idx).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -277,29 +281,22 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that a large matrix product reaches here, the best of twenty."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
-    seconds = []
-    for _ in range(20):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds)
+    (row,), _ = alternate({"product": lambda: a @ b}, 20, device, 2 * n**3, "FLOP")
+    return row["max"]
 
 
 def training_options(args: argparse.Namespace) -> dict:
-    """Options of train.py for one micro-step a step."""
+    """Options of train.py for a model and batch of the size that the command line gives."""
     names = ("n_layer", "n_head", "n_embd", "batch_size", "block_size")
     options = {name: getattr(args, name) for name in names}
-    return options | {"total_batch_size": args.batch_size * args.block_size, "vocab_size": 50304}
+    return options | {"vocab_size": PADDED_VOCAB_SIZE, "max_steps": args.steps + WARM_UP_STEPS}
 
 
 def bench_train(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Tokens per second of train.py's step against the usual loop with transformers, each in its process."""
-    options = training_options(args) | {"dtype": args.dtype, "max_steps": args.steps + WARM_UP_STEPS}
-    config = GPTConfig(args.block_size, 50304, args.n_layer, args.n_head, args.n_embd)
+    options = training_options(args) | {"dtype": args.dtype}
     with torch.device("meta"):
-        flops = GPT(config).flops_per_token()
+        flops = GPT(config_of(args)).flops_per_token()
     rate = matmul_rate(device, getattr(torch, args.dtype))
 
     def usual() -> float:
@@ -307,11 +304,9 @@ def bench_train(args: argparse.Namespace, device: torch.device) -> list[dict]:
             return statistics.median(pool.apply(usual_steps, (options, device)))
 
     def ours(**changes: int) -> float:
-        changed = options | changes
-        changed["total_batch_size"] = changed["batch_size"] * changed["block_size"]
-        return statistics.median(run_train(changed, device))
+        return statistics.median(run_train(options | changes, device))
 
-    tokens = options["total_batch_size"]
+    tokens = args.batch_size * args.block_size
     ways = {"transformers": usual, "train.py": ours}
     rows, _ = alternate(ways, args.rounds, device, tokens, "tokens", warm_up=False)
     if args.grow:
@@ -366,14 +361,14 @@ class Rung:
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                     before = torch.cuda.memory_allocated()
-                vocab_size = 50304 if "vocabulary 50,304" in settings else 50257
-                config = GPTConfig(args.block_size, vocab_size, args.n_layer, args.n_head, args.n_embd)
-                self.model = GPT(config).to(device).train()
+                vocab_size = PADDED_VOCAB_SIZE if "vocabulary 50,304" in settings else GPT2_VOCAB_SIZE
+                self.model = GPT(config_of(args, vocab_size)).to(device).train()
                 fused = "fused AdamW" in settings
                 self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=fused, foreach=False)
                 compiled = "torch.compile" in settings
                 self.step_model = torch.compile(self.model, **self.options) if compiled else self.model
-                self.idx = torch.randint(50257, (args.batch_size, args.block_size + 1), device=device)
+                shape = (args.batch_size, args.block_size + 1)
+                self.idx = torch.randint(GPT2_VOCAB_SIZE, shape, device=device)
             for _ in range(args.steps):
                 enabled = "bf16" in settings
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
@@ -400,9 +395,9 @@ def bench_ladder(args: argparse.Namespace, device: torch.device) -> list[dict]:
     rungs = {"fp32, attention written out": Rung(args, device, set())}
     for i, name in enumerate(names):
         rungs[f"+ {name}"] = Rung(args, device, set(names[: i + 1]))
-    options = training_options(args) | {"dtype": "bfloat16", "max_steps": args.steps + WARM_UP_STEPS}
+    options = training_options(args) | {"dtype": "bfloat16"}
     ways = {**rungs, "train.py": lambda: args.steps * statistics.median(run_train(options, device))}
-    tokens = options["total_batch_size"]
+    tokens = args.batch_size * args.block_size
     rows, _ = alternate(ways, args.rounds, device, args.steps * tokens, "tokens")
     rate, peak = matmul_rate(device, torch.bfloat16), train.peak_flops(device, torch.bfloat16)
     flops = rungs["fp32, attention written out"].model.flops_per_token()
@@ -414,11 +409,11 @@ def bench_ladder(args: argparse.Namespace, device: torch.device) -> list[dict]:
         if device.type == "cuda":
             row["GB"] = getattr(ways[row["way"]], "peak_bytes", float("nan")) / 1e9
     print(f"bf16 matrix product: {rate / 1e12:.2f} TFLOP/s")
-    for number, (name, rung) in enumerate(rungs.items()):
-        if args.trace:
+    if args.trace:
+        Path(args.trace).mkdir(parents=True, exist_ok=True)
+        for number, (name, rung) in enumerate(rungs.items()):
             with torch.profiler.profile() as profile:
                 rung()
-            Path(args.trace).mkdir(parents=True, exist_ok=True)
             profile.export_chrome_trace(f"{args.trace}/{number}_{name.strip('+ ').replace(' ', '_')}.json")
     return rows
 
@@ -447,28 +442,29 @@ def bench_variants(args: argparse.Namespace, device: torch.device) -> list[dict]
 
 def bench_loader(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """What a step waits for data, in microseconds, within a shard and where one ends; and memory per rank."""
-    config = GPTConfig(args.block_size, 50304, args.n_layer, args.n_head, args.n_embd)
-    model = GPT(config).to(device)
+    model = GPT(config_of(args)).to(device)
     with tempfile.TemporaryDirectory() as folder:
         shard = args.steps * args.batch_size * args.block_size
         write_shards(Path(folder), shard + 1)
-        before = resident("VmRSS")
-        sizes = {"batch_size": args.batch_size, "block_size": args.block_size, "vocab_size": 50304}
+        sizes = {name: getattr(args, name) for name in ("batch_size", "block_size")}
+        sizes["vocab_size"] = PADDED_VOCAB_SIZE
         loader = train.DataLoaderLite(folder, "train", **sizes, dist=train.Distributed(0, 1, device))
         waits, steps = [], []
-        for _ in range(2 * args.steps + 1):  # from one shard to the other and back
+        for step in range(2 * args.steps + 1):  # from one shard to the other and back
             start = time.perf_counter()
             x, y = loader.next_batch()
             waits.append(time.perf_counter() - start)
             model(x, y)[1].backward()
             synchronize(device)
             steps.append(time.perf_counter() - start)
+            if step == 0:  # gradients have their memory now
+                before = resident("VmRSS")
         grown = resident("VmRSS") - before
     at_end = waits[args.steps :: args.steps]
     inside = [wait for i, wait in enumerate(waits) if i % args.steps]
     share = sum(waits[1:]) / sum(steps[1:])
     print(f"waiting is {share:.3%} of forward and backward pass ({1000 * statistics.median(steps):.1f} ms);")
-    print(f"memory grew by {grown / 1e6:.0f} MB, activations and gradients included")
+    print(f"memory grew by {grown / 1e6:.0f} MB after the first step")
     return [
         {"way": way, "us": 1e6 * statistics.median(each), "min": 1e6 * min(each), "max": 1e6 * max(each)}
         for way, each in (("within a shard", inside), ("at a shard's end", at_end))
@@ -490,14 +486,17 @@ def bench_startup(args: argparse.Namespace, device: torch.device) -> list[dict]:
                 process.communicate()
             return seconds
 
-        def row(way: str, *options: str) -> dict:
-            seconds = [start(*options) for _ in range(1 if "first" in way or "cold" in way else args.rounds)]
-            return {"way": way, "s": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+        def rows(option: str, first: str, later: str) -> list[dict]:
+            seconds = {first: [start(option)], later: [start(option) for _ in range(args.rounds)]}
+            return [
+                {"way": way, "s": statistics.median(each), "min": min(each), "max": max(each)}
+                for way, each in seconds.items()
+            ]
 
-        rows = [row("first start, shards to be made", "--no-compile"), row("later starts", "--no-compile")]
-        if train.can_compile(device, print):
-            rows += [row("compiled, cold cache", "--compile"), row("compiled, warm cache", "--compile")]
-    return rows
+        eager = rows("--no-compile", "first start, shards to be made", "later starts")
+        if not train.can_compile(device, print):
+            return eager
+        return eager + rows("--compile", "compiled, cold cache", "compiled, warm cache")
 
 
 def usual_quickstart(data_dir: str) -> float:
@@ -673,7 +672,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=count, default=1000, help="steps of train.py, over which its learning rate decays")
     command("all", bench_all)
     add = command("memory", bench_memory, sized)
-    add("--vocab_size", type=int, default=50304, help="token ids")
+    add("--vocab_size", type=int, default=PADDED_VOCAB_SIZE, help="token ids")
     add("--block_size", type=int, default=256, help="context in tokens")
     add("--batch_size", type=int, default=2, help="sequences")
     return parser.parse_args(argv)

@@ -68,7 +68,7 @@ def stream(
     The model sees the last block_size tokens of a prompt. When the longest row fills the context, all are
     read anew from their last block_size // 2 tokens: a long text costs two forward tokens for each new one.
 
-    `compiled` decodes with torch.compile and CUDA graphs, which costs half a minute at first.
+    `compiled` decodes with torch.compile and CUDA graphs: it takes a while at first, for many tokens later.
     """
     B, T = idx.shape
     lengths = torch.full((B,), T) if lengths is None else lengths
@@ -134,14 +134,13 @@ def generate(
     max_new_tokens: int,
     *,
     num_samples: int = 1,
-    stop: int | None = None,
     **options,
 ) -> torch.Tensor:
     """Continue prompts (B, T) int64; return (B * num_samples, T + max_new_tokens) int64.
 
     The options are those of `stream`. What follows a row's `stop` is `stop`.
     """
-    new = list(stream(model, idx, max_new_tokens, num_samples=num_samples, stop=stop, **options))
+    new = list(stream(model, idx, max_new_tokens, num_samples=num_samples, **options))
     new += [new[-1]] * (max_new_tokens - len(new))
     return torch.cat((idx.repeat_interleave(num_samples, 0), torch.stack(new, dim=1)), dim=1)
 
@@ -169,15 +168,15 @@ def _draw(
     return torch.multinomial(probs, num_samples=1, generator=generator)[:, 0]
 
 
-def tokenizer_for(model: GPT, name: str | None = None) -> tiktoken.Encoding:
-    """The tokenizer of that name; None is the one that the model's checkpoint names, or the one that fits.
+def tokenizer_for(model: GPT) -> tiktoken.Encoding:
+    """The tokenizer that the model's checkpoint names, or the one that fits.
 
     Raises ValueError when the model has fewer token ids.
     """
     byte = get_tokenizer("byte")
-    if name is None and model.config.vocab_size == byte.n_vocab:
+    if model.config.vocab_size == byte.n_vocab:
         return byte
-    name = name or (model.metadata.get("args") or {}).get("tokenizer", "gpt2")
+    name = (model.metadata.get("args") or {}).get("tokenizer", "gpt2")
     tokenizer = get_tokenizer(name)
     if model.config.vocab_size < tokenizer.n_vocab:
         raise ValueError(
@@ -234,16 +233,21 @@ def export(model: GPT, source: str | Path, folder: str | Path) -> None:
     with whole_folder(folder) as partial:
         model.save_pretrained(partial, vocab_size=tokenizer.n_vocab)
         to_hugging_face(tokenizer, model.config.block_size).save_pretrained(partial)
-        card = model_card(GPT.from_pretrained(partial), model.metadata, Path(source), Path(folder).name)
+        card = model_card(model, tokenizer.n_vocab, Path(source), Path(folder).name)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(model: GPT, metadata: dict, source: Path, name: str) -> str:
-    """What a checkpoint's metadata, and the log beside it, say about a model, in Markdown for the Hub."""
-    config, step, args = model.config, metadata.get("step"), metadata.get("args") or {}
+def model_card(model: GPT, vocab_size: int, source: Path, name: str) -> str:
+    """What a run's checkpoint, and the log beside it, say about the model, in Markdown for the Hub.
+
+    Of its token ids the first `vocab_size` are exported.
+    """
+    config, metadata = model.config, model.metadata
+    step, args = metadata.get("step"), metadata.get("args") or {}
+    parameters = model.num_params() - (config.vocab_size - vocab_size) * config.n_embd
     run = source if source.is_dir() else source.parent
     log = read_log(run) if step is not None and (run / "log.jsonl").exists() else {}
-    facts = {"parameters": f"{model.num_params():,}", "context": f"{config.block_size:,} tokens"}
+    facts = {"parameters": f"{parameters:,}", "context": f"{config.block_size:,} tokens"}
     if step is not None and "total_batch_size" in args:
         facts["trained for"] = f"{step:,} steps of {args['total_batch_size']:,} tokens"
         facts["tokens seen"] = f"{step * args['total_batch_size']:,}"
@@ -277,7 +281,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="log", help="checkpoint, run folder, Hugging Face folder, or gpt2 … gpt2-xl")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of all arithmetic")
-    add("--compile", action="store_true", help="CUDA graphs: half a minute at first, then many times as fast")
+    add("--compile", action="store_true", help="CUDA graphs on GPUs: slow to begin, for long texts")
     add("--export", metavar="DIR", help="write a Hugging Face folder instead of text")
     add = parser.add_argument_group("text").add_argument
     add("--prompt", nargs="+", default=[""], help="texts to continue; an empty one starts a new document")

@@ -162,8 +162,9 @@ def test_same_seed_same_text_and_the_training_mode_stays(model):
     assert len(set(first)) == 4 and [text[:2] == "ab" for text in first] == [True, True, False, False]
     assert model.training
     small = GPT(GPTConfig(block_size=4, vocab_size=200, n_layer=1, n_head=1, n_embd=4))
+    small.metadata = {"args": {"tokenizer": "byte"}}
     with pytest.raises(ValueError, match="tokenizer byte has 257 ids, the model 200"):
-        sample.tokenizer_for(small, "byte")
+        sample.tokenizer_for(small)
 
 
 def test_bytes_wait_until_they_are_a_character(model, monkeypatch):
@@ -266,6 +267,7 @@ def test_an_exported_run_is_at_home_in_transformers(run_train, command, tmp_path
         f"| tokens seen | {64 * GPT.from_pretrained('log').metadata['step']} |",
         f"acc_norm {log['hellaswag'][-1]['acc_norm']:.2%}",
         "| `--n_layer` | 2 |",
+        f"| parameters | {back.num_params():,} |",
     ):
         assert fact in card
     assert best == pytest.approx(GPT.from_pretrained("log/model_best.pt").metadata["val_loss"])
