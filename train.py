@@ -274,16 +274,16 @@ def validate(
     windows = min(max(val_tokens // T, 1), loader.windows)
     model.eval()
     loader.seek(0)
-    losses = []
-    for i in range(math.ceil(windows / (B * dist.world_size))):
+    # Reserved before, for a tensor that outlives a batch would split the memory that its logits leave behind.
+    losses = torch.zeros(math.ceil(windows / (B * dist.world_size)), device=dist.device)
+    for i in range(len(losses)):
         x, y = loader.next_batch()
         first = (i * dist.world_size + dist.rank) * B
         y = y.masked_fill(torch.arange(first, first + B, device=y.device)[:, None] >= windows, -100)
         with autocast:
-            loss = model(x, y, reduction="sum")[1]
-        losses.append(loss.float())
+            losses[i] = model(x, y, reduction="sum")[1]
     model.train()
-    (nats,) = dist.sum(torch.stack(losses).cpu().double().sum().item())
+    (nats,) = dist.sum(losses.cpu().double().sum().item())
     return nats / (windows * T)
 
 
@@ -1044,6 +1044,9 @@ def main(args: argparse.Namespace) -> None:
         say(f"loss curve: {draw(out_dir)}")
         say(f"next:       python sample.py --model {args.out_dir} --prompt {json.dumps(args.sample_prompt)}")
     if dist.world_size > 1:
+        # A thread of gloo's may still wait for the interpreter, to free a tensor, and leaving the group waits for
+        # that thread with the interpreter in hand: a deadlock, seen in tests. Here the thread gets its turn.
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

@@ -188,6 +188,30 @@ def test_accumulation_changes_nothing(run_train):
     assert losses(wide) == pytest.approx(losses(narrow), abs=1e-5)
 
 
+VALIDATE_SCRIPT = """
+import sys, torch, train
+from bench import resident
+from model import GPT, GPTConfig
+train.keep_freed_memory()
+sizes = dict(block_size=32, vocab_size=20000)
+model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, **sizes))
+loader = train.DataLoaderLite(sys.argv[1], "val", batch_size=16, dist=train.setup_distributed("cpu"), **sizes)
+for batches in (3, 40):
+    train.validate(model, loader, batches * 16 * 32, torch.autocast("cpu", enabled=False))
+    print(resident("VmRSS"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_validation_needs_the_memory_of_a_batch(tmp_path):
+    np.save(tmp_path / "val_000000.npy", np.zeros(40 * 16 * 32 + 1, dtype=np.uint16))
+    command = [sys.executable, "-c", VALIDATE_SCRIPT, str(tmp_path)]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    few, many = map(int, result.stdout.split())
+    logits = 16 * 32 * 20000 * 4
+    assert many - few < 3 * logits  # 37 batches more
+
+
 def test_evaluation_leaves_training_alone(run_train):
     without = run_train("--dropout 0.2 --val_every 0")
     evaluated = run_train("--dropout 0.2 --val_every 1 --sample_every 1 --checkpoint_every 1")
