@@ -1,4 +1,4 @@
-"""Measure the performance figures that the README and LOG.md quote.
+"""Measure the figures that the README and LOG.md quote.
 
     python bench.py hellaswag                       # 124M random weights, the project's own items, a minute
     python bench.py hellaswag --data hellaswag_val.jsonl --tokenizer gpt2 --limit 200
@@ -7,6 +7,8 @@
     python bench.py train --n_layer 12 --n_head 12 --n_embd 768
     python bench.py ladder --batch_size 16 --block_size 1024
     python bench.py memory --n_layer 6 --n_embd 1600 --n_head 25 --output memory.json
+    python bench.py optimizer
+    python bench.py sweep --name adamw -- --preset demo --learning_rate 3e-3 6e-3    # three seeds each
     python bench.py all --output figures            # everything, for a GPU that is rented for half an hour
 
 Every subcommand prints a table, and with --output writes it as JSON with machine, versions and commit. Ways
@@ -16,14 +18,18 @@ that are compared run in turn in one run: quote their ratios, times by themselve
 import argparse
 import contextlib
 import functools
+import math
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -37,7 +43,8 @@ import hellaswag
 import train
 from fineweb import count, write_json
 from model import GPT, GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPTConfig, choose_device
-from plot import read_log
+from muon import Muon
+from plot import curve, read_log
 from sample import generate
 from tokenizer import NAMES, get_tokenizer
 from train import DEMO_ITEMS, describe_machine, synchronize
@@ -559,6 +566,115 @@ def bench_quickstart(args: argparse.Namespace, device: torch.device) -> list[dic
     return [{"way": name, "s": s, "val loss": losses[name], "ratio": s / base} for name, s in seconds.items()]
 
 
+def bench_optimizer(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Steps per second of the optimizer alone: fused AdamW, torch.optim.Muon on the same matrices, ours."""
+    if device.type == "cpu":  # as train.py does
+        train.keep_freed_memory()
+    model = GPT(config_of(args)).to(device)
+    groups = model.optimizer_groups(weight_decay=0.1)
+    matrices = [p for group in groups if "parts" in group for p in group["params"]]
+    others = [group for group in groups if "parts" not in group]
+    # torch's does not know that c_attn holds three matrices: it orthogonalises it as one.
+    theirs = [torch.optim.Muon(matrices), torch.optim.AdamW(others, fused=True)]
+    for_muon = [group | ({"momentum": 0.95} if "parts" in group else {}) for group in groups]
+
+    def stepping(*optimizers: torch.optim.Optimizer) -> Callable[[], None]:
+        def way() -> None:
+            for parameter in model.parameters():
+                parameter.grad = grads[parameter]
+            for optimizer in optimizers:
+                optimizer.step()
+
+        return way
+
+    grads = {parameter: torch.randn_like(parameter) for parameter in model.parameters()}
+    ways = {
+        "AdamW, fused": stepping(torch.optim.AdamW(groups, fused=True)),
+        "torch.optim.Muon and AdamW": stepping(*theirs),
+        "Muon of muon.py": stepping(Muon(for_muon, fused=True)),
+    }
+    return alternate(ways, args.rounds, device, 1, "steps")[0]
+
+
+def seconds_to(target: float, run: dict[str, list[dict]]) -> tuple[float, float]:
+    """Steps and seconds of training until the validation loss is `target`, linear between validations.
+
+    Infinite where the run does not get there. Seconds are the median of a step times the steps.
+    """
+    steps, losses = curve(run["val"], "loss")
+    reached = next((i for i, loss in enumerate(losses) if loss <= target), None)
+    if not reached:  # also at step 0: nothing was learnt there
+        return math.inf, math.inf
+    before, after = losses[reached - 1], losses[reached]
+    step = steps[reached - 1] + (before - target) / (before - after) * (steps[reached] - steps[reached - 1])
+    return step, step * statistics.median(curve(run["train"], "dt_ms")[1]) / 1000
+
+
+def bench_sweep(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Train with every combination of options and seeds, and compare all runs that the folder holds.
+
+    What follows `--` are options of train.py; those with several values span the grid, seeds last. A run is a
+    folder `NAME,option=value,seed=1`; one that is finished is not repeated, so commands add up.
+    """
+    grid = [[(name, value) for value in values or [""]] for name, values in args.options.items()]
+    varied = {name for name, values in args.options.items() if len(values) > 1}
+    folder = Path(args.out_dir)
+    threads = {**os.environ, "OMP_NUM_THREADS": str(max(os.cpu_count() // args.jobs, 1))}
+
+    def finished(out_dir: Path) -> bool:
+        try:
+            log = read_log(out_dir)
+            return log["val"][-1]["step"] == log["run"][-1]["args"]["max_steps"]
+        except (FileNotFoundError, KeyError):
+            return False
+
+    def run(settings: tuple[tuple[str, str], ...], seed: str) -> None:
+        name = ",".join([args.name, *(f"{key}={value}" for key, value in settings if key in varied)])
+        out_dir = folder / f"{name},seed={seed}"
+        if finished(out_dir):
+            return
+        words = [word for key, value in settings for word in (f"--{key}", value) if word]
+        words += ["--seed", seed, "--device", str(device), "--out_dir", str(out_dir)]
+        shutil.rmtree(out_dir, ignore_errors=True)
+        command = [sys.executable, train.__file__, *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=threads)
+        outcome = done.stderr.strip().splitlines()[-1:] if done.returncode else ["done"]
+        print(f"{out_dir.name}: {' '.join(outcome)}", flush=True)
+
+    # All settings with one seed, then all with the next: a machine that changes its speed does so for all.
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda each: run(*each), [(each, s) for s in args.seeds for each in product(*grid)]))
+
+    settings: dict[str, list[dict]] = {}
+    for out_dir in sorted(folder.iterdir()):
+        if finished(out_dir):
+            settings.setdefault(out_dir.name.rpartition(",seed=")[0], []).append(read_log(out_dir))
+    if not settings:
+        raise ValueError(f"no run in {folder} has finished: see above for what train.py says")
+    losses = {name: [log["val"][-1]["loss"] for log in logs] for name, logs in settings.items()}
+    base = args.baseline or min(settings, key=lambda name: statistics.mean(losses[name]))
+    if base not in settings:
+        raise ValueError(f"no setting {base} in {folder}: choose from {', '.join(settings)}")
+    target, rows = statistics.mean(losses[base]), []
+    for name, logs in settings.items():
+        # The target is a mean: of the baseline's own runs some stay above it.
+        goals = losses[name] if name == base else [target] * len(logs)
+        reached = [seconds_to(goal, log) for goal, log in zip(goals, logs, strict=True)]
+        rows.append(
+            {
+                "way": name,
+                "seeds": len(logs),
+                "val loss": statistics.mean(losses[name]),
+                "spread": statistics.stdev(losses[name]) if len(logs) > 1 else math.nan,
+                "steps": settings[name][0]["val"][-1]["step"],
+                "to target": statistics.mean(step for step, _ in reached),
+                "s": statistics.mean(seconds for _, seconds in reached),
+            }
+        )
+    print(f"the target is the validation loss of {base}, {target:.4f}; spread is the standard deviation")
+    return rows
+
+
 def bench_all(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Run every subcommand, each in its process; with --output, their figures in a folder of that name."""
     runs = [["ladder"], ["variants"], ["train"], ["loader", "--steps", "20"], ["memory"]]
@@ -667,6 +783,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     command("variants", bench_variants, timed, small, stepped)
     command("loader", bench_loader, small, stepped)
     command("startup", bench_startup, timed)
+    command("optimizer", bench_optimizer, timed, sized)
+    add = command("sweep", bench_sweep)
+    add("--out_dir", default="sweep", help="folder of the runs")
+    add("--name", required=True, help="what the names of these runs begin with")
+    add("--seeds", nargs="+", default=["1", "2", "3"], help="a run for each")
+    add("--jobs", type=count, default=1, help="runs at a time")
+    add("--baseline", help="setting whose validation loss is the target; None is the best")
     add = command("quickstart", bench_quickstart)
     add("--data_dir", required=True, help="Tiny Shakespeare: fineweb.py --files input.txt --tokenizer byte")
     add("--steps", type=count, default=1000, help="steps of train.py, over which its learning rate decays")
@@ -675,7 +798,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vocab_size", type=int, default=PADDED_VOCAB_SIZE, help="token ids")
     add("--block_size", type=int, default=256, help="context in tokens")
     add("--batch_size", type=int, default=2, help="sequences")
-    return parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    end = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:end])
+    args.options = {}  # of train.py, each with its values
+    for word in argv[end + 1 :]:
+        if word.startswith("--"):
+            values = args.options[word[2:]] = []
+        elif not args.options:
+            parser.error(f"-- must be followed by an option of train.py, not {word}")
+        else:
+            values.append(word)
+    if args.options and args.command != "sweep":
+        parser.error(f"{args.command} takes no options of train.py after --")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
@@ -684,7 +820,7 @@ def main(args: argparse.Namespace) -> None:
     width = max(len(row["way"]) for row in rows)
     print(" " * width, *(f"{name:>10}" for name in list(rows[0])[1:]))
     for row in rows:
-        print(f"{row['way']:{width}}", *(f"{value:10.2f}" for value in list(row.values())[1:]))
+        print(f"{row['way']:{width}}", *(f"{value:10.5g}" for value in list(row.values())[1:]))
     if args.output:
         options = {name: value for name, value in vars(args).items() if name != "run"}
         record = {"args": options, **describe_machine(device), "rows": rows}

@@ -301,12 +301,26 @@ class GPT(nn.Module):
         return 16 * P + copies + batch_size * T * (blocks + head)
 
     def optimizer_groups(self, weight_decay: float) -> list[dict]:
-        """Parameter groups: matrices and embeddings decay, biases and LayerNorm gains do not."""
-        parameters = list(self.parameters())
-        return [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        """Parameter groups with a `name`: matrices and embeddings decay, biases and LayerNorm gains do not.
+
+        Groups of matrices have `parts`, the number of them in one weight: c_attn stacks those for queries,
+        keys and values by their rows.
+        """
+        groups = [
+            {"name": "embeddings", "params": [], "weight_decay": weight_decay},
+            {"name": "c_attn", "params": [], "weight_decay": weight_decay, "parts": 3},
+            {"name": "matrices", "params": [], "weight_decay": weight_decay, "parts": 1},
+            {"name": "gains and biases", "params": [], "weight_decay": 0.0},
         ]
+        embeddings, stacked, matrices, others = (group["params"] for group in groups)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                others.append(parameter)
+            elif ".h." not in name:
+                embeddings.append(parameter)
+            else:
+                (stacked if name.endswith("c_attn.weight") else matrices).append(parameter)
+        return groups
 
     @classmethod
     def from_pretrained(cls, source: str | Path, dropout: float = 0.0) -> "GPT":

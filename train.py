@@ -42,6 +42,7 @@ import hellaswag
 import plot
 import sample
 from model import GPT, GPTConfig, choose_device, load_checkpoint, step_of
+from muon import Muon
 from tokenizer import NAMES, get_tokenizer
 
 DEMO_DATA_DIR = "demo_data"
@@ -288,13 +289,19 @@ def validate(
 
 
 def learning_rate_at(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then half a cosine down to --min_lr at --max_steps; or constant after the warm-up."""
+    """Linear warm-up, then down to --min_lr at --max_steps.
+
+    `cosine` follows half a cosine, `wsd` (warm-up, stable, decay; Hu et al. 2024, MiniCPM) stays at the peak
+    until the last --decay_share of the steps and falls linearly there.
+    """
     if step < args.warmup_steps:
         return args.learning_rate * (step + 1) / args.warmup_steps
-    if args.schedule == "constant":
-        return args.learning_rate
-    progress = (step - args.warmup_steps) / max(args.max_steps - args.warmup_steps, 1)
-    return args.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (args.learning_rate - args.min_lr)
+    left = (args.max_steps - step) / max(args.max_steps - args.warmup_steps, 1)
+    if args.schedule == "cosine":
+        height = 0.5 * (1 - math.cos(math.pi * left))
+    else:
+        height = min((args.max_steps - step) / max(args.decay_share * args.max_steps, 1), 1.0)
+    return args.min_lr + height * (args.learning_rate - args.min_lr)
 
 
 class CheckpointWriter:
@@ -606,8 +613,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--shuffle", action=argparse.BooleanOptionalAction, default=False, help="permute every epoch")
     add("--overfit_batch", action="store_true", help="sanity check: fit one batch to a loss near zero")
     add = parser.add_argument_group("optimizer").add_argument
-    add("--optimizer", choices=("adamw",), default="adamw", help="update rule")
-    add("--schedule", choices=("cosine", "constant"), default="cosine", help="after the warm-up")
+    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon is for the blocks' matrices")
+    add("--schedule", choices=("cosine", "wsd"), default="cosine", help="wsd stays at the peak, then falls")
+    add("--decay_share", type=float, default=0.2, help="share of the steps in which wsd falls; 0 is never")
+    add("--muon_lr", type=float, default=0.02, help="peak learning rate of muon")
+    add("--momentum", type=float, default=0.95, help="of muon: decay of the mean of gradients")
     add("--learning_rate", type=float, default=6e-4, help="peak learning rate")
     add("--min_lr", type=float, help="final learning rate; None is a tenth of the peak")
     add("--warmup_steps", type=int, default=715, help="steps of linear warm-up; 0 is off")
@@ -660,8 +670,8 @@ def check_args(args: argparse.Namespace, world_size: int) -> list[str]:
         "sample_tokens log_every max_skipped"
     )
     at_least_0 = (
-        "dropout warmup_steps min_lr weight_decay beta1 beta2 grad_clip val_every hellaswag_every "
-        "sample_every early_stop checkpoint_every keep milestone_every seed"
+        "dropout warmup_steps decay_share min_lr weight_decay beta1 beta2 momentum grad_clip val_every "
+        "hellaswag_every sample_every early_stop checkpoint_every keep milestone_every seed"
     )
     problems = [
         f"--{name} is {getattr(args, name)}: give at least {least}"
@@ -669,11 +679,14 @@ def check_args(args: argparse.Namespace, world_size: int) -> list[str]:
         for name in names.split()
         if getattr(args, name) not in (None, "auto") and getattr(args, name) < least
     ]
-    for name in ("dropout", "beta1", "beta2"):
+    for name in ("dropout", "beta1", "beta2", "momentum"):
         if getattr(args, name) >= 1:
             problems.append(f"--{name} is {getattr(args, name)}: give less than 1")
-    if args.learning_rate <= 0:
-        problems.append(f"--learning_rate is {args.learning_rate}: give more than 0")
+    for name in ("learning_rate", "muon_lr"):
+        if getattr(args, name) <= 0:
+            problems.append(f"--{name} is {getattr(args, name)}: give more than 0")
+    if args.decay_share > 1:
+        problems.append(f"--decay_share is {args.decay_share}: give at most 1, which is all steps")
     if args.early_stop and not args.val_every:
         problems.append("--early_stop counts validations, but --val_every is 0: set both or neither")
     if Path(args.out_dir).absolute() in (Path.cwd(), *Path.cwd().parents):
@@ -797,6 +810,11 @@ def prepare(
             resumed = load_checkpoint(args.out_dir)
         if resumed and not {"optimizer", "scaler", "step", "best_step", "args"} <= resumed.keys():
             problems.append(f"the checkpoint in {args.out_dir} holds weights only: give it to --init_from")
+        elif resumed and resumed["args"]["optimizer"] != args.optimizer:
+            problems.append(
+                f"--optimizer is {args.optimizer}, but the checkpoint in {args.out_dir} has the state of "
+                f"{resumed['args']['optimizer']}: repeat that run's option, or start anew with --init_from"
+            )
     if len(steps := dist.union([str(resumed and resumed.get("step"))])) > 1:
         problems.append(
             f"the ranks would resume {args.out_dir} at different steps ({', '.join(steps)}): "
@@ -858,13 +876,15 @@ def main(args: argparse.Namespace) -> None:
     raw_model, dtype, loaders, examples, resumed = prepare(args, dist)
 
     torch.set_float32_matmul_precision("high")
-    optimizer = torch.optim.AdamW(
-        raw_model.optimizer_groups(args.weight_decay),
-        lr=args.learning_rate,
-        betas=(args.beta1, args.beta2),
-        eps=1e-8,
-        fused=True,
-    )
+    groups = [{**group, "lr_scale": 1.0} for group in raw_model.optimizer_groups(args.weight_decay)]
+    adamw = dict(lr=args.learning_rate, betas=(args.beta1, args.beta2), eps=1e-8, fused=True)
+    if args.optimizer == "muon":
+        for group in groups:
+            if "parts" in group:
+                group |= {"momentum": args.momentum, "lr_scale": args.muon_lr / args.learning_rate}
+        optimizer = Muon(groups, rank=dist.rank, world_size=dist.world_size, **adamw)
+    else:
+        optimizer = torch.optim.AdamW(groups, **adamw)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     attention = contextlib.nullcontext
@@ -906,11 +926,27 @@ def main(args: argparse.Namespace) -> None:
     if dist.is_main:
         log = open_log(out_dir, start_step)
         writer = CheckpointWriter(out_dir, args.keep, args.milestone_every * args.checkpoint_every, log)
-    log(start_step, "run", args=vars(args), world_size=dist.world_size, params=params, **machine)
+    groups = [
+        {
+            "name": group["name"],
+            "optimizer": "muon" if "momentum" in group else "adamw",
+            "params": sum(weight.numel() for weight in group["params"]),
+            "lr": args.learning_rate * group["lr_scale"],
+            "weight_decay": group["weight_decay"],
+        }
+        for group in optimizer.param_groups
+    ]
+    about = dict(world_size=dist.world_size, params=params, groups=groups)
+    log(start_step, "run", args=vars(args), **about, **machine)
     say(
         f"{params:,} parameters on {dist.world_size} x {machine['hardware']['device']}, {dtype}, "
         f"{'compiled' if compiled else 'eager'}; {args.total_batch_size:,} tokens a step, {accum} micro-steps"
     )
+    for group in groups:
+        say(
+            f"{group['params']:13,} {group['name']:17} {group['optimizer']:6} peak lr {group['lr']:.2e}, "
+            f"weight decay {group['weight_decay']:g}"
+        )
 
     def save(step: int, names: list[str]) -> None:
         if not names or not dist.is_main:
@@ -974,7 +1010,7 @@ def main(args: argparse.Namespace) -> None:
 
         started = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, args)
+            group["lr"] = learning_rate_at(step, args) * group["lr_scale"]
         # Dropout draws the same numbers again when a resumed run repeats this step.
         torch.manual_seed(int(np.random.SeedSequence((args.seed, step, dist.rank)).generate_state(1)[0]))
         if args.overfit_batch:
@@ -1007,8 +1043,9 @@ def main(args: argparse.Namespace) -> None:
 
         speed = args.total_batch_size / seconds
         mfu = speed * flops_per_token / (peak * dist.world_size) if peak else None
-        lr = optimizer.param_groups[0]["lr"]
-        values = {"dt_ms": 1000 * seconds, "tokens_per_s": speed, "mfu": mfu, "skipped": skipped}
+        lrs = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        lr = lrs["embeddings"]  # AdamW's in any case
+        values = {"dt_ms": 1000 * seconds, "tokens_per_s": speed, "mfu": mfu, "skipped": skipped, "lrs": lrs}
         log(step, "train", loss=train_loss, lr=lr, norm=norm, **values)
         if step % args.log_every == 0:
             say(
@@ -1044,8 +1081,8 @@ def main(args: argparse.Namespace) -> None:
         say(f"loss curve: {draw(out_dir)}")
         say(f"next:       python sample.py --model {args.out_dir} --prompt {json.dumps(args.sample_prompt)}")
     if dist.world_size > 1:
-        # A thread of gloo's may still wait for the interpreter, to free a tensor, and leaving the group waits for
-        # that thread with the interpreter in hand: a deadlock, seen in tests. Here the thread gets its turn.
+        # A thread of gloo's may need the interpreter to free a tensor. To leave the group is to wait for that
+        # thread with the interpreter locked, for ever (seen in tests); here the thread gets its turn.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 

@@ -1,10 +1,12 @@
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
 import bench
+import train
 
 TINY = "--n_layer 1 --n_head 2 --n_embd 16 --device cpu"
 
@@ -35,6 +37,67 @@ def test_a_subcommand_writes_its_figures(command, ways, tmp_path, capsys):
         assert row["way"].startswith(way)
     assert all(row["way"] in printed and list(row.values())[1] > 0 for row in record["rows"])
     assert record["versions"]["torch"] == torch.__version__ and record["args"]["device"] == "cpu"
+
+
+def test_steps_to_a_loss_are_read_off_the_validations():
+    log = {
+        "val": [{"step": s, "loss": loss} for s, loss in ((0, 5.0), (10, 4.0), (20, 3.0), (30, 3.5))],
+        "train": [{"step": s, "dt_ms": dt_ms} for s, dt_ms in ((0, 9000), (1, 200), (2, 200))],
+    }
+    assert bench.seconds_to(3.25, log) == (pytest.approx(17.5), pytest.approx(3.5))
+    assert bench.seconds_to(4.0, log)[0] == 10
+    assert bench.seconds_to(2.9, log) == (float("inf"), float("inf"))
+
+
+def test_a_sweep_runs_what_is_missing_and_compares_all(monkeypatch, tmp_path, capsys):
+    seen = []
+
+    def run(command, **options):
+        if command[0] == "git":
+            return subprocess.CompletedProcess(command, 0, stdout="")
+        args = train.parse_args(command[2:])
+        seen.append((args.learning_rate, args.seed))
+        assert options["env"]["OMP_NUM_THREADS"] and args.shuffle and args.device == "cpu"
+        if args.learning_rate == 0.1:
+            return subprocess.CompletedProcess(command, 1, stderr="warning: x\ntrain.py: error: no shards")
+        losses = [5, 3 - args.learning_rate + 0.1 * args.seed]
+        records = [{"kind": "run", "step": 0, "args": vars(args)}, {"kind": "train", "step": 0, "dt_ms": 500}]
+        records += [{"kind": "val", "step": step, "loss": x} for step, x in zip((0, 10), losses, strict=True)]
+        Path(args.out_dir).mkdir(parents=True)
+        Path(args.out_dir, "log.jsonl").write_text("\n".join(map(json.dumps, records)))
+        return subprocess.CompletedProcess(command, 0)
+
+    def sweep(words):
+        bench.main(bench.parse_args(f"sweep --device cpu --output out.json {words} --max_steps 10".split()))
+        return {row["way"]: row for row in json.loads(Path("out.json").read_text())["rows"]}
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    sweep("--name a --seeds 1 3 -- --shuffle --learning_rate 0.5 0.1")
+    assert seen == [(0.5, 1), (0.1, 1), (0.5, 3), (0.1, 3)]
+    assert "a,learning_rate=0.1,seed=3: train.py: error: no shards\n" in capsys.readouterr().out
+    rows = sweep("--name b --baseline a,learning_rate=0.5 --seeds 1 -- --shuffle --learning_rate 1 0.5")
+    sweep("--name b --seeds 1 -- --shuffle --learning_rate 1 0.5")
+    assert seen[4:] == [(1, 1), (0.5, 1)]  # what is there is not run again
+    assert rows.keys() == {"a,learning_rate=0.5", "b,learning_rate=0.5", "b,learning_rate=1"}
+    base, better = rows["a,learning_rate=0.5"], rows["b,learning_rate=1"]
+    assert base["seeds"] == 2 and base["val loss"] == pytest.approx(2.7)
+    assert base["spread"] == pytest.approx(0.2 / 2**0.5) and (base["to target"], base["s"]) == (10, 5)
+    assert better["to target"] == pytest.approx(10 * (5 - 2.7) / (5 - 2.1))
+    with pytest.raises(ValueError, match="no setting c in sweep: choose from a,learning_rate=0.5, b,"):
+        sweep("--name b --baseline c --seeds 1 -- --shuffle --learning_rate 1")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("train -- --batch_size 1", "train takes no options of train.py after --"),
+        ("sweep --name a -- 1", "-- must be followed by an option of train.py, not 1"),
+    ],
+)
+def test_options_after_the_dashes_are_options_of_a_sweep(words, message, capsys):
+    with pytest.raises(SystemExit):
+        bench.parse_args(words.split())
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

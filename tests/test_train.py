@@ -43,7 +43,13 @@ def test_learning_rate_is_that_of_the_124m_reproduction():
     assert train.learning_rate_at(714, args) == pytest.approx(6e-4) == train.learning_rate_at(715, args)
     assert train.learning_rate_at((715 + 19073) // 2, args) == pytest.approx((6e-4 + 6e-5) / 2)
     assert train.learning_rate_at(19073, args) == pytest.approx(6e-5)
-    assert train.learning_rate_at(9000, train.parse_args(["--schedule", "constant"])) == 6e-4
+    wsd = train.parse_args("--schedule wsd --max_steps 1000 --warmup_steps 100 --min_lr 6e-5".split())
+    rates = {step: train.learning_rate_at(step, wsd) for step in (0, 99, 100, 799, 800, 900, 1000)}
+    peak, middle = 6e-4, (6e-4 + 6e-5) / 2
+    expected = {0: 6e-6, 99: peak, 100: peak, 799: peak, 800: peak, 900: middle, 1000: 6e-5}
+    assert rates == pytest.approx(expected)
+    wsd.decay_share = 0
+    assert train.learning_rate_at(999, wsd) == 6e-4
 
 
 @pytest.mark.parametrize("world_size, batch_size", [(1, 8), (1, 2), (2, 4), (4, 1), (8, 1)])
@@ -113,7 +119,7 @@ def test_a_run_writes_log_checkpoints_and_picture(run_train):
     assert written == {"model_best.pt": 6, "model_00003.pt": 3, "model_00006.pt": 6}
     assert all(len(record["texts"]) == 2 for record in records["sample"])
     assert records["train"][0].keys() == {
-        "step", "kind", "loss", "lr", "norm", "dt_ms", "tokens_per_s", "mfu", "skipped",
+        "step", "kind", "loss", "lr", "lrs", "norm", "dt_ms", "tokens_per_s", "mfu", "skipped",
     }  # fmt: skip
     assert records["train"][0]["mfu"] is None
     assert records["val"][0]["loss"] == pytest.approx(math.log(320), abs=0.2)
@@ -155,7 +161,12 @@ def test_training_is_that_of_a_plain_loop_with_transformers(run_train, shards, h
     assert theirs[-1] < theirs[0] - 0.1
 
 
-@pytest.mark.parametrize("options", ["", "--dropout 0.1 --shuffle", "--dtype bfloat16", "--dtype float16"])
+MUON = "--optimizer muon --schedule wsd --decay_share 0.5 --min_lr 0"
+
+
+@pytest.mark.parametrize(
+    "options", ["", "--dropout 0.1 --shuffle", "--dtype bfloat16", "--dtype float16", MUON]
+)
 def test_a_resumed_run_repeats_the_losses_bit_for_bit(run_train, options):
     whole = run_train(options)
     for name in ("model_00006.pt", "model_best.pt"):
@@ -174,6 +185,36 @@ def test_a_run_resumes_in_another_precision(run_train):
     for dtype in ("float16", "bfloat16"):
         records = run_train(f"--max_steps 6 --resume --dtype {dtype}")
         assert [record["step"] for record in records["train"]] == list(range(6))
+
+
+def test_the_constant_phase_of_wsd_is_extended_and_branched(run_train):
+    longer = run_train(f"{MUON} --max_steps 12", out_dir="longer")
+    run_train(f"{MUON} --max_steps 8 --keep 0")
+    Path("branch").mkdir()
+    shutil.copy("log/model_00003.pt", "branch")  # before the decay, which starts at 4
+    branch = run_train(f"{MUON} --max_steps 12 --resume", out_dir="branch")
+    assert losses(branch) == losses(longer)[3:]
+    extended = run_train(f"{MUON} --max_steps 12 --resume")  # from the end: the rate rises again
+    assert len(losses(extended)) == 12
+    assert [record["lr"] for record in extended["train"][8:]] == [r["lr"] for r in longer["train"][8:]]
+
+
+def test_groups_have_their_rates_and_decay_in_the_log(run_train):
+    records = run_train(f"{MUON} --muon_lr 0.03 --weight_decay 0.2")
+    groups = {group["name"]: group for group in records["run"][0]["groups"]}
+    model = GPT.from_pretrained("log")
+    assert sum(group["params"] for group in groups.values()) == model.num_params()
+    assert groups["c_attn"]["params"] == 2 * 3 * 32 * 32
+    rates = {name: (g["optimizer"], g["lr"], g["weight_decay"]) for name, g in groups.items()}
+    assert rates == {
+        "embeddings": ("adamw", pytest.approx(1e-2), 0.2),
+        "c_attn": ("muon", pytest.approx(3e-2), 0.2),
+        "matrices": ("muon", pytest.approx(3e-2), 0.2),
+        "gains and biases": ("adamw", pytest.approx(1e-2), 0.0),
+    }
+    for record in records["train"]:
+        assert record["lrs"]["matrices"] == pytest.approx(3 * record["lr"]) == record["lrs"]["c_attn"]
+        assert record["lrs"]["embeddings"] == record["lrs"]["gains and biases"] == record["lr"]
 
 
 def test_dropout_differs_from_step_to_step(run_train):
@@ -231,27 +272,27 @@ def test_validation_is_the_mean_over_its_windows(run_train, shards, hf_folder):
 
 
 TWO_RANKS_SCRIPT = """
-import argparse, functools, os, torch, train
+import argparse, contextlib, functools, hashlib, os, torch, train
 torch.compile = functools.partial(torch.compile, backend="aot_eager")
-reductions = []
+unreduced = []
 
-class Counted(train.DistributedDataParallel):
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.register_comm_hook(None, reduce)
+class Watched(train.DistributedDataParallel):
+    @contextlib.contextmanager
+    def no_sync(self):
+        unreduced.append(True)
+        with super().no_sync():
+            yield
 
-def reduce(state, bucket):
-    reductions.append(bucket)
-    group = torch.distributed.group.WORLD
-    work = torch.distributed.all_reduce(bucket.buffer().div_(2), group=group, async_op=True)
-    return work.get_future().then(lambda done: done.value()[0])
+    def __del__(self):
+        weights = b"".join(p.detach().numpy().tobytes() for p in self.parameters())
+        print(f"weights {{hashlib.sha256(weights).hexdigest()}}\\n", end="", flush=True)
 
-train.DistributedDataParallel = Counted
+train.DistributedDataParallel = Watched
 for i, args in enumerate({runs}):
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i)  # a second process group needs a store of its own
     train.main(argparse.Namespace(**args))
-    print(f"{{len(reductions)}} reductions\\n", end="", flush=True)  # one write: two ranks print at once
-    reductions.clear()
+    print(f"{{len(unreduced)}} unreduced\\n", end="", flush=True)  # one write: two ranks print at once
+    unreduced.clear()
 """
 
 
@@ -263,6 +304,8 @@ def test_two_ranks_train_as_one_compiled_and_resumed_with_one_reduction_a_step(r
     Path("resumed/model_best.pt").unlink()
     runs = [{**args, "compile": True, "out_dir": "two", "recompute": True}]
     runs += [{**args, "resume": True, "out_dir": "resumed"}]
+    muon = run_train(f"{MUON} --muon_lr 0.05", out_dir="one_muon")
+    runs += [{**muon["run"][0]["args"], "batch_size": 1, "out_dir": "two_muon"}]
     Path("two.py").write_text(TWO_RANKS_SCRIPT.format(runs=runs))
     output = torchrun("two.py")
     for folder in ("two", "resumed"):
@@ -271,12 +314,18 @@ def test_two_ranks_train_as_one_compiled_and_resumed_with_one_reduction_a_step(r
             expected = [record["loss"] for record in one[kind]]
             assert [r["loss"] for r in two if r["kind"] == kind] == pytest.approx(expected, abs=1e-5), kind
         assert [r for r in two if r["kind"] == "run"][-1]["world_size"] == 2
-    # Two micro-steps, one bucket of gradients: 6 steps from the start and 3 from step 3.
-    assert output.count("6 reductions") == output.count("3 reductions") == 2
+    weights = [line for line in output.splitlines() if line.startswith("weights")]
+    assert len(weights) == 6 and len(set(weights)) == 3  # those of both ranks are the same
+    # Muon rounds to bf16, which makes more of the rounding of sums.
+    two = [json.loads(line) for line in Path("two_muon/log.jsonl").read_text().splitlines()]
+    assert [r["loss"] for r in two if r["kind"] == "train"] == pytest.approx(losses(muon), abs=1e-3)
+    # Two micro-steps, gradients are reduced in the second: 6 steps from the start, twice, and 3 from step 3.
+    assert (output.count("6 unreduced"), output.count("3 unreduced")) == (4, 2)
+
 
 
 def test_overfit_batch_reaches_zero_or_says_so(run_train):
-    options = "--overfit_batch --total_batch_size 32 --schedule constant --max_steps"
+    options = "--overfit_batch --total_batch_size 32 --schedule wsd --decay_share 0 --max_steps"
     records = run_train(f"{options} 300")
     assert losses(records)[-1] < train.OVERFIT_LOSS and len(losses(records)) < 300
     with pytest.raises(ValueError, match=r"one batch still has loss 5\.\d+ after 3 steps"):
@@ -343,6 +392,8 @@ def test_fine_tuning_starts_from_the_weights_with_shorter_windows(run_train, hf_
         ("--out_dir .", "--out_dir . holds your working folder"),
         ("--hellaswag_every 1 --hellaswag_data none.jsonl", "no HellaSwag items at none.jsonl"),
         ("--device cuda:99", "device cuda:99 cannot be used here"),
+        ("--decay_share 1.5", "--decay_share is 1.5: give at most 1"),
+        ("--muon_lr 0", "--muon_lr is 0.0: give more than 0"),
         ("--preset gpt3", "unknown --preset 'gpt3': choose from gpt2, "),
     ],
 )

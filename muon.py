@@ -1,0 +1,86 @@
+"""Muon, an optimizer that learns more from each token than AdamW: orthogonal steps for weight matrices.
+
+    groups = model.optimizer_groups(weight_decay=0.1)
+    optimizer = Muon(groups, lr=6e-4, fused=True)      # groups that have `momentum` are Muon's
+
+Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; the update rule and its
+constants are those of `torch.optim.Muon`. Beyond that: matrices that are stacked in one weight are told
+apart, those of one shape are orthogonalised together, and the ranks share that work.
+"""
+
+import math
+from collections import defaultdict
+
+import torch
+
+NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at zero, Jordan et al. 2024
+
+
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """Replace the singular values of (n, rows, columns) matrices by ones between about 0.7 and 1.2.
+
+    Computes in bf16; fastest with no more rows than columns.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the groups that have `momentum`, AdamW for the others.
+
+    Of a weight in a group with `parts` that many matrices are stacked by their rows. The update of a matrix
+    has the spectral norm `lr` times the square root of rows / columns, or of 1 where that is more; weight
+    decay is decoupled. Every rank must bring the same gradients and gets the same weights, to the bit.
+    """
+
+    def __init__(self, groups: list[dict], *, rank: int = 0, world_size: int = 1, **adamw):
+        super().__init__(groups, **adamw)
+        self.rank, self.world_size = rank, world_size
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        same_shape = defaultdict(list)
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None] if "momentum" in group else []
+            for weight in weights:
+                state = self.state[weight]
+                if not state:
+                    # AdamW, which loads the states of a checkpoint, wants a step in each of them.
+                    state |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(weight)}
+                average = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
+                nesterov = weight.grad.lerp(average, group["momentum"])
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.grad = None  # AdamW below passes it by
+                parts = (each.chunk(group["parts"]) for each in (weight, nesterov))
+                for part, update in zip(*parts, strict=True):
+                    rows, columns = part.shape
+                    rate = group["lr"] * math.sqrt(max(1, rows / columns))
+                    if rows > columns:
+                        part, update = part.mT, update.mT
+                    same_shape[part.shape].append((part, update, rate))
+        for members in same_shape.values():
+            parts, updates, rates = zip(*members, strict=True)
+            for part, update, rate in zip(parts, self._orthogonalize(updates), rates, strict=False):
+                part.add_(update, alpha=-rate)
+        return super().step(closure)
+
+    def _orthogonalize(self, updates: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Orthogonalise n matrices of one shape, each rank its share; n or a few more come back."""
+        share = math.ceil(len(updates) / self.world_size)
+        mine = updates[self.rank * share :][:share]
+        stacked = updates[0].new_zeros(share, *updates[0].shape)
+        if mine:
+            torch.stack(mine, out=stacked[: len(mine)])
+        ours = orthogonalize(stacked)
+        if self.world_size == 1:
+            return ours
+        gathered = ours.new_empty(self.world_size * share, *updates[0].shape)
+        # As bytes, for gloo knows no bf16.
+        torch.distributed.all_gather_into_tensor(gathered.view(torch.uint8), ours.view(torch.uint8))
+        return gathered
