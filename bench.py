@@ -685,6 +685,7 @@ def bench_all(args: argparse.Namespace, device: torch.device) -> list[dict]:
         runs += [["memory", "--block_size", "1024", "--batch_size", "16"]]
     rows = []
     others = [["startup"], ["hellaswag"], ["generate"], ["generate", "--dtype", "bfloat16"], ["data"]]
+    others += [["optimizer"]]
     for words in runs + others:
         print("bench.py", *words, flush=True)
         command = [sys.executable, __file__, *words, "--device", str(device)]

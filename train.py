@@ -849,6 +849,24 @@ def prepare(
     return model, dtype, loaders, examples, resumed
 
 
+def build_optimizer(model: GPT, args: argparse.Namespace, dist: Distributed) -> torch.optim.AdamW:
+    """AdamW; with --optimizer muon one that is Muon for the matrices in the blocks.
+
+    The learning rate of a group is that of the schedule times its `lr_scale`.
+    """
+    groups = model.optimizer_groups(args.weight_decay)
+    for group in groups:
+        group["lr_scale"] = 1.0
+        if args.optimizer == "muon" and "parts" in group:
+            group |= {"lr_scale": args.muon_lr / args.learning_rate, "momentum": args.momentum}
+    options = dict(lr=args.learning_rate, betas=(args.beta1, args.beta2), eps=1e-8, fused=True)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    has_bf16 = choose_dtype("auto", dist.device) == torch.bfloat16
+    options["dtype"] = torch.bfloat16 if has_bf16 else torch.float32
+    return Muon(groups, rank=dist.rank, world_size=dist.world_size, **options)
+
+
 def prepare_out_dir(out_dir: Path) -> None:
     """Make the folder of a new run. One that holds a run is renamed to log.1, log.2, …: nothing is lost."""
     if (out_dir / "log.jsonl").exists() or any(out_dir.glob("model_*.pt")):
@@ -876,15 +894,7 @@ def main(args: argparse.Namespace) -> None:
     raw_model, dtype, loaders, examples, resumed = prepare(args, dist)
 
     torch.set_float32_matmul_precision("high")
-    groups = [{**group, "lr_scale": 1.0} for group in raw_model.optimizer_groups(args.weight_decay)]
-    adamw = dict(lr=args.learning_rate, betas=(args.beta1, args.beta2), eps=1e-8, fused=True)
-    if args.optimizer == "muon":
-        for group in groups:
-            if "parts" in group:
-                group |= {"momentum": args.momentum, "lr_scale": args.muon_lr / args.learning_rate}
-        optimizer = Muon(groups, rank=dist.rank, world_size=dist.world_size, **adamw)
-    else:
-        optimizer = torch.optim.AdamW(groups, **adamw)
+    optimizer = build_optimizer(raw_model, args, dist)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     attention = contextlib.nullcontext

@@ -16,16 +16,17 @@ def with_gradients(shapes, seed):
     return weights
 
 
-def test_singular_values_come_near_one_and_vectors_stay():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_singular_values_come_near_one_and_vectors_stay(dtype):
     torch.manual_seed(0)
     matrices = torch.randn(5, 16, 48) * torch.tensor([1e-4, 1e-2, 1, 1e2, 1e4])[:, None, None]
-    result = orthogonalize(matrices).float()
+    result = orthogonalize(matrices, dtype).float()
     U, _, Vh = torch.linalg.svd(matrices, full_matrices=False)
     singular = torch.linalg.svdvals(result)
     assert singular.min() > 0.6 and singular.max() < 1.3
     cosine = torch.nn.functional.cosine_similarity(result.flatten(1), (U @ Vh).flatten(1))
     assert cosine.min() > 0.98
-    assert orthogonalize(torch.zeros(1, 4, 4)).count_nonzero() == 0
+    assert orthogonalize(torch.zeros(1, 4, 4), dtype).count_nonzero() == 0
 
 
 def test_updates_are_those_of_torch_part_by_part():

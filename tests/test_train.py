@@ -471,10 +471,12 @@ def test_compiled_training_is_eager_training_and_compiles_once(run_train, monkey
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_gpu_training_compiled_follows_the_cpu(run_train, dtype):
-    cpu = run_train("--n_embd 64 --max_steps 12")
-    gpu = run_train(f"--n_embd 64 --max_steps 12 --device cuda --compile --sample_every 6 --dtype {dtype}")
+def test_gpu_training_compiled_follows_the_cpu(run_train, dtype, optimizer):
+    options = f"--n_embd 64 --max_steps 12 --optimizer {optimizer}"
+    cpu = run_train(options)
+    gpu = run_train(f"{options} --device cuda --compile --sample_every 6 --dtype {dtype}")
     tolerance = 2e-3 if dtype == "float32" else 5e-2
     kept = [(a, b) for a, b in zip(losses(cpu), losses(gpu), strict=True) if b is not None]
     assert len(kept) >= 10
