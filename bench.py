@@ -646,11 +646,11 @@ def bench_sweep(args: argparse.Namespace, device: torch.device) -> list[dict]:
         list(pool.map(lambda each: run(*each), [(each, s) for s in args.seeds for each in product(*grid)]))
 
     settings: dict[str, list[dict]] = {}
-    for out_dir in sorted(folder.iterdir()):
+    for out_dir in sorted(folder.glob("*")):
         if finished(out_dir):
             settings.setdefault(out_dir.name.rpartition(",seed=")[0], []).append(read_log(out_dir))
     if not settings:
-        raise ValueError(f"no run in {folder} has finished: see above for what train.py says")
+        raise ValueError(f"no run in {folder} has finished: see what train.py says, or give --seeds")
     losses = {name: [log["val"][-1]["loss"] for log in logs] for name, logs in settings.items()}
     base = args.baseline or min(settings, key=lambda name: statistics.mean(losses[name]))
     if base not in settings:
@@ -787,8 +787,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     command("optimizer", bench_optimizer, timed, sized)
     add = command("sweep", bench_sweep)
     add("--out_dir", default="sweep", help="folder of the runs")
-    add("--name", required=True, help="what the names of these runs begin with")
-    add("--seeds", nargs="+", default=["1", "2", "3"], help="a run for each")
+    add("--name", default="run", help="what the names of these runs begin with")
+    add("--seeds", nargs="*", default=["1", "2", "3"], help="a run for each; none only compares")
     add("--jobs", type=count, default=1, help="runs at a time")
     add("--baseline", help="setting whose validation loss is the target; None is the best")
     add = command("quickstart", bench_quickstart)

@@ -54,6 +54,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """Take a step. The gradients of Muon's weights are None afterwards."""
         same_shape = defaultdict(list)
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None] if "momentum" in group else []

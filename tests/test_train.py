@@ -217,6 +217,18 @@ def test_groups_have_their_rates_and_decay_in_the_log(run_train):
         assert record["lrs"]["embeddings"] == record["lrs"]["gains and biases"] == record["lr"]
 
 
+def test_a_speedrun_is_a_gpt2_for_transformers(run_train):
+    records = run_train("--preset speedrun")
+    args = records["run"][0]["args"]
+    assert (args["optimizer"], args["schedule"], args["min_lr"]) == ("muon", "wsd", 0)
+    model = GPT.from_pretrained("log").eval()
+    model.save_pretrained("exported", vocab_size=257)
+    theirs = GPT2LMHeadModel.from_pretrained("exported").eval()
+    idx = torch.randint(257, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, model(idx)[0][..., :257], atol=1e-4, rtol=0)
+
+
 def test_dropout_differs_from_step_to_step(run_train):
     with pytest.raises(ValueError, match="one batch still has loss"):
         run_train("--overfit_batch --dropout 0.5 --learning_rate 1e-9 --max_steps 4")
