@@ -102,10 +102,15 @@ def test_context_longer_than_block_size_is_refused():
 def test_decay_is_for_matrices_and_embeddings_only():
     model = tiny_gpt()
     names = {parameter: name for name, parameter in model.named_parameters()}
-    decayed, plain = ({names[p] for p in group["params"]} for group in model.optimizer_groups(0.1))
-    assert plain == {n for n in names.values() if n.endswith("bias") or ".ln_" in n}
-    assert decayed == set(names.values()) - plain
-    assert [group["weight_decay"] for group in model.optimizer_groups(0.1)] == [0.1, 0.0]
+    groups = {group["name"]: group for group in model.optimizer_groups(0.1)}
+    members = {name: [names[p] for p in group["params"]] for name, group in groups.items()}
+    assert sorted(sum(members.values(), [])) == sorted(names.values())
+    plain = {n for n in names.values() if n.endswith("bias") or ".ln_" in n}
+    assert set(members["gains and biases"]) == plain
+    assert members["embeddings"] == ["transformer.wte.weight", "transformer.wpe.weight"]
+    assert all(name.endswith("attn.c_attn.weight") for name in members["c_attn"])
+    decays = {name: group["weight_decay"] for name, group in groups.items()}
+    assert decays == {"embeddings": 0.1, "c_attn": 0.1, "matrices": 0.1, "gains and biases": 0.0}
 
 
 def test_flops_are_those_that_torch_counts():
