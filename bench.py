@@ -570,7 +570,7 @@ def bench_optimizer(args: argparse.Namespace, device: torch.device) -> list[dict
     """Steps per second of the optimizer alone: fused AdamW, torch.optim.Muon on the same matrices, ours."""
     if device.type == "cpu":  # as train.py does
         train.keep_freed_memory()
-    model = GPT(config_of(args)).to(device)
+    model = GPT(GPTConfig(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)).to(device)
     groups = model.optimizer_groups(weight_decay=0.1)
     matrices = [p for group in groups if "parts" in group for p in group["params"]]
     others = [group for group in groups if "parts" not in group]

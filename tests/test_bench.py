@@ -27,6 +27,7 @@ def test_ratios_are_those_of_each_round():
             f"generate {TINY} --max_new_tokens 9 --rounds 1",
             ["transformers", "sample.generate", "memory", "no cache"],
         ),
+        (f"optimizer {TINY} --rounds 1", ["AdamW, fused", "torch.optim.Muon", "Muon of muon.py"]),
         (f"loader {TINY} --block_size 16", ["within a shard", "at a shard's end"]),
     ],
 )
