@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -43,13 +44,18 @@ import hellaswag
 import train
 from fineweb import count, write_json
 from model import GPT, GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPTConfig, choose_device
-from muon import Muon
 from plot import curve, read_log
 from sample import generate
 from tokenizer import NAMES, get_tokenizer
 from train import DEMO_ITEMS, describe_machine, synchronize
 
 WARM_UP_STEPS = 3  # until compiled code and memory are in place
+
+
+def config_of(args: argparse.Namespace, **changes: int) -> GPTConfig:
+    """The model that a command line describes; what it leaves open is GPT-2's (124M)."""
+    names = {field.name for field in fields(GPTConfig)}
+    return GPTConfig(**{name: value for name, value in vars(args).items() if name in names} | changes)
 
 
 @torch.no_grad()
@@ -76,7 +82,7 @@ def bench_hellaswag(args: argparse.Namespace, device: torch.device) -> list[dict
     tokenizer = get_tokenizer(args.tokenizer)
     examples = hellaswag.render(hellaswag.load_items(args.data)[: args.limit], tokenizer)
     torch.manual_seed(0)
-    config = GPTConfig(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
+    config = config_of(args)
     model = GPT(config).eval().to(device=device, dtype=getattr(torch, args.dtype))
 
     def packed() -> list[int]:
@@ -142,7 +148,7 @@ def bench_generate(args: argparse.Namespace, device: torch.device) -> list[dict]
     from transformers import GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPTConfig(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
+    config = config_of(args)
     model, dtype, n = GPT(config).eval(), getattr(torch, args.dtype), args.max_new_tokens
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, vocab_size=config.vocab_size)
@@ -179,11 +185,6 @@ def bench_generate(args: argparse.Namespace, device: torch.device) -> list[dict]
         for name in ("tokens/s", "min", "max")
     }
     return [*rows, {"way": "no cache, from 5 steps", **loop, "ratio": loop["tokens/s"] / rows[0]["tokens/s"]}]
-
-
-def config_of(args: argparse.Namespace, vocab_size: int = PADDED_VOCAB_SIZE) -> GPTConfig:
-    """The model that a command line describes."""
-    return GPTConfig(args.block_size, vocab_size, args.n_layer, args.n_head, args.n_embd)
 
 
 def resident(name: str) -> int:
@@ -225,7 +226,7 @@ def bench_memory(args: argparse.Namespace, device: torch.device) -> list[dict]:
     if device.type != "cuda" and not Path("/proc/self/status").exists():
         raise ValueError("memory is measured on Linux and on CUDA devices only")
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back to the system at once
-    config = config_of(args, args.vocab_size)
+    config = config_of(args)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for recompute in (False, True):
@@ -369,7 +370,7 @@ class Rung:
                     torch.cuda.reset_peak_memory_stats()
                     before = torch.cuda.memory_allocated()
                 vocab_size = PADDED_VOCAB_SIZE if "vocabulary 50,304" in settings else GPT2_VOCAB_SIZE
-                self.model = GPT(config_of(args, vocab_size)).to(device).train()
+                self.model = GPT(config_of(args, vocab_size=vocab_size)).to(device).train()
                 fused = "fused AdamW" in settings
                 self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=fused, foreach=False)
                 compiled = "torch.compile" in settings
@@ -570,13 +571,15 @@ def bench_optimizer(args: argparse.Namespace, device: torch.device) -> list[dict
     """Steps per second of the optimizer alone: fused AdamW, torch.optim.Muon on the same matrices, ours."""
     if device.type == "cpu":  # as train.py does
         train.keep_freed_memory()
-    model = GPT(GPTConfig(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)).to(device)
+    model, dist = GPT(config_of(args)).to(device), train.Distributed(0, 1, device)
     groups = model.optimizer_groups(weight_decay=0.1)
     matrices = [p for group in groups if "parts" in group for p in group["params"]]
     others = [group for group in groups if "parts" not in group]
     # torch's does not know that c_attn holds three matrices: it orthogonalises it as one.
     theirs = [torch.optim.Muon(matrices), torch.optim.AdamW(others, fused=True)]
-    for_muon = [group | ({"momentum": 0.95} if "parts" in group else {}) for group in groups]
+
+    def ours(name: str) -> torch.optim.Optimizer:
+        return train.build_optimizer(model, train.parse_args(["--optimizer", name]), dist)
 
     def stepping(*optimizers: torch.optim.Optimizer) -> Callable[[], None]:
         def way() -> None:
@@ -589,9 +592,9 @@ def bench_optimizer(args: argparse.Namespace, device: torch.device) -> list[dict
 
     grads = {parameter: torch.randn_like(parameter) for parameter in model.parameters()}
     ways = {
-        "AdamW, fused": stepping(torch.optim.AdamW(groups, fused=True)),
+        "AdamW, fused": stepping(ours("adamw")),
         "torch.optim.Muon and AdamW": stepping(*theirs),
-        "Muon of muon.py": stepping(Muon(for_muon, fused=True)),
+        "Muon of muon.py": stepping(ours("muon")),
     }
     return alternate(ways, args.rounds, device, 1, "steps")[0]
 
@@ -610,6 +613,15 @@ def seconds_to(target: float, run: dict[str, list[dict]]) -> tuple[float, float]
     return step, step * statistics.median(curve(run["train"], "dt_ms")[1]) / 1000
 
 
+def read_finished(out_dir: Path) -> dict[str, list[dict]] | None:
+    """The log of a run that has reached its last step, None of any other."""
+    try:
+        log = read_log(out_dir)
+        return log if log["val"][-1]["step"] == log["run"][-1]["args"]["max_steps"] else None
+    except (FileNotFoundError, KeyError):
+        return None
+
+
 def bench_sweep(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Train with every combination of options and seeds, and compare all runs that the folder holds.
 
@@ -621,17 +633,10 @@ def bench_sweep(args: argparse.Namespace, device: torch.device) -> list[dict]:
     folder = Path(args.out_dir)
     threads = {**os.environ, "OMP_NUM_THREADS": str(max(os.cpu_count() // args.jobs, 1))}
 
-    def finished(out_dir: Path) -> bool:
-        try:
-            log = read_log(out_dir)
-            return log["val"][-1]["step"] == log["run"][-1]["args"]["max_steps"]
-        except (FileNotFoundError, KeyError):
-            return False
-
     def run(settings: tuple[tuple[str, str], ...], seed: str) -> None:
         name = ",".join([args.name, *(f"{key}={value}" for key, value in settings if key in varied)])
         out_dir = folder / f"{name},seed={seed}"
-        if finished(out_dir):
+        if read_finished(out_dir):
             return
         words = [word for key, value in settings for word in (f"--{key}", value) if word]
         words += ["--seed", seed, "--device", str(device), "--out_dir", str(out_dir)]
@@ -644,15 +649,22 @@ def bench_sweep(args: argparse.Namespace, device: torch.device) -> list[dict]:
     # All settings with one seed, then all with the next: a machine that changes its speed does so for all.
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda each: run(*each), [(each, s) for s in args.seeds for each in product(*grid)]))
+    return compare_runs(folder, args.baseline)
 
+
+def compare_runs(folder: Path, baseline: str | None) -> list[dict]:
+    """A row for each setting of a sweep: its loss over the seeds, and what it takes to the baseline's loss.
+
+    Without a `baseline` that is the best setting. Raises ValueError when it or any finished run is missing.
+    """
     settings: dict[str, list[dict]] = {}
     for out_dir in sorted(folder.glob("*")):
-        if finished(out_dir):
-            settings.setdefault(out_dir.name.rpartition(",seed=")[0], []).append(read_log(out_dir))
+        if log := read_finished(out_dir):
+            settings.setdefault(out_dir.name.rpartition(",seed=")[0], []).append(log)
     if not settings:
         raise ValueError(f"no run in {folder} has finished: see what train.py says, or give --seeds")
     losses = {name: [log["val"][-1]["loss"] for log in logs] for name, logs in settings.items()}
-    base = args.baseline or min(settings, key=lambda name: statistics.mean(losses[name]))
+    base = baseline or min(settings, key=lambda name: statistics.mean(losses[name]))
     if base not in settings:
         raise ValueError(f"no setting {base} in {folder}: choose from {', '.join(settings)}")
     target, rows = statistics.mean(losses[base]), []
@@ -666,7 +678,7 @@ def bench_sweep(args: argparse.Namespace, device: torch.device) -> list[dict]:
                 "seeds": len(logs),
                 "val loss": statistics.mean(losses[name]),
                 "spread": statistics.stdev(losses[name]) if len(logs) > 1 else math.nan,
-                "steps": settings[name][0]["val"][-1]["step"],
+                "steps": logs[0]["val"][-1]["step"],
                 "to target": statistics.mean(step for step, _ in reached),
                 "s": statistics.mean(seconds for _, seconds in reached),
             }

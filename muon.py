@@ -84,10 +84,8 @@ class Muon(torch.optim.AdamW):
         """Orthogonalise n matrices of one shape, each rank its share; n or a few more come back."""
         share = math.ceil(len(updates) / self.world_size)
         mine = updates[self.rank * share :][:share]
-        stacked = updates[0].new_zeros(share, *updates[0].shape)
-        if mine:
-            torch.stack(mine, out=stacked[: len(mine)])
-        ours = orthogonalize(stacked, self.dtype)
+        mine += (torch.zeros_like(updates[0]),) * (share - len(mine))
+        ours = orthogonalize(torch.stack(mine), self.dtype)
         if self.world_size == 1:
             return ours
         gathered = ours.new_empty(self.world_size * share, *updates[0].shape)

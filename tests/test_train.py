@@ -284,27 +284,31 @@ def test_validation_is_the_mean_over_its_windows(run_train, shards, hf_folder):
 
 
 TWO_RANKS_SCRIPT = """
-import argparse, contextlib, functools, hashlib, os, torch, train
+import argparse, functools, hashlib, os, torch, train
 torch.compile = functools.partial(torch.compile, backend="aot_eager")
-unreduced = []
+reductions = []
 
-class Watched(train.DistributedDataParallel):
-    @contextlib.contextmanager
-    def no_sync(self):
-        unreduced.append(True)
-        with super().no_sync():
-            yield
+class Counted(train.DistributedDataParallel):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_comm_hook(None, reduce)
 
     def __del__(self):
         weights = b"".join(p.detach().numpy().tobytes() for p in self.parameters())
         print(f"weights {{hashlib.sha256(weights).hexdigest()}}\\n", end="", flush=True)
 
-train.DistributedDataParallel = Watched
+def reduce(state, bucket):
+    reductions.append(bucket)
+    group = torch.distributed.group.WORLD
+    work = torch.distributed.all_reduce(bucket.buffer().div_(2), group=group, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+train.DistributedDataParallel = Counted
 for i, args in enumerate({runs}):
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i)  # a second process group needs a store of its own
     train.main(argparse.Namespace(**args))
-    print(f"{{len(unreduced)}} unreduced\\n", end="", flush=True)  # one write: two ranks print at once
-    unreduced.clear()
+    print(f"{{len(reductions)}} reductions\\n", end="", flush=True)  # one write: two ranks print at once
+    reductions.clear()
 """
 
 
@@ -331,9 +335,8 @@ def test_two_ranks_train_as_one_compiled_and_resumed_with_one_reduction_a_step(r
     # Muon rounds to bf16, which makes more of the rounding of sums.
     two = [json.loads(line) for line in Path("two_muon/log.jsonl").read_text().splitlines()]
     assert [r["loss"] for r in two if r["kind"] == "train"] == pytest.approx(losses(muon), abs=1e-3)
-    # Two micro-steps, gradients are reduced in the second: 6 steps from the start, twice, and 3 from step 3.
-    assert (output.count("6 unreduced"), output.count("3 unreduced")) == (4, 2)
-
+    # Two micro-steps, one bucket of gradients: 6 steps from the start, twice, and 3 from step 3; two ranks.
+    assert (output.count("6 reductions"), output.count("3 reductions")) == (4, 2)
 
 
 def test_overfit_batch_reaches_zero_or_says_so(run_train):
