@@ -1,19 +1,35 @@
 """Draw the curves of one or more runs from their log.jsonl.
 
-    python plot.py log                                  # writes log/loss.png
-    python plot.py log log.1 log.2 --output runs.png    # compared, one colour a run
+    python plot.py log                                            # writes log/loss.png
+    python plot.py log --follow 30 --references                   # anew every 30 s, until the run has ended
+    python plot.py log log.1 --against minutes --output runs.png  # compared, one colour a run
 
 Panels: training and validation loss, learning rate, gradient norm, tokens/s, and HellaSwag where a run scored
-it.
+it. The loss panel leaves out losses higher than all those after the first tenth of a run.
 """
 
 import argparse
 import json
 import os
 import sys
+import time
+from bisect import bisect_left
+from itertools import accumulate
 from pathlib import Path
 
 SMOOTHING_POINTS = 200  # a training curve is averaged down to about this many points
+# What a training step adds on the horizontal axis.
+AXES = {
+    "step": lambda record: 1,
+    "tokens": lambda record: record["tokens_per_s"] * record["dt_ms"] / 1000,
+    "minutes": lambda record: record["dt_ms"] / 60000,
+}
+# Published for 124M weights. Loss on FineWeb-Edu: build-nanogpt's, and as measured there (play.ipynb) that of
+# OpenAI's GPT-2. HellaSwag, acc_norm: as in hellaswag.py, and build-nanogpt's.
+REFERENCES = {
+    "loss": {"build-nanogpt": 3.05, "GPT-2": 3.2924},
+    "HellaSwag": {"GPT-2": 0.2955, "build-nanogpt": 0.304, "GPT-3": 0.337},
+}
 
 
 def read_log(run: str | Path) -> dict[str, list[dict]]:
@@ -38,7 +54,15 @@ def curve(records: list[dict], name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def smooth(steps: list[int], values: list[float]) -> tuple[list[float], list[float]]:
+def positions(steps: list[int], log: dict[str, list[dict]], against: str) -> list[float]:
+    """Where steps stand on the horizontal axis: the sum of AXES[against] over the training steps before."""
+    records = log.get("train", [])
+    done = [record["step"] for record in records]
+    sums = list(accumulate(map(AXES[against], records), initial=done[0] if done and against == "step" else 0))
+    return [sums[bisect_left(done, step)] for step in steps]
+
+
+def smooth(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
     """Averages of consecutive points, about SMOOTHING_POINTS of them."""
     size = max(len(steps) // SMOOTHING_POINTS, 1)
     chunks = range(0, len(steps), size)
@@ -47,10 +71,12 @@ def smooth(steps: list[int], values: list[float]) -> tuple[list[float], list[flo
     )
 
 
-def plot(runs: list[str | Path], output: str | Path) -> None:
-    """Write one PNG with every run's curves against steps. Raises ValueError when no run has a training
-    step."""
+def plot(
+    runs: list[str | Path], output: str | Path, against: str = "step", references: bool = False
+) -> None:
+    """Write one PNG with every run's curves. Raises ValueError when no run has a training step."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     logs = {os.path.relpath(run): read_log(run) for run in runs}
     if not any(log.get("train") for log in logs.values()):
@@ -68,41 +94,67 @@ def plot(runs: list[str | Path], output: str | Path) -> None:
     places = [grid[0, :], *(grid[1, i] for i in range(len(panels) - 1))]
     for place, (title, unit, curves) in zip(places, panels, strict=True):
         axes = figure.add_subplot(place)
-        axes.set(title=title, ylabel=unit, xlabel="step")
+        axes.set(title=title, ylabel=unit, xlabel=against)
         axes.grid(alpha=0.3)
+        if against == "tokens":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        late = []  # values that the loss panel has to show
         for i, (run, log) in enumerate(logs.items()):
             for kind, name in curves:
                 steps, values = curve(log.get(kind, []), name)
                 if not steps:
                     continue
+                x = positions(steps, log, against)
                 if kind == "train":
-                    axes.plot(*smooth(steps, values), color=f"C{i}", lw=1, label=f"{run}: {kind}")
+                    x, values = smooth(x, values)
+                    axes.plot(x, values, color=f"C{i}", lw=1, label=f"{run}: {kind}")
                 else:
                     label = f"{run}: {kind}, last {values[-1]:.4f}"
-                    axes.plot(steps, values, color=f"C{i}", marker="o", ms=4, ls="--", label=label)
+                    axes.plot(x, values, color=f"C{i}", marker="o", ms=4, ls="--", label=label)
+                late += [value for at, value in zip(x, values, strict=True) if at >= x[-1] / 10]
+        for name, value in REFERENCES.get(title, {}).items() if references else []:
+            axes.axhline(value, color="black", lw=1, ls=":")
+            place = dict(transform=axes.get_yaxis_transform(), ha="right", fontsize="small")
+            va = "top" if value == min(REFERENCES[title].values()) else "bottom"  # they stand close together
+            axes.text(0.99, value, f"published: {name} {value:.4g}", va=va, **place)
+            late.append(value)
+            axes.margins(y=0.12)
         if title in ("tokens/s", "gradient norm"):
             axes.set_ylim(bottom=0)
         if title == "loss":
-            axes.legend()
+            room = 0.05 * (max(late) - min(late)) or 0.05
+            axes.set_ylim(min(late) - room, max(late) + room)
+            axes.legend(fontsize="small")
     partial = Path(f"{output}.tmp")
     figure.savefig(partial, dpi=110, format="png")
     os.replace(partial, output)
 
 
+def has_ended(log: dict[str, list[dict]]) -> bool:
+    """Whether a run has done all its steps; one that died or was stopped has not."""
+    return log["train"][-1]["step"] + 1 >= log["run"][-1]["args"]["max_steps"]
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("runs", nargs="+", help="run folders or log.jsonl files")
-    parser.add_argument(
-        "--output", default=None, help="PNG to write; by default loss.png in the first folder"
-    )
+    add = parser.add_argument
+    add("runs", nargs="+", help="run folders or log.jsonl files")
+    add("--output", help="PNG to write; by default loss.png in the first folder")
+    add("--against", choices=AXES, default="step", help="horizontal axis; minutes leave out evaluations")
+    add("--references", action="store_true", help="draw published values of the 124M model as lines")
+    add("--follow", type=float, default=0, help="seconds to draw anew after, until all runs end; 0 is once")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     first = Path(args.runs[0])
     output = args.output or (first if first.is_dir() else first.parent) / "loss.png"
-    plot(args.runs, output)
-    print(f"wrote {output}")
+    while True:
+        plot(args.runs, output, args.against, args.references)
+        print(f"wrote {output}", flush=True)
+        if not args.follow or all(has_ended(read_log(run)) for run in args.runs):
+            break
+        time.sleep(args.follow)
 
 
 if __name__ == "__main__":
@@ -110,3 +162,5 @@ if __name__ == "__main__":
         main(parse_args())
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"plot.py: error: {error}")
+    except KeyboardInterrupt:
+        pass

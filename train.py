@@ -13,6 +13,7 @@ GPT-2 scores 29.55 %.
 import argparse
 import contextlib
 import ctypes
+import importlib.util
 import json
 import math
 import os
@@ -422,32 +423,68 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def open_log(out_dir: Path, start_step: int) -> Callable[..., None]:
-    """Open log.jsonl for appending and return `log(step, kind, **values)`.
+class Log:
+    """A run's records: log.jsonl, and beside it those of TensorBoard and Weights & Biases where asked for.
 
-    A resumed run repeats its first step with all evaluations: what the log holds from there on, and a line
-    that was cut short, goes.
+    A resumed run repeats its first step with all evaluations: what log.jsonl holds from there on, and a line
+    that was cut short, goes; TensorBoard hides it too. At Weights & Biases the run goes on under its id.
+
+    Raises ValueError when Weights & Biases refuses to start.
     """
-    path = out_dir / "log.jsonl"
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if record["step"] < start_step or record["kind"] == "run":
-                kept.append(line + "\n")
-    fineweb.write_atomically(path, lambda file: file.write("".join(kept).encode()))
-    file, lock = open(path, "a", buffering=1), threading.Lock()
 
-    def log(step: int, kind: str, **values) -> None:
-        # NaN is no JSON.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with lock:
+    def __init__(self, out_dir: Path, start_step: int, tensorboard: bool, wandb: bool):
+        self.path, self.lock = out_dir / "log.jsonl", threading.Lock()
+        kept, wandb_id = [], None
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                record = json.loads(line)
+                if record["step"] < start_step or record["kind"] == "run":
+                    kept.append(line + "\n")
+                    wandb_id = record.get("wandb") or wandb_id
+        fineweb.write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
+        self.file = open(self.path, "a", buffering=1)
+        self.tensorboard = self.wandb = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(out_dir / "tensorboard", purge_step=start_step, flush_secs=10)
+        if wandb:
+            import wandb
+
+            project = os.environ.get("WANDB_PROJECT", "gpt2")
             try:
-                file.write(json.dumps({"step": step, "kind": kind, **finite}) + "\n")
-            except OSError as error:  # the file object keeps the line and tries again with the next one
-                tqdm.write(f"warning: could not write {path} ({error}); training goes on")
+                self.wandb = wandb.init(project=project, dir=out_dir, id=wandb_id, resume="allow")
+            except wandb.errors.Error as error:
+                message = f"Weights & Biases: {error} (without an account: WANDB_MODE=offline)"
+                raise ValueError(" ".join(message.split())) from error
+            self.wandb.define_metric("*", step_metric="step")  # its own steps cannot go back
 
-    return log
+    def __call__(self, step: int, kind: str, **values) -> None:
+        """Add a record. Numbers that are not finite become null: they are no JSON."""
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        if kind == "run" and self.wandb:
+            values["wandb"] = self.wandb.id
+            self.wandb.config.update(values["args"], allow_val_change=True)
+        with self.lock:
+            try:
+                self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+            except OSError as error:  # the file object keeps the line and tries again with the next one
+                tqdm.write(f"warning: could not write {self.path} ({error}); training goes on")
+            rates = {f"lr {name}": rate for name, rate in values.pop("lrs", {}).items()}
+            numbers = {k: v for k, v in {**values, **rates}.items() if isinstance(v, int | float)}
+            if self.tensorboard:
+                for name, value in numbers.items():
+                    self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+            if self.wandb:
+                self.wandb.log({"step": step, **{f"{kind}/{name}": value for name, value in numbers.items()}})
+
+    def close(self) -> None:
+        """Write what TensorBoard and Weights & Biases still hold back."""
+        self.file.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
 def describe_machine(device: torch.device) -> dict:
@@ -647,6 +684,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--keep", type=int, default=2, help="newest checkpoints to keep beside model_best.pt; 0 keeps all")
     add("--milestone_every", type=int, default=5, help="checkpoints per one that is kept for good; 0 is none")
     add("--log_every", type=int, default=10, help="steps between lines on the console")
+    add("--tensorboard", action="store_true", help="write tensorboard/ in --out_dir too")
+    add("--wandb", action="store_true", help="report to Weights & Biases too; WANDB_MODE=offline for later")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of autocast")
@@ -713,16 +752,28 @@ def check_args(args: argparse.Namespace, world_size: int) -> list[str]:
     return problems
 
 
-def check_disk(args: argparse.Namespace, model: GPT) -> list[str]:
-    """Return the problem of checkpoints that will not fit: weights and AdamW's two moments in fp32."""
-    if not args.checkpoint_every:
-        return []
-    kept = args.keep or math.ceil(args.max_steps / args.checkpoint_every)
-    if args.milestone_every:
-        kept += args.max_steps // (args.checkpoint_every * args.milestone_every)
-    needed = 12 * model.num_params() * (kept + 2)  # model_best.pt, and the one that is being written
+def checkpoint_bytes(args: argparse.Namespace, model: GPT) -> tuple[int, int, int]:
+    """Bytes of one checkpoint, of all that there will be with the one that is being written, and free ones.
+
+    A checkpoint holds weights and moments in fp32: two moments of AdamW's, one of Muon's.
+    """
+    size, written = 0, 0
+    for group in model.optimizer_groups(args.weight_decay):
+        moments = 1 if args.optimizer == "muon" and "parts" in group else 2
+        size += sum(4 * (1 + moments) * weight.numel() for weight in group["params"])
+    if args.checkpoint_every:
+        written = math.ceil(args.max_steps / args.checkpoint_every)
+        milestones = written // args.milestone_every if args.milestone_every else 0
+        written = min(written, args.keep + milestones) if args.keep else written
+        written += 2  # model_best.pt, and the one that is being written
     out_dir = Path(args.out_dir).absolute()
     free = shutil.disk_usage(next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())).free
+    return size, written * size, free
+
+
+def check_disk(args: argparse.Namespace, model: GPT) -> list[str]:
+    """Return the problem of checkpoints that will not fit."""
+    _, needed, free = checkpoint_bytes(args, model)
     if free >= needed:
         return []
     size = f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
@@ -786,6 +837,9 @@ def prepare(
     manifest, dtype, model, resumed, loaders, examples, tokenizer = {}, None, None, None, {}, [], None
     with collecting(problems):
         dtype = choose_dtype(args.dtype, dist.device)
+    for package in ("tensorboard", "wandb"):
+        if getattr(args, package) and importlib.util.find_spec(package) is None:
+            problems.append(f"--{package} needs a package that is not installed: pip install {package}")
     with collecting(problems):
         for split in ("val", "train"):
             find_shards(Path(args.data_dir), split)
@@ -887,6 +941,39 @@ def describe_groups(optimizer: torch.optim.AdamW, learning_rate: float) -> list[
     ]
 
 
+def attention_backend(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> str:
+    """The kernel that PyTorch picks for this model's attention in the current context."""
+    if device.type not in ("cpu", "cuda"):
+        return "PyTorch's choice"
+    shape = (args.batch_size, args.n_head, args.block_size, args.n_embd // args.n_head)
+    q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
+    choice = torch._fused_sdp_choice(q, q, q, dropout_p=args.dropout, is_causal=True)
+    return SDPBackend(choice).name.lower().replace("_attention", "")
+
+
+def describe_run(args: argparse.Namespace, model: GPT, loader: DataLoaderLite, compute: str) -> str:
+    """What a run is about to do, a line for each thing that its user may want to be otherwise."""
+    ranks, hardware = loader.dist.world_size, describe_machine(loader.dist.device)["hardware"]
+    micro_steps = args.total_batch_size // (args.batch_size * args.block_size * ranks)
+    epoch, tokens = loader.windows * args.block_size, args.max_steps * args.total_batch_size
+    size, needed, free = (tqdm.format_sizeof(n, "B") for n in checkpoint_bytes(args, model))
+    lines = {
+        "device": f"{ranks} x {hardware['device']}, {hardware['cpu_count']} cores of {hardware['cpu']}, "
+        f"torch {torch.__version__}",
+        "compute": compute,
+        "model": f"{model.num_params():,} parameters: {args.n_layer} layers, {args.n_head} heads, "
+        f"width {args.n_embd}, context {args.block_size}, {args.vocab_size:,} token ids",
+        "batch": f"{args.total_batch_size:,} tokens a step: {args.batch_size} sequences x {args.block_size} "
+        f"tokens x {ranks} rank(s) x {micro_steps} micro-step(s)",
+        "run": f"{args.max_steps:,} steps, {tokens:,} tokens, {tokens / epoch:.2f} epochs of {epoch:,} in "
+        f"{args.data_dir}",
+        "checkpoints": f"{size} each, at most {needed} in {args.out_dir}, where {free} are free"
+        if args.checkpoint_every
+        else "none",
+    }
+    return "\n".join(f"{name:12} {text}" for name, text in lines.items())
+
+
 def prepare_out_dir(out_dir: Path) -> None:
     """Make the folder of a new run. One that holds a run is renamed to log.1, log.2, …: nothing is lost."""
     if (out_dir / "log.jsonl").exists() or any(out_dir.glob("model_*.pt")):
@@ -954,19 +1041,19 @@ def main(args: argparse.Namespace) -> None:
     params, flops_per_token = raw_model.num_params(), raw_model.flops_per_token(args.block_size)
     log, writer = lambda step, kind, **values: None, None
     if dist.is_main:
-        log = open_log(out_dir, start_step)
+        log = Log(out_dir, start_step, args.tensorboard, args.wandb)
         writer = CheckpointWriter(out_dir, args.keep, args.milestone_every * args.checkpoint_every, log)
     groups = describe_groups(optimizer, args.learning_rate)
     about = dict(world_size=dist.world_size, params=params, groups=groups)
     log(start_step, "run", args=vars(args), **about, **machine)
-    say(
-        f"{params:,} parameters on {dist.world_size} x {machine['hardware']['device']}, {dtype}, "
-        f"{'compiled' if compiled else 'eager'}; {args.total_batch_size:,} tokens a step, {accum} micro-steps"
-    )
+    with attention():
+        compute = f"{str(dtype).removeprefix('torch.')}, {'compiled' if compiled else 'eager'}, "
+        compute += f"attention {attention_backend(args, dtype, device)}"
+    say(describe_run(args, raw_model, loaders["train"], compute))
     for group in groups:
         say(
-            f"{group['params']:13,} {group['name']:17} {group['optimizer']:6} peak lr {group['lr']:.2e}, "
-            f"weight decay {group['weight_decay']:g}"
+            f"{group['optimizer']:12} {group['params']:,} {group['name']}, peak learning rate "
+            f"{group['lr']:.2e}, weight decay {group['weight_decay']:g}"
         )
 
     def save(step: int, names: list[str]) -> None:
@@ -998,7 +1085,7 @@ def main(args: argparse.Namespace) -> None:
         if args.val_every and (step % args.val_every == 0 or last_step):
             val_loss = validate(model, loaders["val"], args.val_tokens, autocast)
             log(step, "val", loss=val_loss)
-            say(f"step {step:5d} | val loss {val_loss:.4f}")
+            say(f"step {step:5d} | val  {val_loss:7.4f}")
             if val_loss < best_val_loss:
                 best_val_loss, best_step = val_loss, step
                 due.append("model_best.pt")
@@ -1012,7 +1099,7 @@ def main(args: argparse.Namespace) -> None:
             del scores["items"]
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] if compiled else 0
             log(step, "hellaswag", **scores, compilations=graphs)
-            say(f"step {step:5d} | hellaswag acc_norm {scores['acc_norm']:.4f}, acc {scores['acc']:.4f}")
+            say(f"step {step:5d} | hellaswag {scores['acc_norm']:.2%} (acc_norm), {scores['acc']:.2%} (acc)")
 
         if args.sample_every and (step % args.sample_every == 0 or last_step):
             random = torch.Generator(device).manual_seed(args.seed)
@@ -1068,10 +1155,15 @@ def main(args: argparse.Namespace) -> None:
         lr = lrs["embeddings"]  # AdamW's in any case
         values = {"dt_ms": 1000 * seconds, "tokens_per_s": speed, "mfu": mfu, "skipped": skipped, "lrs": lrs}
         log(step, "train", loss=train_loss, lr=lr, norm=norm, **values)
+        if step == start_step:
+            began = time.perf_counter() - seconds  # after the first evaluations, which a short run notices
         if step % args.log_every == 0:
+            left = (time.perf_counter() - began) / (step + 1 - start_step) * (args.max_steps - step - 1)
             say(
-                f"step {step:5d} | loss {train_loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | "
-                f"{1000 * seconds:.1f} ms | {speed:,.0f} tok/s" + (f" | mfu {mfu:.1%}" if mfu else "")
+                f"step {step:5d} | loss {train_loss:7.4f} | lr {lr:.2e} | norm {norm:7.3f} | "
+                f"{1000 * seconds:8.1f} ms | {speed:9,.0f} tok/s"
+                + (f" | mfu {mfu:5.1%}" if mfu else "")
+                + f" | left {tqdm.format_interval(left)}"
             )
         bar.update()
         bar.set_postfix_str(f"loss {train_loss:.3f}", refresh=False)
@@ -1088,6 +1180,7 @@ def main(args: argparse.Namespace) -> None:
     stop.restore()
     if dist.is_main:
         writer.close()
+        log.close()
 
     if stopping:
         say(f"stopped by a signal after step {step}: the same command with --resume goes on from there")

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -133,7 +134,7 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on(start, run_train, number):
     wait_until(lambda: lines("log") > 10)
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    assert process.returncode == 0 and "step/s" not in errors, errors  # no bar: this is not a terminal
     stopped_at = len(read())
     assert f"stopped by a signal after step {stopped_at - 1}" in output and stopped_at < 40
     assert load_checkpoint("log")["step"] == stopped_at
@@ -317,14 +318,18 @@ def test_batch_size_auto_is_the_largest_that_fits(run_train, monkeypatch, capsys
         run_train("--batch_size auto")
 
 
-def test_without_a_compiler_training_is_eager_after_one_warning(start, tmp_path):
+def test_without_a_compiler_training_is_eager_after_one_warning_and_a_terminal_shows_a_bar(start, tmp_path):
     environment = {**os.environ, "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     environment.pop("CXX", None)
-    process = start("--compile --max_steps 3", env=environment)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert output.count("warning: torch.compile does not work here") == 1 and ", eager;" in output
+    terminal, its_other_end = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))
+    process = start("--compile --max_steps 3", env=environment, stderr=its_other_end)
+    output, _ = process.communicate(timeout=120)
+    bar = os.read(terminal, 65536).decode()
+    assert process.returncode == 0, bar
+    assert output.count("warning: torch.compile does not work here") == 1 and "float32, eager, " in output
     assert len(read()) == 3
+    assert "3/3" in bar and "step/s" in bar and "step/s" not in output
 
 
 def test_an_overflow_of_fp16_is_skipped_counted_and_recovered_from(run_train):

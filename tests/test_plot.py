@@ -5,15 +5,18 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from matplotlib.axes import Axes
 
 import plot
 
 
-def write_log(folder, steps, cut=False):
-    Path(folder).mkdir()
-    records = [{"step": 0, "kind": "run"}]
+def write_log(folder, steps, cut=False, max_steps=30):
+    Path(folder).mkdir(exist_ok=True)
+    records = [{"step": 0, "kind": "run", "args": {"max_steps": max_steps}}]
     for step in range(steps):
-        values = {"loss": None if step == 3 else 5 / (step + 1), "lr": 1e-3, "norm": 1.0, "tokens_per_s": 9.0}
+        values = {"loss": None if step == 3 else 5 / (step + 1), "lr": 1e-3, "norm": 1.0}
+        # Twice as many tokens a step from step 20 on, at the same speed.
+        values |= {"tokens_per_s": 8.0, "dt_ms": 30000 if step < 20 else 60000}
         records.append({"step": step, "kind": "train", **values})
     records += [{"step": step, "kind": "val", "loss": 4.0 - step / 100} for step in range(0, steps, 10)]
     records += [{"step": 0, "kind": "hellaswag", "acc_norm": 0.25}]
@@ -31,11 +34,50 @@ def test_curves_hold_what_the_log_says(tmp_path):
     assert len(steps) == plot.SMOOTHING_POINTS and steps == values and steps[0] == 2.0
 
 
+def test_runs_are_compared_by_steps_tokens_and_time(tmp_path):
+    write_log("log", 30)
+    log = plot.read_log("log")
+    steps = [0, 1, 20, 22, 30]  # the last one is an evaluation after the last step
+    assert plot.positions(steps, log, "step") == steps
+    assert plot.positions(steps, log, "tokens") == [0, 240, 4800, 4800 + 2 * 480, 4800 + 10 * 480]
+    assert plot.positions(steps, log, "minutes") == [0, 0.5, 10, 12, 20]
+    log["train"] = log["train"][10:]  # begins late, as the log of a run that went on in another folder
+    assert plot.positions([10, 12], log, "step") == [10, 12]
+    assert plot.positions([10, 12], log, "minutes") == [0, 1]
+
+
+def test_a_running_run_is_followed_to_its_end(tmp_path, monkeypatch, capsys):
+    write_log("log", 10)
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        write_log("log", 10 * len(waits) + 10)
+
+    monkeypatch.setattr(plot.time, "sleep", sleep)
+    plot.main(plot.parse_args(["log", "--follow", "7"]))
+    assert waits == [7, 7] and capsys.readouterr().out == 3 * f"wrote {Path('log/loss.png')}\n"
+    plot.main(plot.parse_args(["log"]))
+    assert len(waits) == 2
+
+
+def test_references_are_lines_of_the_picture(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "axhline", lambda axes, y, **style: drawn.append((axes.get_title(), y)))
+    write_log("log", 30)
+    plot.plot(["log"], "without.png")
+    assert drawn == []
+    plot.plot(["log"], "with.png", references=True)
+    expected = [("loss", 3.05), ("loss", 3.2924)] + [("HellaSwag", y) for y in (0.2955, 0.304, 0.337)]
+    assert drawn == expected
+
+
 def test_one_picture_compares_runs_and_needs_no_torch(tmp_path):
     write_log("log", 30)
     write_log("other", 500)
-    code = "import sys, plot; plot.main(plot.parse_args(['log', 'other'])); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(REPOSITORY)})
+    code = "import sys, plot; plot.main(plot.parse_args(sys.argv[1:])); assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code, "log", "other", "--against", "tokens", "--references"]
+    subprocess.run(command, check=True, env={"PYTHONPATH": str(REPOSITORY)})
     assert Path("log/loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in Path("log").iterdir()) == ["log.jsonl", "loss.png"]
 

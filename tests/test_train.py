@@ -1,7 +1,9 @@
 import functools
 import json
 import math
+import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,8 @@ import fineweb
 import train
 from model import GPT
 from train import DataLoaderLite, Distributed
+
+MUON = "--optimizer muon --schedule wsd --decay_share 0.5 --min_lr 0"
 
 
 def losses(records):
@@ -135,6 +139,102 @@ def test_a_run_writes_log_checkpoints_and_picture(run_train):
     assert checkpoint["config"] == vars(GPT.from_pretrained("log").config)
 
 
+def test_the_console_says_what_will_be_done_and_aligns_what_is_done(run_train, shards, capsys):
+    run_train(f"{MUON} --log_every 1 --checkpoint_every 2 --keep 2 --milestone_every 2 --learning_rate 1e-3")
+    lines = capsys.readouterr().out.splitlines()
+    about = dict(line.split(maxsplit=1) for line in lines if not line.startswith(("step", "muon", "adamw")))
+    model, tokens = GPT.from_pretrained("log"), 16 * len(plain_windows(shards))
+    assert about["model"].startswith(f"{model.num_params():,} parameters: 2 layers, 2 heads, width 32")
+    assert about["batch"] == "64 tokens a step: 2 sequences x 16 tokens x 1 rank(s) x 2 micro-step(s)"
+    assert about["run"] == f"6 steps, 384 tokens, {384 / tokens:.2f} epochs of {tokens:,} in shards"
+    sizes = re.match(r"([\d.]+)kB each, at most ([\d.]+)MB in log, where \S+B are free", about["checkpoints"])
+    files = [path.stat().st_size / 1000 for path in Path("log").glob("model_*.pt")]
+    assert len(files) == 3  # 4, 6 and the best
+    assert float(sizes[1]) == pytest.approx(max(files), rel=0.15)  # names and headers come on top
+    assert 1000 * float(sizes[2]) == pytest.approx(5 * float(sizes[1]), abs=5)  # 2, 4, 6, best, one new
+    steps = [line for line in lines if " tok/s | " in line]
+    assert len(steps) == 6 and len({tuple(i for i, c in enumerate(line) if c == "|") for line in steps}) == 1
+    assert steps[-1].endswith("left 00:00")
+
+
+@pytest.mark.parametrize("options", ["--dtype float32", "--dtype bfloat16", "--dropout 0.1"])
+def test_the_attention_backend_is_the_one_that_runs(run_train, capsys, options):
+    with torch.profiler.profile() as profile:
+        run_train(f"{options} --max_steps 1 --val_every 0 --checkpoint_every 0")
+    ran = {event.key for event in profile.key_averages()}
+    flash = "aten::_scaled_dot_product_flash_attention_for_cpu_backward" in ran
+    assert flash != ("aten::_softmax_backward_data" in ran)
+    assert ("attention flash" if flash else "attention math") in capsys.readouterr().out
+
+
+def test_tensorboard_holds_the_log_and_hides_what_a_resumed_run_repeats(run_train):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run_train("--tensorboard")
+    Path("log/model_00006.pt").unlink()
+    Path("log/model_best.pt").unlink()
+    hellaswag = f"--hellaswag_every 6 --hellaswag_data {train.DEMO_ITEMS}"
+    records = run_train(f"--tensorboard --resume {hellaswag}")
+    events = event_accumulator.EventAccumulator("log/tensorboard").Reload()
+    for tag, kind, name in (
+        ("train/loss", "train", "loss"),
+        ("train/tokens_per_s", "train", "tokens_per_s"),
+        ("train/lr c_attn", "train", "lr"),
+        ("val/loss", "val", "loss"),
+        ("hellaswag/acc_norm", "hellaswag", "acc_norm"),
+    ):
+        expected = [(record["step"], pytest.approx(record[name], rel=1e-6)) for record in records[kind]]
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == expected, tag
+
+
+def wandb_history(path):
+    """The rows of a run-ID.wandb file: a log in LevelDB's format, of blocks of 32 KiB, behind 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, record, rows = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        size, part = struct.unpack("<4xHB", data[at : at + 7])
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if 32768 - at % 32768 < 7:  # no room for a header: the block is padded
+            at += 32768 - at % 32768
+        if part in (1, 4):  # a whole record, or its last part
+            row = Record.FromString(record).history
+            rows.append({"/".join(item.nested_key): json.loads(item.value_json) for item in row.item})
+            record = b""
+    return [row for row in rows if row]
+
+
+def test_wandb_gets_the_log_and_a_resumed_run_goes_on_under_its_id(run_train, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_train("--wandb --max_steps 3")
+    records = run_train("--wandb --max_steps 6 --resume")
+    ids = [record["wandb"] for record in records["run"]]
+    assert len(ids) == 2 and ids[0] == ids[1]
+    paths = sorted(Path("log/wandb").glob(f"offline-run-*/run-{ids[0]}.wandb"))
+    rows = [row for path in paths for row in wandb_history(path)]
+    assert len(paths) == 2
+    logged = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    assert logged == [(record["step"], record["loss"]) for record in records["train"]]
+
+    def refuse(**options):
+        raise wandb.errors.UsageError("no key")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ValueError, match=r"^Weights & Biases: no key \(without an account: WANDB_MODE=off"):
+        run_train("--wandb")
+
+
+def test_missing_packages_are_found_before_the_first_step(run_train, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(ValueError) as caught:
+        run_train("--tensorboard --wandb")
+    for package in ("tensorboard", "wandb"):
+        expected = f"--{package} needs a package that is not installed: pip install {package}"
+        assert expected in str(caught.value).splitlines()
+    assert not Path("log").exists()
+
+
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 0.02)])
 def test_training_is_that_of_a_plain_loop_with_transformers(run_train, shards, hf_folder, dtype, tolerance):
     """Fifty steps; the plain loop is fp32, so bf16 may differ by its rounding, 2^-8 of a loss of 5."""
@@ -159,9 +259,6 @@ def test_training_is_that_of_a_plain_loop_with_transformers(run_train, shards, h
         theirs.append(loss.item())
     assert ours == pytest.approx(theirs, abs=tolerance)
     assert theirs[-1] < theirs[0] - 0.1
-
-
-MUON = "--optimizer muon --schedule wsd --decay_share 0.5 --min_lr 0"
 
 
 @pytest.mark.parametrize(
