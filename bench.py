@@ -626,7 +626,8 @@ def bench_sweep(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Train with every combination of options and seeds, and compare all runs that the folder holds.
 
     What follows `--` are options of train.py; those with several values span the grid, seeds last. A run is a
-    folder `NAME,option=value,seed=1`; one that is finished is not repeated, so commands add up.
+    folder `NAME,option=value,seed=1`; one that is finished is not repeated, so commands add up. Raises
+    ValueError when a finished run of that name had other options.
     """
     grid = [[(name, value) for value in values or [""]] for name, values in args.options.items()]
     varied = {name for name, values in args.options.items() if len(values) > 1}
@@ -636,10 +637,14 @@ def bench_sweep(args: argparse.Namespace, device: torch.device) -> list[dict]:
     def run(settings: tuple[tuple[str, str], ...], seed: str) -> None:
         name = ",".join([args.name, *(f"{key}={value}" for key, value in settings if key in varied)])
         out_dir = folder / f"{name},seed={seed}"
-        if read_finished(out_dir):
-            return
         words = [word for key, value in settings for word in (f"--{key}", value) if word]
         words += ["--seed", seed, "--device", str(device), "--out_dir", str(out_dir)]
+        if log := read_finished(out_dir):
+            wanted, had = vars(train.parse_args(words)), log["run"][-1]["args"]
+            for key in (key.removeprefix("no-") for key, _ in settings):
+                if had[key] != wanted[key]:
+                    raise ValueError(f"{out_dir} was run with --{key} {had[key]}: choose another --name")
+            return
         shutil.rmtree(out_dir, ignore_errors=True)
         command = [sys.executable, train.__file__, *words]
         done = subprocess.run(command, capture_output=True, text=True, env=threads)

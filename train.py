@@ -763,7 +763,7 @@ def checkpoint_bytes(args: argparse.Namespace, model: GPT) -> tuple[int, int, in
         size += sum(4 * (1 + moments) * weight.numel() for weight in group["params"])
     if args.checkpoint_every:
         written = math.ceil(args.max_steps / args.checkpoint_every)
-        milestones = written // args.milestone_every if args.milestone_every else 0
+        milestones = args.milestone_every and args.max_steps // (args.checkpoint_every * args.milestone_every)
         written = min(written, args.keep + milestones) if args.keep else written
         written += 2  # model_best.pt, and the one that is being written
     out_dir = Path(args.out_dir).absolute()

@@ -2,8 +2,14 @@ import importlib
 import re
 import shlex
 
+import click
 import pytest
+import torch
 from conftest import REPOSITORY
+from huggingface_hub.cli import hf
+
+import train
+from model import GPT, GPTConfig
 
 SCRIPTS = ("train", "fineweb", "hellaswag", "sample", "plot", "bench")
 
@@ -25,16 +31,32 @@ LINES = {*shell_lines(README), *(line for name in SCRIPTS for line in docstring_
 
 @pytest.mark.parametrize("line", sorted(LINES))
 def test_every_command_parses(line):
-    for command in line.split("&&"):
-        words = shlex.split(command, comments=True)
+    for part in line.split("&&"):
+        words = shlex.split(part, comments=True)
         scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
         if words[:3] == ["pip", "install", "-r"]:
             assert (REPOSITORY / words[3]).exists()
-        elif words[:3] != ["python", "-m", "pytest"] and words[0] not in ("hf", "lm_eval"):
+        elif words[0] == "hf":
+            name, command, arguments = hf.app.resolve_command(click.Context(hf.app), words[1:])
+            command.make_context(name, arguments)
+        elif words[:3] != ["python", "-m", "pytest"] and words[0] != "lm_eval":  # which is not installed here
             assert words[0] in ("python", "torchrun") and len(scripts) == 1
             assert (name := words[scripts[0]].removesuffix(".py")) in SCRIPTS
             script = importlib.import_module(name)
             script.parse_args(words[scripts[0] + 1 :])
+
+
+def test_memory_of_small_gpus_is_that_of_the_formula():
+    rows = re.findall(r"^\| .* \| `(.+)` \| `(.+)` \| (\w+) \| ([\d.]+) \|$", README, flags=re.MULTILINE)
+    assert len(rows) == 10
+    for preset, options, dtype, gigabytes in rows:
+        args = train.parse_args(["--preset", preset, *options.split()])
+        with torch.device("meta"):
+            model = GPT(GPTConfig(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd))
+        model.recompute = args.recompute
+        bytes_ = model.training_bytes(args.batch_size, args.block_size, getattr(torch, dtype))
+        assert float(gigabytes) == round(bytes_ / 1e9, 1), (preset, options)
+        assert args.total_batch_size % (args.batch_size * args.block_size) == 0
 
 
 def test_ci_runs_the_readmes_test_command():
