@@ -84,7 +84,7 @@ def test_a_sweep_runs_what_is_missing_and_compares_all(monkeypatch, tmp_path, ca
     assert base["seeds"] == 2 and base["val loss"] == pytest.approx(2.7)
     assert base["spread"] == pytest.approx(0.2 / 2**0.5) and (base["to target"], base["s"]) == (10, 5)
     assert better["to target"] == pytest.approx(10 * (5 - 2.7) / (5 - 2.1))
-    with pytest.raises(ValueError, match="b,learning_rate=1,seed=1 was run with --shuffle True: choose another"):
+    with pytest.raises(ValueError, match="b,learning_rate=1,seed=1 was run with --shuffle True: choose"):
         sweep("--name b --seeds 1 -- --no-shuffle --learning_rate 1 0.5")
     with pytest.raises(ValueError, match="no setting c in sweep: choose from a,learning_rate=0.5, b,"):
         sweep("--name b --baseline c --seeds 1 -- --shuffle --learning_rate 1")

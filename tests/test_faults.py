@@ -74,37 +74,40 @@ def workers(process: subprocess.Popen) -> list[int]:
     return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
 
 
-def train_quietly(argv: list[str]) -> None:
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+# Forked from a server that has imported all there is to import, a run begins at once.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.backends.backend_agg"])
+
+
+def train_into(output: str, argv: list[str]) -> None:
+    sys.stdout = sys.stderr = open(output, "w", buffering=1)
     train.main(train.parse_args(argv))
 
 
+def begin(options: str, output: str = os.devnull) -> multiprocessing.Process:
+    """Start train.py as a process that writes what it prints to a file."""
+    life = FORKED.Process(target=train_into, args=(output, options.split()), daemon=True)
+    life.start()
+    return life
+
+
 def test_a_run_killed_at_random_instants_loses_nothing(shards):
-    # Forked from a server that has imported all there is to import, a life begins at once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.backends.backend_agg"])
-    argv = (
+    options = (
         f"--data_dir {shards} --tokenizer byte --n_layer 2 --n_head 2 --n_embd 64 --block_size 16 "
         f"--batch_size 8 --total_batch_size 512 --warmup_steps 2 --max_steps 80 --dropout 0.1 --shuffle "
         f"--val_every 3 --val_tokens 600 --hellaswag_every 40 --hellaswag_data {train.DEMO_ITEMS} "
         "--sample_every 0 --checkpoint_every 4 --device cpu --dtype float32 --resume --out_dir"
-    ).split()
-
-    def begin(folder):
-        life = context.Process(target=train_quietly, args=([*argv, folder],))
-        life.start()
-        return life
-
-    begin("first").join()  # the server starts and imports
+    )
+    begin(f"{options} first").join()  # the server starts and imports
     started = time.monotonic()
-    whole = begin("whole")
+    whole = begin(f"{options} whole")
     whole.join()
     duration = time.monotonic() - started
     assert whole.exitcode == 0 and len(read("whole")) == 80
 
     rng, half_written = random.Random(0), 0
     for i in range(KILLS):
-        life = begin("killed")
+        life = begin(f"{options} killed")
         before = lines("killed")
         wait_until(lambda before=before: lines("killed") != before or not life.is_alive())  # noqa: B023
         time.sleep(rng.uniform(0, duration / 16))
@@ -115,7 +118,7 @@ def test_a_run_killed_at_random_instants_loses_nothing(shards):
         life.join()
         assert life.exitcode == -signal.SIGKILL
         half_written += any(Path("killed").glob("*.tmp"))
-    last = begin("killed")
+    last = begin(f"{options} killed")
     last.join()
     assert last.exitcode == 0
     assert read("killed") == read("whole")
@@ -128,33 +131,35 @@ def test_a_run_killed_at_random_instants_loses_nothing(shards):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops_and_the_run_goes_on(start, run_train, number):
+def test_a_signal_saves_and_stops_and_the_run_goes_on(shards, run_train, number):
     options = "--max_steps 40 --total_batch_size 512 --checkpoint_every 400 --log_every 1 --dropout 0.1"
-    process = start(options)
+    life = begin(f"{TINY} {options}", "printed")
     wait_until(lambda: lines("log") > 10)
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "step/s" not in errors, errors  # no bar: this is not a terminal
+    os.kill(life.pid, number)
+    life.join()
+    printed = Path("printed").read_text()
+    assert life.exitcode == 0 and "step/s" not in printed, printed  # no bar: this is not a terminal
     stopped_at = len(read())
-    assert f"stopped by a signal after step {stopped_at - 1}" in output and stopped_at < 40
+    assert f"stopped by a signal after step {stopped_at - 1}" in printed and stopped_at < 40
     assert load_checkpoint("log")["step"] == stopped_at
     run_train(f"{options} --resume")
     run_train(options, out_dir="whole")
     assert read() == read("whole") and read(kind="val") == read("whole", "val")
 
 
-def test_a_second_signal_ends_at_once(start):
+def test_a_second_signal_ends_at_once(shards):
     # A step of 2**20 tokens takes minutes: the first signal waits for its end.
-    process = start("--total_batch_size 1048576 --max_steps 2 --val_every 0 --checkpoint_every 1")
+    life = begin(f"{TINY} --total_batch_size 1048576 --max_steps 2 --val_every 0 --checkpoint_every 1")
     wait_until(lambda: lines("log") == 1)
     time.sleep(0.2)
     for _ in range(2):  # torchrun sends again what Ctrl-C has sent to all: within moments these are one
-        process.send_signal(signal.SIGINT)
+        os.kill(life.pid, signal.SIGINT)
         time.sleep(0.05)
     time.sleep(train.SAME_SIGNAL_S)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) == -signal.SIGINT
+    assert life.is_alive()
+    os.kill(life.pid, signal.SIGINT)
+    life.join(timeout=20)
+    assert life.exitcode == -signal.SIGINT
 
 
 def test_torchrun_restarts_a_killed_worker_and_the_run_goes_on(start, run_train):
@@ -203,9 +208,6 @@ def test_a_rank_that_fails_ends_the_job_with_its_error(start, tmp_path):
     process = start("--max_steps 8", launcher, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and "RuntimeError: rank 1 is broken" in errors
-    process = start("--batch_size 3", torchrun_command("--standalone", "--nproc_per_node=2"))
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0 and errors.count("does not divide by --batch_size 3") == 1
 
 
 @pytest.fixture
@@ -294,9 +296,9 @@ def test_the_last_the_milestones_and_the_best_are_kept(run_train):
 
 def test_running_out_of_memory_names_the_batch_size_to_try(start):
     def limit():
-        resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 
-    process = start("--vocab_size 2000000 --batch_size 64 --total_batch_size 1024", preexec_fn=limit)
+    process = start("--vocab_size 1000000 --batch_size 64 --total_batch_size 1024", preexec_fn=limit)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert errors.splitlines()[-1].startswith(

@@ -125,7 +125,7 @@ def hub():
     server.files = {f"sample/{number}.parquet": parquet(texts) for number, texts in enumerate(TEXTS)}
     server.files |= {"data/0.parquet": parquet(["not asked for"]), "README.md": CARD.encode()}
     server.faults, server.seen = {}, []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()

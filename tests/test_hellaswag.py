@@ -237,7 +237,7 @@ def server(monkeypatch):
     monkeypatch.setattr(hellaswag, "BACK_OFF_S", 0.0)
     FaultyServer.data, FaultyServer.asked = ITEMS.read_bytes() * 50, []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), FaultyServer) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}/items.jsonl"
         running.shutdown()
 
