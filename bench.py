@@ -810,7 +810,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--baseline", help="setting whose validation loss is the target; None is the best")
     add = command("quickstart", bench_quickstart)
     add("--data_dir", required=True, help="Tiny Shakespeare: fineweb.py --files input.txt --tokenizer byte")
-    add("--steps", type=count, default=1000, help="steps of train.py, over which its learning rate decays")
+    add("--steps", type=count, default=400, help="steps of train.py, over which its learning rate decays")
     command("all", bench_all)
     add = command("memory", bench_memory, sized)
     add("--vocab_size", type=int, default=PADDED_VOCAB_SIZE, help="token ids")

@@ -1,13 +1,13 @@
 """Train GPT-2 from scratch on the token shards that fineweb.py writes.
 
-    python train.py --preset demo                        # a laptop: no GPU, no network, two minutes
+    python train.py --preset demo                        # a laptop: no GPU, no network, one minute
     python train.py                                      # GPT-2 (124M) on edu_fineweb10B/, one GPU
     torchrun --standalone --nproc_per_node=8 train.py    # the same run, step for step, on eight
 
 Writes to --out_dir: log.jsonl (one record a step and an evaluation), model_XXXXX.pt and model_best.pt
-(checkpoints), loss.png. Expect a first loss near ln(vocab_size), 10.8 for GPT-2. Published for the default
-run: validation loss about 3.05 and 30.4 % on HellaSwag after 19,073 steps (build-nanogpt's log); OpenAI's
-GPT-2 scores 29.55 %.
+(checkpoints), loss.png, where asked for tensorboard/ and wandb/. Expect a first loss near ln(vocab_size):
+10.8 for GPT-2. Published for the default run: validation loss about 3.05 and 30.4 % on HellaSwag after 19,073
+steps (build-nanogpt's log); OpenAI's GPT-2 scores 29.55 %.
 """
 
 import argparse
@@ -63,10 +63,11 @@ PRESETS = {
     },
     "demo": {
         **dict(n_layer=2, n_head=4, n_embd=128, block_size=64, batch_size=16, total_batch_size=1024),
-        **dict(learning_rate=6e-3, warmup_steps=100, max_steps=3200, shuffle=True),
-        **dict(val_every=400, val_tokens=65536, hellaswag_every=1600, hellaswag_data=str(DEMO_ITEMS)),
-        **dict(sample_every=1600, sample_prompt="import ", sample_tokens=300),
-        **dict(checkpoint_every=1600, log_every=100),
+        **dict(optimizer="muon", schedule="wsd", decay_share=0.5, shuffle=True),
+        **dict(learning_rate=1e-2, min_lr=0.0, warmup_steps=50, max_steps=1600),
+        **dict(val_every=200, val_tokens=65536, hellaswag_every=800, hellaswag_data=str(DEMO_ITEMS)),
+        **dict(sample_every=800, sample_prompt="import ", sample_tokens=300),
+        **dict(checkpoint_every=800, log_every=50),
     },
 }
 ARCHITECTURE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout")
@@ -951,27 +952,54 @@ def attention_backend(args: argparse.Namespace, dtype: torch.dtype, device: torc
     return SDPBackend(choice).name.lower().replace("_attention", "")
 
 
-def describe_run(args: argparse.Namespace, model: GPT, loader: DataLoaderLite, compute: str) -> str:
+def describe_run(
+    args: argparse.Namespace,
+    model: GPT,
+    loader: DataLoaderLite,
+    hardware: dict[str, str | int],
+    compute: str,
+    groups: list[dict],
+) -> str:
     """What a run is about to do, a line for each thing that its user may want to be otherwise."""
-    ranks, hardware = loader.dist.world_size, describe_machine(loader.dist.device)["hardware"]
+    ranks, epoch = loader.dist.world_size, loader.windows * args.block_size
     micro_steps = args.total_batch_size // (args.batch_size * args.block_size * ranks)
-    epoch, tokens = loader.windows * args.block_size, args.max_steps * args.total_batch_size
+    tokens = args.max_steps * args.total_batch_size
     size, needed, free = (tqdm.format_sizeof(n, "B") for n in checkpoint_bytes(args, model))
-    lines = {
-        "device": f"{ranks} x {hardware['device']}, {hardware['cpu_count']} cores of {hardware['cpu']}, "
-        f"torch {torch.__version__}",
-        "compute": compute,
-        "model": f"{model.num_params():,} parameters: {args.n_layer} layers, {args.n_head} heads, "
-        f"width {args.n_embd}, context {args.block_size}, {args.vocab_size:,} token ids",
-        "batch": f"{args.total_batch_size:,} tokens a step: {args.batch_size} sequences x {args.block_size} "
-        f"tokens x {ranks} rank(s) x {micro_steps} micro-step(s)",
-        "run": f"{args.max_steps:,} steps, {tokens:,} tokens, {tokens / epoch:.2f} epochs of {epoch:,} in "
-        f"{args.data_dir}",
-        "checkpoints": f"{size} each, at most {needed} in {args.out_dir}, where {free} are free"
-        if args.checkpoint_every
-        else "none",
-    }
-    return "\n".join(f"{name:12} {text}" for name, text in lines.items())
+    checkpoints = f"{size} each, at most {needed} in {args.out_dir}, where {free} are free"
+    lines = [
+        ("device", f"{ranks} x {hardware['device']}, {hardware['cpu_count']} cores of {hardware['cpu']}"),
+        ("compute", f"torch {torch.__version__}, {compute}"),
+        (
+            "model",
+            f"{model.num_params():,} parameters: {args.n_layer} layers, {args.n_head} heads, width "
+            f"{args.n_embd}, context {args.block_size}, {args.vocab_size:,} token ids",
+        ),
+        (
+            "batch",
+            f"{args.total_batch_size:,} tokens a step: {args.batch_size} sequences x {args.block_size} "
+            f"tokens x {ranks} rank(s) x {micro_steps} micro-step(s)",
+        ),
+        (
+            "run",
+            f"{args.max_steps:,} steps, {tokens:,} tokens, {tokens / epoch:.2f} epochs of {epoch:,} in "
+            f"{args.data_dir}",
+        ),
+        ("checkpoints", checkpoints if args.checkpoint_every else "none"),
+    ]
+    for group in groups:
+        what = f"{group['params']:,} {group['name']}, peak learning rate {group['lr']:.2e}"
+        lines.append((group["optimizer"], f"{what}, weight decay {group['weight_decay']:g}"))
+    return "\n".join(f"{name:12} {text}" for name, text in lines)
+
+
+def describe_step(step: int, record: dict, seconds_left: float) -> str:
+    """A training step's line on the console, in columns."""
+    return (
+        f"step {step:5d} | loss {record['loss']:7.4f} | lr {record['lr']:.2e} | norm {record['norm']:7.3f} | "
+        f"{record['dt_ms']:8.1f} ms | {record['tokens_per_s']:9,.0f} tok/s"
+        + (f" | mfu {record['mfu']:5.1%}" if record["mfu"] else "")
+        + f" | left {tqdm.format_interval(seconds_left)}"
+    )
 
 
 def prepare_out_dir(out_dir: Path) -> None:
@@ -1049,12 +1077,7 @@ def main(args: argparse.Namespace) -> None:
     with attention():
         compute = f"{str(dtype).removeprefix('torch.')}, {'compiled' if compiled else 'eager'}, "
         compute += f"attention {attention_backend(args, dtype, device)}"
-    say(describe_run(args, raw_model, loaders["train"], compute))
-    for group in groups:
-        say(
-            f"{group['optimizer']:12} {group['params']:,} {group['name']}, peak learning rate "
-            f"{group['lr']:.2e}, weight decay {group['weight_decay']:g}"
-        )
+    say(describe_run(args, raw_model, loaders["train"], machine["hardware"], compute, groups))
 
     def save(step: int, names: list[str]) -> None:
         if not names or not dist.is_main:
@@ -1153,18 +1176,13 @@ def main(args: argparse.Namespace) -> None:
         mfu = speed * flops_per_token / (peak * dist.world_size) if peak else None
         lrs = {group["name"]: group["lr"] for group in optimizer.param_groups}
         lr = lrs["embeddings"]  # AdamW's in any case
-        values = {"dt_ms": 1000 * seconds, "tokens_per_s": speed, "mfu": mfu, "skipped": skipped, "lrs": lrs}
-        log(step, "train", loss=train_loss, lr=lr, norm=norm, **values)
+        record = dict(loss=train_loss, lr=lr, norm=norm, dt_ms=1000 * seconds, tokens_per_s=speed, mfu=mfu)
+        log(step, "train", **record, skipped=skipped, lrs=lrs)
         if step == start_step:
-            began = time.perf_counter() - seconds  # after the first evaluations, which a short run notices
+            first_began = started
         if step % args.log_every == 0:
-            left = (time.perf_counter() - began) / (step + 1 - start_step) * (args.max_steps - step - 1)
-            say(
-                f"step {step:5d} | loss {train_loss:7.4f} | lr {lr:.2e} | norm {norm:7.3f} | "
-                f"{1000 * seconds:8.1f} ms | {speed:9,.0f} tok/s"
-                + (f" | mfu {mfu:5.1%}" if mfu else "")
-                + f" | left {tqdm.format_interval(left)}"
-            )
+            each = (time.perf_counter() - first_began) / (step + 1 - start_step)  # with its evaluations
+            say(describe_step(step, record, each * (args.max_steps - step - 1)))
         bar.update()
         bar.set_postfix_str(f"loss {train_loss:.3f}", refresh=False)
         if skipped_in_row == args.max_skipped:

@@ -327,6 +327,7 @@ def test_without_a_compiler_training_is_eager_after_one_warning_and_a_terminal_s
     termios.tcsetwinsize(terminal, (24, 100))
     process = start("--compile --max_steps 3", env=environment, stderr=its_other_end)
     output, _ = process.communicate(timeout=120)
+    os.close(its_other_end)  # to read nothing is an error now
     bar = os.read(terminal, 65536).decode()
     assert process.returncode == 0, bar
     assert output.count("warning: torch.compile does not work here") == 1 and "float32, eager, " in output
