@@ -151,7 +151,7 @@ def test_the_console_says_what_will_be_done_and_aligns_what_is_done(run_train, s
     files = [path.stat().st_size / 1000 for path in Path("log").glob("model_*.pt")]
     assert len(files) == 3  # 4, 6 and the best
     assert float(sizes[1]) == pytest.approx(max(files), rel=0.15)  # names and headers come on top
-    assert 1000 * float(sizes[2]) == pytest.approx(4 * float(sizes[1]), abs=5)  # those, and one new
+    assert 1000 * float(sizes[2]) == pytest.approx(4 * float(sizes[1]), abs=10)  # those, and one new
     steps = [line for line in lines if " tok/s | " in line]
     assert len(steps) == 6 and len({tuple(i for i, c in enumerate(line) if c == "|") for line in steps}) == 1
     assert steps[-1].endswith("left 00:00")
