@@ -49,6 +49,10 @@ def lines(folder: str | Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+def inode(path: str) -> int:
+    return os.stat(path).st_ino if os.path.exists(path) else 0
+
+
 @pytest.fixture
 def start(shards):
     """Start train.py on the tiny model as a process of its own; options are a string."""
@@ -98,21 +102,24 @@ def test_a_run_killed_at_random_instants_loses_nothing(shards):
         f"--val_every 3 --val_tokens 600 --hellaswag_every 40 --hellaswag_data {train.DEMO_ITEMS} "
         "--sample_every 0 --checkpoint_every 4 --device cpu --dtype float32 --resume --out_dir"
     )
-    begin(f"{options} first").join()  # the server starts and imports
-    started = time.monotonic()
     whole = begin(f"{options} whole")
     whole.join()
-    duration = time.monotonic() - started
     assert whole.exitcode == 0 and len(read("whole")) == 80
 
     rng, half_written = random.Random(0), 0
     for i in range(KILLS):
+        before = inode("killed/log.jsonl")
         life = begin(f"{options} killed")
-        before = lines("killed")
-        wait_until(lambda before=before: lines("killed") != before or not life.is_alive())  # noqa: B023
-        time.sleep(rng.uniform(0, duration / 16))
+
+        def wait(condition, life=life):
+            wait_until(lambda: condition() or not life.is_alive())
+
+        wait(lambda before=before: inode("killed/log.jsonl") != before)  # a run writes its log anew
+        enough = lines("killed") + rng.randint(0, 6)
+        wait(lambda enough=enough: lines("killed") >= enough)
+        time.sleep(rng.uniform(0, 0.02))
         if i % 2:  # in the middle of a checkpoint
-            wait_until(lambda: any(Path("killed").glob("*.tmp")) or not life.is_alive())  # noqa: B023
+            wait(lambda: any(Path("killed").glob("*.tmp")))
         assert life.is_alive(), "the run ended before it was killed"
         os.kill(life.pid, signal.SIGKILL)
         life.join()
