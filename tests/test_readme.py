@@ -1,3 +1,4 @@
+import contextlib
 import importlib
 import re
 import shlex
@@ -17,6 +18,7 @@ SCRIPTS = ("train", "fineweb", "hellaswag", "sample", "plot", "bench")
 def shell_lines(text):
     blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
     lines = [line.removeprefix("srun ") for block in blocks for line in block.splitlines()]
+    lines += [" ".join(line.split()) for line in re.findall(r"(?<!`)`(python [^`]+)`", text)]
     return [line for line in lines if line.strip() and not line.startswith(("#", "export "))]
 
 
@@ -26,7 +28,8 @@ def docstring_lines(name):
 
 
 README = (REPOSITORY / "README.md").read_text()
-LINES = {*shell_lines(README), *(line for name in SCRIPTS for line in docstring_lines(name))}
+CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text()
+LINES = {*shell_lines(README + CONTRIBUTING), *(line for name in SCRIPTS for line in docstring_lines(name))}
 
 
 @pytest.mark.parametrize("line", sorted(LINES))
@@ -43,7 +46,9 @@ def test_every_command_parses(line):
             assert words[0] in ("python", "torchrun") and len(scripts) == 1
             assert (name := words[scripts[0]].removesuffix(".py")) in SCRIPTS
             script = importlib.import_module(name)
-            script.parse_args(words[scripts[0] + 1 :])
+            helps = pytest.raises(SystemExit, match="^0$")
+            with helps if words[-1] == "--help" else contextlib.nullcontext():
+                script.parse_args(words[scripts[0] + 1 :])
 
 
 def test_memory_of_small_gpus_is_that_of_the_formula():
