@@ -2,8 +2,9 @@
 with."""
 
 import json
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -71,16 +72,37 @@ def torchrun_command(*options: str) -> tuple[str, ...]:
     return ("-m", "torch.distributed.run", *options)
 
 
-@pytest.fixture
-def torchrun():
-    """Run a script under torchrun on two ranks and return what it prints."""
+# Forked from a server that has imported all there is to import, a process begins at once.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.backends.backend_agg"])
 
-    def run(*arguments: str) -> str:
-        command = [sys.executable, *torchrun_command("--standalone", "--nproc_per_node=2")]
-        environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
-        result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+
+def run_rank(script: str, environment: dict[str, str], output: str) -> None:
+    """Run a script as torchrun does: one thread, and in the environment where to find the other ranks."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.stdout = open(output, "w", buffering=1)
+    runpy.run_path(script, run_name="__main__")
+
+
+@pytest.fixture
+def two_ranks():
+    """Run a script on two ranks that are forked instead of started, and return what they print."""
+
+    def run(script: str) -> str:
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+        about |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        about |= {"LOCAL_WORLD_SIZE": "2"}
+        outputs, ranks = ["rank0.txt", "rank1.txt"], []
+        for rank, output in enumerate(outputs):
+            environment = {**about, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(FORKED.Process(target=run_rank, args=(script, environment, output), daemon=True))
+            ranks[-1].start()
+        for process in ranks:
+            process.join(120)
+        assert [process.exitcode for process in ranks] == [0, 0]
+        return "".join(Path(output).read_text() for output in outputs)
 
     return run
 

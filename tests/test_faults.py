@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, torchrun_command
+from conftest import FORKED, REPOSITORY, TINY, torchrun_command
 
 import train
 from model import load_checkpoint
@@ -76,11 +76,6 @@ def start(shards):
 def workers(process: subprocess.Popen) -> list[int]:
     """The processes that a torchrun has started."""
     return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
-
-
-# Forked from a server that has imported all there is to import, a run begins at once.
-FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.backends.backend_agg"])
 
 
 def train_into(output: str, argv: list[str]) -> None:

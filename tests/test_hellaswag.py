@@ -71,7 +71,6 @@ def test_scores_do_not_depend_on_the_batch(batch_tokens):
 RANKS_SCRIPT = """
 import json, torch, hellaswag, test_hellaswag as t
 torch.distributed.init_process_group("gloo")
-torch.set_num_threads(1)
 examples = hellaswag.render(hellaswag.load_items(t.ITEMS), t.BYTE)
 result = hellaswag.evaluate(t.make_model(), examples, batch_tokens=500)
 json.dump(result, open(f"rank{torch.distributed.get_rank()}.json", "w"))
@@ -79,9 +78,9 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_scores_do_not_depend_on_the_number_of_ranks(torchrun, one_thread):
+def test_scores_do_not_depend_on_the_number_of_ranks(two_ranks, one_thread):
     Path("ranks.py").write_text(RANKS_SCRIPT)
-    torchrun("ranks.py")
+    two_ranks("ranks.py")
     examples = hellaswag.render(hellaswag.load_items(ITEMS), BYTE)
     alone = hellaswag.evaluate(make_model(), examples, batch_tokens=500)
     for rank in (0, 1):
@@ -91,7 +90,7 @@ def test_scores_do_not_depend_on_the_number_of_ranks(torchrun, one_thread):
 
 @pytest.fixture
 def one_thread():
-    """torchrun gives each rank one thread: sums in another order would differ in the last bit."""
+    """Each rank has one thread: sums in another order would differ in the last bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -412,7 +412,7 @@ for i, args in enumerate({runs}):
 """
 
 
-def test_two_ranks_train_as_one_compiled_and_resumed_with_one_reduction_a_step(run_train, torchrun):
+def test_two_ranks_train_as_one_compiled_and_resumed_with_one_reduction_a_step(run_train, two_ranks):
     one = run_train("--batch_size 4 --sample_every 3")
     args = {**one["run"][0]["args"], "batch_size": 1}
     shutil.copytree("log", "resumed")
@@ -424,7 +424,7 @@ def test_two_ranks_train_as_one_compiled_and_resumed_with_one_reduction_a_step(r
     runs += [{**muon["run"][0]["args"], "batch_size": 1, "out_dir": "two_muon"}]
     runs += [{**args, "batch_size": 3}]
     Path("two.py").write_text(TWO_RANKS_SCRIPT.format(runs=runs))
-    output = torchrun("two.py")
+    output = two_ranks("two.py")
     for folder in ("two", "resumed"):
         two = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
         for kind in ("train", "val"):
