@@ -117,10 +117,17 @@ class Distributed:
             torch.distributed.all_gather_object(gathered, lines)
         return list(dict.fromkeys(line for lines in gathered for line in lines))
 
-    def error(self, message: str) -> BaseException:
-        """Leave the process group, for all ranks to raise what one of them says; the others just end."""
+    def leave(self) -> None:
+        """Leave the process group. A collective."""
         if self.world_size > 1:
+            # A thread of gloo may need the interpreter to free a tensor. To leave the group is to wait for it
+            # with the interpreter locked, for ever (seen in tests); here the thread gets its turn.
+            torch.distributed.barrier()
             torch.distributed.destroy_process_group()
+
+    def error(self, message: str) -> BaseException:
+        """What each rank is to raise when all have found the same: one says it, the others just end."""
+        self.leave()
         return ValueError(message) if self.is_main else SystemExit(1)
 
 
@@ -1212,11 +1219,7 @@ def main(args: argparse.Namespace) -> None:
     elif dist.is_main:
         say(f"loss curve: {draw(out_dir)}")
         say(f"next:       python sample.py --model {args.out_dir} --prompt {json.dumps(args.sample_prompt)}")
-    if dist.world_size > 1:
-        # A thread of gloo's may need the interpreter to free a tensor. To leave the group is to wait for that
-        # thread with the interpreter locked, for ever (seen in tests); here the thread gets its turn.
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    dist.leave()
 
 
 if __name__ == "__main__":
