@@ -210,6 +210,9 @@ def test_a_rank_that_fails_ends_the_job_with_its_error(start, tmp_path):
     process = start("--max_steps 8", launcher, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and "RuntimeError: rank 1 is broken" in errors
+    process = start("--batch_size 3", torchrun_command("--standalone", "--nproc_per_node=2"))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and errors.count("does not divide by --batch_size 3") == 1
 
 
 @pytest.fixture

@@ -403,10 +403,7 @@ def reduce(state, bucket):
 train.DistributedDataParallel = Counted
 for i, args in enumerate({runs}):
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i)  # a second process group needs a store of its own
-    try:
-        train.main(argparse.Namespace(**args))
-    except (ValueError, SystemExit) as error:
-        print(f"refused: {{error}}\\n", end="", flush=True)
+    train.main(argparse.Namespace(**args))
     print(f"{{len(reductions)}} reductions\\n", end="", flush=True)  # one write: two ranks print at once
     reductions.clear()
 """
@@ -422,7 +419,6 @@ def test_two_ranks_train_as_one_compiled_and_resumed_with_one_reduction_a_step(r
     runs += [{**args, "resume": True, "out_dir": "resumed"}]
     muon = run_train(f"{MUON} --muon_lr 0.05", out_dir="one_muon")
     runs += [{**muon["run"][0]["args"], "batch_size": 1, "out_dir": "two_muon"}]
-    runs += [{**args, "batch_size": 3}]
     Path("two.py").write_text(TWO_RANKS_SCRIPT.format(runs=runs))
     output = two_ranks("two.py")
     for folder in ("two", "resumed"):
@@ -438,7 +434,6 @@ def test_two_ranks_train_as_one_compiled_and_resumed_with_one_reduction_a_step(r
     assert [r["loss"] for r in two if r["kind"] == "train"] == pytest.approx(losses(muon), abs=1e-3)
     # Two micro-steps, one bucket of gradients: 6 steps from the start, twice, and 3 from step 3; two ranks.
     assert (output.count("6 reductions"), output.count("3 reductions")) == (4, 2)
-    assert output.count("refused: --total_batch_size 64 does not divide") == output.count("refused: 1") == 1
 
 
 def test_overfit_batch_reaches_zero_or_says_so(run_train):
