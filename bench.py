@@ -9,7 +9,7 @@
     python bench.py memory --n_layer 6 --n_embd 1600 --n_head 25 --output memory.json
     python bench.py optimizer
     python bench.py sweep --name adamw -- --preset demo --learning_rate 3e-3 6e-3    # three seeds each
-    python bench.py all --output measured            # everything, for a GPU that is rented for half an hour
+    python bench.py all --output measured           # everything, for a GPU that is rented for half an hour
 
 Every subcommand prints a table, and with --output writes it as JSON with machine, versions and commit. Ways
 that are compared run in turn in one run: quote their ratios, times by themselves drift with the machine.

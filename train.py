@@ -953,7 +953,7 @@ def attention_backend(args: argparse.Namespace, dtype: torch.dtype, device: torc
     """The kernel that PyTorch picks for this model's attention in the current context."""
     if device.type not in ("cpu", "cuda"):
         return "PyTorch's choice"
-    shape = (args.batch_size, args.n_head, args.block_size, args.n_embd // args.n_head)
+    shape = (1, args.n_head, args.block_size, args.n_embd // args.n_head)  # the batch decides nothing
     q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
     choice = torch._fused_sdp_choice(q, q, q, dropout_p=args.dropout, is_causal=True)
     return SDPBackend(choice).name.lower().replace("_attention", "")
@@ -964,12 +964,12 @@ def describe_run(
     model: GPT,
     loader: DataLoaderLite,
     hardware: dict[str, str | int],
+    accum: int,
     compute: str,
     groups: list[dict],
 ) -> str:
     """What a run is about to do, a line for each thing that its user may want to be otherwise."""
     ranks, epoch = loader.dist.world_size, loader.windows * args.block_size
-    micro_steps = args.total_batch_size // (args.batch_size * args.block_size * ranks)
     tokens = args.max_steps * args.total_batch_size
     size, needed, free = (tqdm.format_sizeof(n, "B") for n in checkpoint_bytes(args, model))
     checkpoints = f"{size} each, at most {needed} in {args.out_dir}, where {free} are free"
@@ -984,7 +984,7 @@ def describe_run(
         (
             "batch",
             f"{args.total_batch_size:,} tokens a step: {args.batch_size} sequences x {args.block_size} "
-            f"tokens x {ranks} rank(s) x {micro_steps} micro-step(s)",
+            f"tokens x {ranks} rank(s) x {accum} micro-step(s)",
         ),
         (
             "run",
@@ -1084,7 +1084,7 @@ def main(args: argparse.Namespace) -> None:
     with attention():
         compute = f"{str(dtype).removeprefix('torch.')}, {'compiled' if compiled else 'eager'}, "
         compute += f"attention {attention_backend(args, dtype, device)}"
-    say(describe_run(args, raw_model, loaders["train"], machine["hardware"], compute, groups))
+    say(describe_run(args, raw_model, loaders["train"], machine["hardware"], accum, compute, groups))
 
     def save(step: int, names: list[str]) -> None:
         if not names or not dist.is_main:
