@@ -11,8 +11,8 @@
     python bench.py sweep --name adamw -- --preset demo --learning_rate 3e-3 6e-3    # three seeds each
     python bench.py all --output measured           # everything, for a GPU that is rented for half an hour
 
-Every subcommand prints a table, and with --output writes it as JSON with machine, versions and commit. Ways
-that are compared run in turn in one run: quote their ratios, times by themselves drift with the machine.
+Every subcommand prints a table and, with --output, writes it as JSON with machine, versions and commit. The
+ways that are compared alternate within one run. Quote their ratios: absolute times drift with the machine.
 """
 
 import argparse
@@ -42,25 +42,29 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fineweb
 import hellaswag
 import train
-from fineweb import count, write_json
-from model import GPT, GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPTConfig, choose_device
+from model import GPT, GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPTConfig
 from plot import curve, read_log
+from runtime import hardware
+from runtime.cli import Range, count, out_of_range, run
+from runtime.distributed import Distributed
+from runtime.files import write_json
+from runtime.hardware import synchronize
 from sample import generate
 from tokenizer import NAMES, get_tokenizer
-from train import DEMO_ITEMS, describe_machine, synchronize
+from train import DEMO_ITEMS
 
-WARM_UP_STEPS = 3  # until compiled code and memory are in place
+WARM_UP_STEPS = 3  # until code is compiled and memory allocated
 
 
 def config_of(args: argparse.Namespace, **changes: int) -> GPTConfig:
-    """The model that a command line describes; what it leaves open is GPT-2's (124M)."""
+    """Return the model size that a command line describes; the defaults are those of GPT-2 (124M)."""
     names = {field.name for field in fields(GPTConfig)}
     return GPTConfig(**{name: value for name, value in vars(args).items() if name in names} | changes)
 
 
 @torch.no_grad()
 def score_padded(model: GPT, examples: list[hellaswag.Example]) -> list[int]:
-    """The reference way: an item is one batch of four padded rows, all positions go through the head."""
+    """The reference: each item is one batch of four padded rows, and all positions go through the head."""
     device, chosen = model.transformer.wte.weight.device, []
     for example in examples:
         rows = [(example.context + ending)[-model.config.block_size :] for ending in example.endings]
@@ -78,7 +82,7 @@ def score_padded(model: GPT, examples: list[hellaswag.Example]) -> list[int]:
 
 
 def bench_hellaswag(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Items per second of hellaswag.evaluate against the reference way, on the same items."""
+    """Items per second: hellaswag.evaluate against the reference, on the same items."""
     tokenizer = get_tokenizer(args.tokenizer)
     examples = hellaswag.render(hellaswag.load_items(args.data)[: args.limit], tokenizer)
     torch.manual_seed(0)
@@ -92,12 +96,12 @@ def bench_hellaswag(args: argparse.Namespace, device: torch.device) -> list[dict
     ways = {"padded rows, all logits": lambda: score_padded(model, examples), "hellaswag.evaluate": packed}
     rows, chosen = alternate(ways, args.rounds, device, len(examples), "items")
     same = sum(map(int.__eq__, *chosen))
-    print(f"both ways choose the same ending for {same} of {len(examples)} items")
+    print(f"both choose the same ending for {same} of {len(examples)} items")
     return rows
 
 
 def encode_document(text: str, tokenizer_name: str) -> np.ndarray:
-    """What the usual script does in a worker: one document at a time."""
+    """Tokenise one document, as a worker of the usual script does."""
     tokenizer = get_tokenizer(tokenizer_name)
     tokens = np.array([tokenizer.eot_token, *tokenizer.encode_ordinary(text)])
     assert tokens.max() < 2**16
@@ -105,7 +109,7 @@ def encode_document(text: str, tokenizer_name: str) -> np.ndarray:
 
 
 def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """MB of text per second: one core of tiktoken, a pool that maps document by document, fineweb.py."""
+    """MB of text per second: tiktoken on one core, a pool that maps document by document, fineweb.py."""
     inputs = fineweb.local_inputs(args.files) if args.files else fineweb.stdlib_inputs()
     chunks = fineweb.read_chunks(fineweb.Fetcher(inputs, Path(), keep=True), "text", (0, 0))
     texts = [text for chunk in chunks for text in fineweb.texts_of(chunk) if text]
@@ -116,7 +120,7 @@ def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
         return sum(1 + len(tokenizer.encode_to_numpy(text, disallowed_special=())) for text in texts)
 
     def by_document() -> int:
-        # Forked, so it starts at once; reading and writing, which the usual script does too, are left out.
+        # Forking starts at once. Reading and writing, which the usual script does too, are not included.
         with multiprocessing.get_context("fork").Pool(args.workers) as pool:
             encode = functools.partial(encode_document, tokenizer_name=args.tokenizer)
             return sum(map(len, pool.imap(encode, texts, chunksize=16)))
@@ -137,14 +141,14 @@ def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
         fineweb.prepare(inputs, out_dir, source=source, tokenizer=args.tokenizer, workers=args.workers)
     parent, core = (time.process_time() - start) / tokens, rows[0]["MB/s"] / megabytes * tokens
     print(f"{megabytes:.1f} MB, {tokens:,} tokens, {args.workers} workers")
-    print(f"fineweb.py reaches {rows[2]['ratio'] / args.workers:.0%} of workers x one core of tiktoken and")
-    print(f"{rows[2]['ratio'] / rows[1]['ratio']:.2f} times the pool that maps document by document; its")
-    print(f"parent needs {1e9 * parent:.1f} ns of CPU per token: busy with {1 / parent / core:.0f} workers")
+    print(f"fineweb.py reaches {rows[2]['ratio'] / args.workers:.0%} of workers x tiktoken on one core and")
+    print(f"{rows[2]['ratio'] / rows[1]['ratio']:.2f} times the pool that maps document by document. Its")
+    print(f"parent takes {1e9 * parent:.1f} ns of CPU per token: enough for {1 / parent / core:.0f} workers")
     return rows
 
 
 def bench_generate(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Greedy tokens per second of sample.generate, transformers, a loop without a cache, and memory alone."""
+    """Greedy tokens per second: sample.generate, transformers, no cache, and the limit of the memory."""
     from transformers import GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -170,12 +174,12 @@ def bench_generate(args: argparse.Namespace, device: torch.device) -> list[dict]
         ways["sample.generate, compiled"] = lambda: generate(model, prompt, n, temperature=0, compiled=True)
     rows, results = alternate(ways, args.rounds, device, args.batch_size * n, "tokens")
     same = (results[0] == results[1])[:, args.prompt_tokens :].float().mean()
-    print(f"transformers and sample.generate draw the same token {same:.1%} of the time")
+    print(f"transformers and sample.generate choose the same token {same:.1%} of the time")
     best = max(row["tokens/s"] for row in rows if "sample" in row["way"])
-    print(f"the best way reaches {best / rows[2]['tokens/s']:.0%} of what memory allows, with")
-    print(f"{4e-9 * weights.numel() * rows[2]['tokens/s'] / args.batch_size:.1f} GB/s read by torch.sum")
+    print(f"the best way reaches {best / rows[2]['tokens/s']:.0%} of what the memory bandwidth allows:")
+    print(f"torch.sum reads {4e-9 * weights.numel() * rows[2]['tokens/s'] / args.batch_size:.1f} GB/s")
 
-    # The loop without a cache would take minutes. Its time grows steadily, so five of its steps tell.
+    # The whole loop without a cache would take minutes. Its steps grow smoothly, so five of them suffice.
     lengths = np.linspace(args.prompt_tokens, args.prompt_tokens + n - 1, 5).astype(int)
     steps = {f"step {i}": functools.partial(model, results[1][:, :T]) for i, T in enumerate(lengths)}
     with torch.no_grad():
@@ -188,7 +192,7 @@ def bench_generate(args: argparse.Namespace, device: torch.device) -> list[dict]
 
 
 def resident(name: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at the most (proc(5), Linux)."""
+    """Return the resident memory of this process in bytes: VmRSS now, VmHWM at its peak (proc(5), Linux)."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
     return 1024 * int(line.split()[1])
 
@@ -196,7 +200,7 @@ def resident(name: str) -> int:
 def measure_training_bytes(
     config: GPTConfig, batch_size: int, dtype: torch.dtype, recompute: bool, device: torch.device
 ) -> tuple[int, int]:
-    """Train for two steps of two micro-steps; return the peak of memory in bytes and the formula's."""
+    """Train for two steps of two micro-steps; return the measured and the computed peak memory in bytes."""
 
     def train(config: GPTConfig) -> GPT:
         model = GPT(config).to(device)
@@ -212,7 +216,8 @@ def measure_training_bytes(
                 optimizer.zero_grad(set_to_none=True)
         return model
 
-    train(GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=8))  # what libraries take once
+    # One-time allocations of libraries do not count.
+    train(GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=8))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = resident("VmRSS")
@@ -222,15 +227,15 @@ def measure_training_bytes(
 
 
 def bench_memory(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Peak memory of a training step in eager mode against the formula of GPT.training_bytes."""
+    """Peak memory of a training step in eager mode, measured and by the formula of GPT.training_bytes."""
     if device.type != "cuda" and not Path("/proc/self/status").exists():
         raise ValueError("memory is measured on Linux and on CUDA devices only")
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back to the system at once
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed memory returns to the system at once
     config = config_of(args)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for recompute in (False, True):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process has one peak
+            with multiprocessing.get_context("spawn").Pool(1) as pool:  # the peak is per process
                 call = (config, args.batch_size, dtype, recompute, device)
                 peak, formula = pool.apply(measure_training_bytes, call)
             way = f"{str(dtype).removeprefix('torch.')}{', --recompute' if recompute else ''}"
@@ -239,7 +244,7 @@ def bench_memory(args: argparse.Namespace, device: torch.device) -> list[dict]:
 
 
 def write_shards(folder: Path, tokens: int) -> None:
-    """Shards of random ids: one for validation, two for training with `tokens` each."""
+    """Write shards of random ids: one for validation, and two for training with `tokens` each."""
     rng = np.random.default_rng(0)
     for name, size in (("val_000000", 100_000), ("train_000001", tokens), ("train_000002", tokens)):
         ids = rng.integers(GPT2_VOCAB_SIZE, size=size, dtype=np.uint16)
@@ -247,20 +252,20 @@ def write_shards(folder: Path, tokens: int) -> None:
 
 
 def run_train(options: dict, device: torch.device) -> list[float]:
-    """Run nothing but steps of train.py on random shards; the seconds of each but for the first ones."""
+    """Run only training steps of train.py on random shards; return the seconds of all but the first ones."""
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), 1_000_000)
         options = {"data_dir": folder, "out_dir": f"{folder}/log", "device": device, **options}
         options["total_batch_size"] = options["batch_size"] * options["block_size"]
         options |= {f"{name}_every": 0 for name in ("val", "hellaswag", "sample", "checkpoint")}
-        options |= {"warmup_steps": 0, "tokenizer": "byte"}  # which needs no download
+        options |= {"warmup_steps": 0, "tokenizer": "byte"}  # the byte tokenizer needs no download
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         subprocess.run([sys.executable, train.__file__, *words], check=True, stdout=subprocess.DEVNULL)
         return [record["dt_ms"] / 1000 for record in read_log(f"{folder}/log")["train"]][WARM_UP_STEPS:]
 
 
 def usual_steps(options: dict, device: torch.device) -> list[float]:
-    """The same training as people write it with transformers; the seconds of each but for the first ones."""
+    """Train as usually done with transformers; return the seconds of all steps but the first ones."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {name: options[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
@@ -286,7 +291,7 @@ def usual_steps(options: dict, device: torch.device) -> list[float]:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that a large matrix product reaches here, the best of twenty."""
+    """Return the FLOP/s of a large matrix product on this machine, the best of twenty tries."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
     (row,), _ = alternate({"product": lambda: a @ b}, 20, device, 2 * n**3, "FLOP")
@@ -294,14 +299,14 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def training_options(args: argparse.Namespace) -> dict:
-    """Options of train.py for a model and batch of the size that the command line gives."""
+    """Return options of train.py for the model and batch size of the command line."""
     names = ("n_layer", "n_head", "n_embd", "batch_size", "block_size")
     options = {name: getattr(args, name) for name in names}
     return options | {"vocab_size": PADDED_VOCAB_SIZE, "max_steps": args.steps + WARM_UP_STEPS}
 
 
 def bench_train(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Tokens per second of train.py's step against the usual loop with transformers, each in its process."""
+    """Tokens per second: train.py's step against the usual loop with transformers, in separate processes."""
     options = training_options(args) | {"dtype": args.dtype}
     with torch.device("meta"):
         flops = GPT(config_of(args)).flops_per_token()
@@ -331,21 +336,21 @@ def bench_train(args: argparse.Namespace, device: torch.device) -> list[dict]:
                 )
                 rows.append({**row, "ratio": row["tokens/s"] / rows[0]["tokens/s"]})
     share = rows[1]["tokens/s"] * flops / rate
-    print(f"{args.dtype} matrix product: {rate / 1e12:.2f} TFLOP/s, of which train.py reaches {share:.0%}")
+    print(f"{args.dtype} matrix product: {rate / 1e12:.2f} TFLOP/s; train.py reaches {share:.0%} of it")
     return rows
 
 
 def attention_written_out(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-    """Causal attention in four operations, as in GPT-2's own code; takes what PyTorch's kernel takes."""
+    """Causal attention in four operations, as in GPT-2's own code, with the arguments of PyTorch's kernel."""
     mask = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril()
     scores = (q @ k.transpose(-2, -1) / q.size(-1) ** 0.5).masked_fill(~mask, -torch.inf)
     return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
 class Rung:
-    """One step of the ladder: a model and its optimizer, made when first called, trained on one batch.
+    """One rung of the ladder: a model with its optimizer, built on the first call and trained on one batch.
 
-    `backend` is the attention kernel, where it is not PyTorch's choice; `options` are those of torch.compile.
+    `backend` is the attention kernel (None: PyTorch's choice); `options` are those of torch.compile.
     """
 
     def __init__(
@@ -391,14 +396,14 @@ class Rung:
 
 
 def bench_ladder(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Milliseconds per step, one improvement after the other, and last train.py's own step.
+    """Milliseconds per step with one improvement after the other, and finally train.py's own step.
 
     Published for the 124M model on an A100 (build-nanogpt): 1100, 400, 340, 150, 107, 100 ms.
     """
     names = ["TF32", "bf16", "torch.compile", "flash attention", "vocabulary 50,304", "fused AdamW"]
     if device.type != "cuda":
         names.remove("TF32")
-    if not train.can_compile(device, print):
+    if not hardware.can_compile(device, print):
         names.remove("torch.compile")
     rungs = {"fp32, attention written out": Rung(args, device, set())}
     for i, name in enumerate(names):
@@ -407,7 +412,7 @@ def bench_ladder(args: argparse.Namespace, device: torch.device) -> list[dict]:
     ways = {**rungs, "train.py": lambda: args.steps * statistics.median(run_train(options, device))}
     tokens = args.batch_size * args.block_size
     rows, _ = alternate(ways, args.rounds, device, args.steps * tokens, "tokens")
-    rate, peak = matmul_rate(device, torch.bfloat16), train.peak_flops(device, torch.bfloat16)
+    rate, peak = matmul_rate(device, torch.bfloat16), hardware.peak_flops(device, torch.bfloat16)
     flops = rungs["fp32, attention written out"].model.flops_per_token()
     for row in rows:
         row["ms"] = 1000 * tokens / row["tokens/s"]
@@ -427,15 +432,15 @@ def bench_ladder(args: argparse.Namespace, device: torch.device) -> list[dict]:
 
 
 def bench_variants(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Tokens per second of the ladder's last rung with each attention kernel and each way to compile."""
+    """Tokens per second of the ladder's last rung with each attention kernel and compiler setting."""
     if device.type == "cpu":  # as train.py does
-        train.keep_freed_memory()
+        hardware.keep_freed_memory()
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     settings = {"TF32", "bf16", "flash attention", "vocabulary 50,304", "fused AdamW"}
     kernels = ["FLASH_ATTENTION", "MATH"]
     kernels += ["CUDNN_ATTENTION", "EFFICIENT_ATTENTION"] if device.type == "cuda" else []
     ways = {f"eager, {name}": Rung(args, device, settings, SDPBackend.__members__[name]) for name in kernels}
-    if train.can_compile(device, print):
+    if hardware.can_compile(device, print):
         settings |= {"torch.compile"}
         for name in kernels:
             ways[f"compiled, {name}"] = Rung(args, device, settings, SDPBackend.__members__[name])
@@ -449,29 +454,30 @@ def bench_variants(args: argparse.Namespace, device: torch.device) -> list[dict]
 
 
 def bench_loader(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """What a step waits for data, in microseconds, within a shard and where one ends; and memory per rank."""
+    """Microseconds that a step waits for data, within a shard and at a shard's end; memory per rank."""
     model = GPT(config_of(args)).to(device)
     with tempfile.TemporaryDirectory() as folder:
         shard = args.steps * args.batch_size * args.block_size
         write_shards(Path(folder), shard + 1)
         sizes = {name: getattr(args, name) for name in ("batch_size", "block_size")}
         sizes["vocab_size"] = PADDED_VOCAB_SIZE
-        loader = train.DataLoaderLite(folder, "train", **sizes, dist=train.Distributed(0, 1, device))
+        loader = train.DataLoaderLite(folder, "train", **sizes, dist=Distributed(0, 1, device))
         waits, steps = [], []
-        for step in range(2 * args.steps + 1):  # from one shard to the other and back
+        for step in range(2 * args.steps + 1):  # through both shards and back to the first
             start = time.perf_counter()
             x, y = loader.next_batch()
             waits.append(time.perf_counter() - start)
             model(x, y)[1].backward()
             synchronize(device)
             steps.append(time.perf_counter() - start)
-            if step == 0:  # gradients have their memory now
+            if step == 0:  # gradients are allocated now
                 before = resident("VmRSS")
         grown = resident("VmRSS") - before
     at_end = waits[args.steps :: args.steps]
     inside = [wait for i, wait in enumerate(waits) if i % args.steps]
     share = sum(waits[1:]) / sum(steps[1:])
-    print(f"waiting is {share:.3%} of forward and backward pass ({1000 * statistics.median(steps):.1f} ms);")
+    print(f"waiting takes {share:.3%} of the forward and backward pass,")
+    print(f"which takes {1000 * statistics.median(steps):.1f} ms;")
     print(f"memory grew by {grown / 1e6:.0f} MB after the first step")
     return [
         {"way": way, "us": 1e6 * statistics.median(each), "min": 1e6 * min(each), "max": 1e6 * max(each)}
@@ -501,17 +507,17 @@ def bench_startup(args: argparse.Namespace, device: torch.device) -> list[dict]:
                 for way, each in seconds.items()
             ]
 
-        eager = rows("--no-compile", "first start, shards to be made", "later starts")
-        if not train.can_compile(device, print):
+        eager = rows("--no-compile", "first start, makes the shards", "later starts")
+        if not hardware.can_compile(device, print):
             return eager
         return eager + rows("--compile", "compiled, cold cache", "compiled, warm cache")
 
 
 def usual_quickstart(data_dir: str) -> float:
-    """The field's CPU quick start for Tiny Shakespeare; the validation loss after its 2,000 steps.
+    """Run the usual CPU quick start for Tiny Shakespeare; return the validation loss after 2,000 steps.
 
-    4 layers of width 128, 64 tokens of context, 12 sequences, AdamW at 1e-3 with warm-up and cosine: the
-    settings that nanoGPT's README gives for CPUs.
+    The settings are those of nanoGPT's README for CPUs: 4 layers of width 128, 64 tokens of context, 12
+    sequences, and AdamW at 1e-3 with warm-up and cosine.
     """
     torch.manual_seed(1337)
     tokens = {}
@@ -543,7 +549,7 @@ def usual_quickstart(data_dir: str) -> float:
 
 
 def bench_quickstart(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Seconds from process start to validation loss 1.8857 on Tiny Shakespeare's bytes, and usually."""
+    """Seconds to a validation loss on the bytes of Tiny Shakespeare: the usual quick start and the demo."""
 
     def usual() -> float:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -568,14 +574,14 @@ def bench_quickstart(args: argparse.Namespace, device: torch.device) -> list[dic
 
 
 def bench_optimizer(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Steps per second of the optimizer alone: fused AdamW, torch.optim.Muon on the same matrices, ours."""
+    """Steps per second of the optimizer alone: fused AdamW, torch.optim.Muon and muon.py."""
     if device.type == "cpu":  # as train.py does
-        train.keep_freed_memory()
-    model, dist = GPT(config_of(args)).to(device), train.Distributed(0, 1, device)
+        hardware.keep_freed_memory()
+    model, dist = GPT(config_of(args)).to(device), Distributed(0, 1, device)
     groups = model.optimizer_groups(weight_decay=0.1)
     matrices = [p for group in groups if "parts" in group for p in group["params"]]
     others = [group for group in groups if "parts" not in group]
-    # torch's does not know that c_attn holds three matrices: it orthogonalises it as one.
+    # torch.optim.Muon does not know that c_attn holds three matrices and orthogonalises it as one.
     theirs = [torch.optim.Muon(matrices), torch.optim.AdamW(others, fused=True)]
 
     def ours(name: str) -> torch.optim.Optimizer:
@@ -600,13 +606,14 @@ def bench_optimizer(args: argparse.Namespace, device: torch.device) -> list[dict
 
 
 def seconds_to(target: float, run: dict[str, list[dict]]) -> tuple[float, float]:
-    """Steps and seconds of training until the validation loss is `target`, linear between validations.
+    """Return the steps and seconds of training until the validation loss reaches `target`.
 
-    Infinite where the run does not get there. Seconds are the median of a step times the steps.
+    Interpolates linearly between validations; infinite if the run does not reach it. Seconds are the steps
+    times the median duration of a step.
     """
     steps, losses = curve(run["val"], "loss")
     reached = next((i for i, loss in enumerate(losses) if loss <= target), None)
-    if not reached:  # also at step 0: nothing was learnt there
+    if not reached:  # step 0 does not count: nothing has been learned there
         return math.inf, math.inf
     before, after = losses[reached - 1], losses[reached]
     step = steps[reached - 1] + (before - target) / (before - after) * (steps[reached] - steps[reached - 1])
@@ -614,7 +621,7 @@ def seconds_to(target: float, run: dict[str, list[dict]]) -> tuple[float, float]
 
 
 def read_finished(out_dir: Path) -> dict[str, list[dict]] | None:
-    """The log of a run that has reached its last step, None of any other."""
+    """Return the log of a run that has reached its last step, or None for any other."""
     try:
         log = read_log(out_dir)
         return log if log["val"][-1]["step"] == log["run"][-1]["args"]["max_steps"] else None
@@ -623,18 +630,18 @@ def read_finished(out_dir: Path) -> dict[str, list[dict]] | None:
 
 
 def bench_sweep(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Train with every combination of options and seeds, and compare all runs that the folder holds.
+    """Train with every combination of options and seeds, and compare all runs in the folder.
 
-    What follows `--` are options of train.py; those with several values span the grid, seeds last. A run is a
-    folder `NAME,option=value,seed=1`; one that is finished is not repeated, so commands add up. Raises
-    ValueError when a finished run of that name had other options.
+    Options of train.py follow `--`; those with several values span the grid. Each run has a folder
+    `NAME,option=value,seed=1`. A finished run is not repeated, so several commands can fill one folder.
+    Raises ValueError if a finished run of the same name had other options.
     """
     grid = [[(name, value) for value in values or [""]] for name, values in args.options.items()]
     varied = {name for name, values in args.options.items() if len(values) > 1}
     folder = Path(args.out_dir)
     threads = {**os.environ, "OMP_NUM_THREADS": str(max(os.cpu_count() // args.jobs, 1))}
 
-    def run(settings: tuple[tuple[str, str], ...], seed: str) -> None:
+    def train_once(settings: tuple[tuple[str, str], ...], seed: str) -> None:
         name = ",".join([args.name, *(f"{key}={value}" for key, value in settings if key in varied)])
         out_dir = folder / f"{name},seed={seed}"
         words = [word for key, value in settings for word in (f"--{key}", value) if word]
@@ -643,7 +650,7 @@ def bench_sweep(args: argparse.Namespace, device: torch.device) -> list[dict]:
             wanted, had = vars(train.parse_args(words)), log["run"][-1]["args"]
             for key in (key.removeprefix("no-") for key, _ in settings):
                 if had[key] != wanted[key]:
-                    raise ValueError(f"{out_dir} was run with --{key} {had[key]}: choose another --name")
+                    raise ValueError(f"{out_dir} was run with --{key} {had[key]}: use another --name")
             return
         shutil.rmtree(out_dir, ignore_errors=True)
         command = [sys.executable, train.__file__, *words]
@@ -651,30 +658,31 @@ def bench_sweep(args: argparse.Namespace, device: torch.device) -> list[dict]:
         outcome = done.stderr.strip().splitlines()[-1:] if done.returncode else ["done"]
         print(f"{out_dir.name}: {' '.join(outcome)}", flush=True)
 
-    # All settings with one seed, then all with the next: a machine that changes its speed does so for all.
+    # Seeds are the outer loop, so that a change in the speed of the machine affects all settings.
+    runs = [(each, seed) for seed in args.seeds for each in product(*grid)]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda each: run(*each), [(each, s) for s in args.seeds for each in product(*grid)]))
+        list(pool.map(lambda each: train_once(*each), runs))
     return compare_runs(folder, args.baseline)
 
 
 def compare_runs(folder: Path, baseline: str | None) -> list[dict]:
-    """A row for each setting of a sweep: its loss over the seeds, and what it takes to the baseline's loss.
+    """Return a row per setting of a sweep: its loss, and the steps and time to the baseline's loss.
 
-    Without a `baseline` that is the best setting. Raises ValueError when it or any finished run is missing.
+    `baseline` defaults to the best setting. Raises ValueError if it is missing or no run has finished.
     """
     settings: dict[str, list[dict]] = {}
     for out_dir in sorted(folder.glob("*")):
         if log := read_finished(out_dir):
             settings.setdefault(out_dir.name.rpartition(",seed=")[0], []).append(log)
     if not settings:
-        raise ValueError(f"no run in {folder} has finished: see what train.py says, or give --seeds")
+        raise ValueError(f"no run in {folder} has finished: check the errors of train.py, or add --seeds")
     losses = {name: [log["val"][-1]["loss"] for log in logs] for name, logs in settings.items()}
     base = baseline or min(settings, key=lambda name: statistics.mean(losses[name]))
     if base not in settings:
         raise ValueError(f"no setting {base} in {folder}: choose from {', '.join(settings)}")
     target, rows = statistics.mean(losses[base]), []
     for name, logs in settings.items():
-        # The target is a mean: of the baseline's own runs some stay above it.
+        # The target is a mean, which some of the baseline's own runs do not reach.
         goals = losses[name] if name == base else [target] * len(logs)
         reached = [seconds_to(goal, log) for goal, log in zip(goals, logs, strict=True)]
         rows.append(
@@ -688,12 +696,12 @@ def compare_runs(folder: Path, baseline: str | None) -> list[dict]:
                 "s": statistics.mean(seconds for _, seconds in reached),
             }
         )
-    print(f"the target is the validation loss of {base}, {target:.4f}; spread is the standard deviation")
+    print(f"target: the validation loss of {base}, {target:.4f}; spread: the standard deviation")
     return rows
 
 
 def bench_all(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Run every subcommand, each in its process; with --output, their figures in a folder of that name."""
+    """Run every subcommand in its own process; --output is a folder for their figures."""
     runs = [["ladder"], ["variants"], ["train"], ["loader", "--steps", "20"], ["memory"]]
     if device.type == "cuda":
         full = "--n_layer 12 --n_head 12 --n_embd 768 --block_size 1024 --steps 20".split()
@@ -724,10 +732,10 @@ def alternate(
     unit: str,
     warm_up: bool = True,
 ) -> tuple[list[dict], list]:
-    """Time the ways in turn, after a warm-up each; a way that returns a float has taken its seconds itself.
+    """Time the ways in alternation, after one warm-up each. A way that returns a float has timed itself.
 
-    Returns a row for each way, with its rate per second of `unit` and its ratio to the first way's round by
-    round, and what each way returned.
+    Returns a row for each way, with its rate in `unit` per second and the median over the rounds of its ratio
+    to the first way, and the results of all ways.
     """
     seconds, results = {name: [] for name in ways}, {}
     for round_number in range(rounds + warm_up):
@@ -751,47 +759,48 @@ def alternate(
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    # What several subcommands take.
+    at_least_1 = Range(count, 1)
+    # Options that several subcommands share.
     parents = [argparse.ArgumentParser(add_help=False) for _ in range(6)]
     shared, timed, tokenized, sized, small, stepped = parents
     add = shared.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--output", help="write the figures to this .json file")
     add = timed.add_argument
-    add("--rounds", type=count, default=2, help="counted repetitions of each way")
+    add("--rounds", type=at_least_1, default=2, help="counted repetitions of each way")
     add = tokenized.add_argument
-    add("--tokenizer", choices=NAMES, default="byte", help="gpt2 is the real thing, byte needs no download")
+    add("--tokenizer", choices=NAMES, default="byte", help="gpt2 for real figures; byte needs no download")
     for parent, n_layer, n_head, n_embd in ((sized, 12, 12, 768), (small, 2, 4, 256)):
         add = parent.add_argument
         add("--n_layer", type=int, default=n_layer, help="blocks")
         add("--n_head", type=int, default=n_head, help="attention heads per block")
         add("--n_embd", type=int, default=n_embd, help="width")
     add = stepped.add_argument
-    add("--batch_size", type=count, default=4, help="sequences per step")
-    add("--block_size", type=count, default=512, help="context in tokens")
-    add("--steps", type=count, default=2, help="steps in each round, or in a shard of the loader's")
+    add("--batch_size", type=at_least_1, default=4, help="sequences per step")
+    add("--block_size", type=at_least_1, default=512, help="context in tokens")
+    add("--steps", type=at_least_1, default=2, help="steps per round, or per shard for the loader")
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, run: Callable, *parents: argparse.ArgumentParser) -> Callable:
-        summary, parents = run.__doc__.split("\n\n")[0], [shared, *parents]
+    def command(name: str, bench: Callable, *parents: argparse.ArgumentParser) -> Callable:
+        summary, parents = bench.__doc__.split("\n\n")[0], [shared, *parents]
         command = commands.add_parser(name, help=summary, formatter_class=formatter, parents=parents)
-        command.set_defaults(run=run)
+        command.set_defaults(bench=bench)
         return command.add_argument
 
     add = command("hellaswag", bench_hellaswag, timed, tokenized, sized)
     add("--data", default=str(DEMO_ITEMS), help="items to score")
-    add("--limit", type=count, default=20, help="items to score")
-    add("--batch_tokens", type=count, help="tokens per forward pass; None is hellaswag.evaluate's own choice")
+    add("--limit", type=at_least_1, default=20, help="items to score")
+    add("--batch_tokens", type=at_least_1, help="tokens per forward pass (None: as hellaswag.py)")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of weights and arithmetic")
     add = command("data", bench_data, timed, tokenized)
-    add("--files", nargs="+", default=[], help="text to tokenise; none is Python's standard library")
-    add("--workers", type=count, default=os.cpu_count(), help="processes that tokenise")
+    add("--files", nargs="+", default=[], help="text to tokenise (default: Python's standard library)")
+    add("--workers", type=at_least_1, default=os.cpu_count(), help="processes that tokenise")
     add = command("generate", bench_generate, timed, sized)
-    add("--batch_size", type=count, default=1, help="sequences")
-    add("--prompt_tokens", type=count, default=8, help="tokens in the prompt")
-    add("--max_new_tokens", type=count, default=256, help="tokens to generate")
+    add("--batch_size", type=at_least_1, default=1, help="sequences")
+    add("--prompt_tokens", type=at_least_1, default=8, help="tokens in the prompt")
+    add("--max_new_tokens", type=at_least_1, default=256, help="tokens to generate")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and arithmetic")
     add = command("train", bench_train, timed, small, stepped)
     add("--grow", action="store_true", help="also with half and twice the context, batch and depth")
@@ -804,13 +813,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     command("optimizer", bench_optimizer, timed, sized)
     add = command("sweep", bench_sweep)
     add("--out_dir", default="sweep", help="folder of the runs")
-    add("--name", default="run", help="what the names of these runs begin with")
-    add("--seeds", nargs="*", default=["1", "2", "3"], help="a run for each; none only compares")
-    add("--jobs", type=count, default=1, help="runs at a time")
-    add("--baseline", help="setting whose validation loss is the target; None is the best")
+    add("--name", default="run", help="prefix of the run folders")
+    add("--seeds", nargs="*", default=["1", "2", "3"], help="one run for each (none: only compare)")
+    add("--jobs", type=at_least_1, default=1, help="parallel runs")
+    add("--baseline", help="setting whose validation loss is the target (None: the best one)")
     add = command("quickstart", bench_quickstart)
     add("--data_dir", required=True, help="Tiny Shakespeare: fineweb.py --files input.txt --tokenizer byte")
-    add("--steps", type=count, default=400, help="steps of train.py, over which its learning rate decays")
+    add("--steps", type=at_least_1, default=400, help="training steps of train.py")
     command("all", bench_all)
     add = command("memory", bench_memory, sized)
     add("--vocab_size", type=int, default=PADDED_VOCAB_SIZE, help="token ids")
@@ -819,6 +828,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end])
+    if problems := out_of_range(commands.choices[args.command], args):
+        raise ValueError("\n".join(problems))
     args.options = {}  # of train.py, each with its values
     for word in argv[end + 1 :]:
         if word.startswith("--"):
@@ -833,20 +844,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = choose_device(args.device)
-    rows = args.run(args, device)
+    device = hardware.choose_device(args.device)
+    rows = args.bench(args, device)
     width = max(len(row["way"]) for row in rows)
     print(" " * width, *(f"{name:>10}" for name in list(rows[0])[1:]))
     for row in rows:
         print(f"{row['way']:{width}}", *(f"{value:10.5g}" for value in list(row.values())[1:]))
     if args.output:
-        options = {name: value for name, value in vars(args).items() if name != "run"}
-        record = {"args": options, **describe_machine(device), "rows": rows}
+        options = {name: value for name, value in vars(args).items() if name != "bench"}
+        record = {"args": options, **hardware.describe_machine(device), "rows": rows}
         write_json(args.output, record)
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"bench.py: error: {error}")
+    run(main, parse_args)

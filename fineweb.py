@@ -3,13 +3,13 @@
     python fineweb.py                                             # FineWeb-Edu, 10 billion tokens
     python fineweb.py --files input.txt --out_dir shakespeare     # your own .txt, .jsonl, .jsonl.gz, .parquet
     python fineweb.py --dataset Salesforce/wikitext --name wikitext-103-raw-v1 --shard_size 1e7 --out_dir wiki
-    python fineweb.py --verify                                    # are the shards still what they were?
+    python fineweb.py --verify                                    # compare the shards with their hashes
 
 Writes `edufineweb_{val|train}_{index:06d}.npy` to --out_dir: one-dimensional uint16 arrays of --shard_size
-tokens, the first one for validation, every document headed by the end-of-text token; and `manifest.json`,
-which describes them. A set that fits into one shard is cut instead: its last tenth is `val`, the rest
-`train`, as is usual for Tiny Shakespeare. FineWeb-Edu's sample of about 10 billion tokens gives about 100
-shards of 200 MB. The same command continues a set that was interrupted, and mends a finished one.
+tokens. The first shard is for validation, and every document starts with the end-of-text token.
+`manifest.json` describes the set. A set that fits into one shard is split instead: its last tenth becomes
+`val` and the rest `train`, as is usual for Tiny Shakespeare. FineWeb-Edu's sample of about 10 billion tokens
+gives about 100 shards of 200 MB. The same command continues an interrupted set and repairs a finished one.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import io
 import json
 import multiprocessing
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -35,25 +36,27 @@ from dataclasses import astuple, dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from runtime.cli import Range, count, out_of_range, run
+from runtime.files import file_hash, write_atomically, write_json
 from tokenizer import NAMES, get_tokenizer
 
 MANIFEST = "manifest.json"
-DOWNLOADS = "downloads"  # folder in --out_dir for the Hub's files
+DOWNLOADS = "downloads"  # folder in --out_dir for files from the Hub
 DOCUMENTS_PER_CHUNK = 64  # enough to hide the cost of passing a chunk between processes
-ROWS_PER_CHUNK = 256  # of parquet files, where a worker decodes the whole row group, mostly of 1,000 rows
-HUB_TRIES = 4  # beside those of huggingface_hub, which takes up to half a minute for each
+ROWS_PER_CHUNK = 256  # of parquet files, where a worker decodes a whole row group, typically of 1,000 rows
+HUB_TRIES = 4  # on top of the retries of huggingface_hub, which can take half a minute per try
 HUB_REFUSALS = ("OfflineModeIsEnabled", "DatasetNotFoundError")
 SUFFIXES = (".txt", ".py", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 
 
 @dataclass(frozen=True)
 class Input:
-    """One file of documents, local or, with a `repo` and its `revision`, a dataset's on the Hub."""
+    """One file of documents: local or, with `repo` and `revision`, from a dataset on the Hub."""
 
     path: str
     size: int
@@ -62,30 +65,30 @@ class Input:
     revision: str | None = None
 
 
-Position = tuple[int, int, int]  # input, row where a chunk begins, and tokens from there
+Position = tuple[int, int, int]  # input, first row of a chunk, and tokens to skip from there
 
 
 class Chunk(NamedTuple):
-    """Consecutive documents of one input: their texts, or the rows of a parquet file that a worker reads, for
-    one that does leaves less work to the parent."""
+    """Consecutive documents of one input: their texts, or rows of a parquet file, which a worker reads
+    itself to take work off the parent."""
 
-    input: int  # which of the inputs it stands in
-    row: int  # and where it begins
-    share: float  # of this input that is read when it ends
+    input: int  # index of the input
+    row: int  # of its first document
+    share: float  # of the input that has been read at the chunk's end
     texts: list[str | None] | None
     rows: tuple[str, str, int, int] | None  # path, column, row group, and first row in it
 
 
 def check_format(path: str) -> None:
-    """Raise ValueError for a format that we do not read."""
+    """Raise ValueError for an unsupported file format."""
     if not path.endswith(SUFFIXES):
-        raise ValueError(f"cannot read {path}: inputs are {', '.join(SUFFIXES)}")
+        raise ValueError(f"cannot read {path}: supported formats are {', '.join(SUFFIXES)}")
 
 
 def local_inputs(patterns: list[str]) -> list[Input]:
-    """The files that match, each pattern's in the order of their names.
+    """Return the files that match, sorted by name within each pattern.
 
-    Raises FileNotFoundError for a pattern without a match, ValueError for a format that we do not read.
+    Raises FileNotFoundError for a pattern without a match, and ValueError for an unsupported format.
     """
     paths = []
     for pattern in patterns:
@@ -99,9 +102,10 @@ def local_inputs(patterns: list[str]) -> list[Input]:
 
 
 def hub_inputs(dataset: str, name: str | None) -> list[Input]:
-    """List the files of a dataset's `train` split, at its present revision.
+    """Return the files of a dataset's `train` split at its current revision.
 
-    Raises ValueError where there is none that we read, ConnectionError when the Hub is out of reach.
+    Raises ValueError if there are none in a supported format, and ConnectionError if the Hub cannot be
+    reached.
     """
     from datasets import load_dataset_builder
     from huggingface_hub import HfApi
@@ -130,14 +134,14 @@ def hub_inputs(dataset: str, name: str | None) -> list[Input]:
 
 
 def retrying(call: Callable, what: str):
-    """Return what `call` returns; repeat it, later and later, while the Hub has trouble that may pass.
+    """Return what `call` returns; retry with growing delays while the Hub has temporary trouble.
 
-    Raises FileNotFoundError where the Hub says no, ConnectionError after the last try.
+    Raises FileNotFoundError if the Hub refuses the request, and ConnectionError after the last try.
     """
     for left in reversed(range(HUB_TRIES)):
         try:
             return call()
-        except Exception as error:  # what the client library raises has no base class in common
+        except Exception as error:  # the client library's errors have no common base class
             if isinstance(error, ValueError) and not isinstance(error, OSError):
                 raise
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -147,12 +151,13 @@ def retrying(call: Callable, what: str):
                     f"cannot {what} ({reason}): check its name, HF_TOKEN and HF_HUB_OFFLINE, or give --files"
                 ) from error
             if not left:
-                raise ConnectionError(f"cannot {what} ({reason})") from error
+                command = f"python {shlex.join(sys.argv)}"
+                raise ConnectionError(f"cannot {what} ({reason}); to continue: {command}") from error
             time.sleep(2 ** (HUB_TRIES - 1 - left))
 
 
 def download(source: Input, folder: Path) -> Path:
-    """Fetch a file from the Hub, whole and with the right hash, continuing a download that was cut off."""
+    """Download a file from the Hub and verify its hash; an interrupted download is continued."""
     from huggingface_hub import hf_hub_download
 
     def fetch() -> Path:
@@ -160,14 +165,14 @@ def download(source: Input, folder: Path) -> Path:
         path = Path(hf_hub_download(source.repo, source.path, **where))
         if source.sha256 and file_hash(path) != source.sha256:
             path.unlink()
-            raise OSError(f"{source.path} came with another hash than the Hub names")
+            raise OSError(f"the hash of {source.path} differs from the one on the Hub")
         return path
 
-    return retrying(fetch, f"fetch {source.path}")
+    return retrying(fetch, f"download {source.path}")
 
 
 class Fetcher:
-    """The inputs as files on this machine; the next one is fetched while one is read."""
+    """The inputs as local files; the next one is downloaded while one is being read."""
 
     def __init__(self, inputs: list[Input], folder: Path, keep: bool):
         self.inputs, self.folder, self.keep = inputs, folder, keep
@@ -183,7 +188,7 @@ class Fetcher:
         return self.pending[index].result()
 
     def release(self, before: int) -> None:
-        """Drop the local copies of the inputs before this one: their tokens are safe."""
+        """Delete the downloads before this input, whose tokens have been written."""
         for index in [index for index in self.pending if index < before and not self.keep]:
             self.pending.pop(index).result().unlink(missing_ok=True)
 
@@ -192,10 +197,10 @@ class Fetcher:
 
 
 def read_chunks(fetcher: Fetcher, text_column: str, start: tuple[int, int]) -> Iterator[Chunk]:
-    """Yield the documents of all inputs in order, from row start[1] of input start[0], a chunk's beginning.
+    """Yield the documents of all inputs in order, starting at row start[1] of input start[0].
 
-    A .txt or .py file is one document, the others have a row each. Raises ValueError naming the file, and the
-    line where there is one, for what cannot be read.
+    That row has to be the first one of a chunk. A .txt or .py file is one document; the other formats have
+    one per row. Raises ValueError for input that cannot be read, naming the file and, if possible, the line.
     """
     first, first_row = start
     for index in range(first, len(fetcher.inputs)):
@@ -230,8 +235,8 @@ def _jsonl_rows(path: Path, text_column: str) -> Iterator[tuple[float, str | Non
                 yield file.tell() / size, json.loads(line)[text_column]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"line {number} is no JSON object with a {text_column!r} ({error}): "
-                    "mend it or name another --text_column"
+                    f"line {number} is not a JSON object with the key {text_column!r} ({error}): "
+                    "fix it or set another --text_column"
                 ) from error
 
 
@@ -262,15 +267,15 @@ def _parquet_rows(path: Path, text_column: str) -> Iterator[tuple[int, float, tu
 
 
 def stdlib_inputs() -> list[Input]:
-    """The sources of Python's standard library, about 10 MB of text that every machine with Python has.
+    """Return the sources of Python's standard library: about 10 MB of text on every machine with Python.
 
-    Left out are its tests, what is installed beside it, and two packages of tables. The order is by hash of
-    the file name, so that the last tenth is a fair sample.
+    Excludes its tests, installed packages and two packages of tables. Files are ordered by the hash of their
+    names, so that the last tenth is a fair sample.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+    excluded = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
     names = [path.relative_to(root) for path in root.rglob("*.py")]
-    names = [name.as_posix() for name in names if not left_out & set(name.parts)]
+    names = [name.as_posix() for name in names if not excluded & set(name.parts)]
     if not names:
         raise FileNotFoundError(
             f"no Python sources in {root}: make shards with `python fineweb.py --files …`"
@@ -280,7 +285,7 @@ def stdlib_inputs() -> list[Input]:
 
 
 def texts_of(chunk: Chunk) -> list[str | None]:
-    """The documents of a chunk, read where they have not been. Raises ValueError naming a damaged file."""
+    """Return the documents of a chunk, reading parquet rows. Raises ValueError naming a damaged file."""
     if chunk.rows is None:
         return chunk.texts
     path, column, number, first = chunk.rows
@@ -291,18 +296,20 @@ def texts_of(chunk: Chunk) -> list[str | None]:
 
 
 def encode_chunk(chunk: Chunk, tokenizer_name: str) -> tuple[np.ndarray, int]:
-    """Return the documents' ids in uint16, end-of-text before each, and how many were skipped: those that are
-    empty or no text."""
+    """Return the documents' ids in uint16, each after an end-of-text token, and the number of skipped ones.
+
+    Documents that are empty or not text are skipped.
+    """
     tokenizer, texts = get_tokenizer(tokenizer_name), texts_of(chunk)
     eot = np.array([tokenizer.eot_token], dtype=np.uint16)
     parts = []
     for text in texts:
         if not isinstance(text, str) or not text:
             continue
-        # disallowed_special=(): "<|endoftext|>" in a text is ordinary text
+        # disallowed_special=(): "<|endoftext|>" within a document is ordinary text.
         try:
             ids = tokenizer.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell: do as tiktoken's encode
+        except UnicodeEncodeError:  # a lone surrogate, possible in JSON: replaced as tiktoken's `encode` does
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             ids = tokenizer.encode_to_numpy(text, disallowed_special=())
         parts += [eot, ids.astype(np.uint16)]
@@ -310,21 +317,21 @@ def encode_chunk(chunk: Chunk, tokenizer_name: str) -> tuple[np.ndarray, int]:
 
 
 def end_with_parent() -> None:
-    """Let this worker end when the parent is killed: it would wait for work for ever."""
+    """Make this worker exit when its parent is killed; it would wait for work forever."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=wait, daemon=True).start()
 
 
 def start_workers(workers: int, tokenizer: str) -> ProcessPoolExecutor | None:
-    """Start the processes that tokenise; None for one worker, which is this process.
+    """Start the processes that tokenise. Returns None for one worker, which is this process.
 
-    On Linux they are forked, before any thread starts here, and have at once what is loaded; elsewhere a fork
-    is not safe.
+    On Linux they are forked before this process starts any thread, so loaded modules are available at once.
+    On other systems forking is not safe.
     """
     if workers == 1:
         return None
@@ -338,7 +345,7 @@ def start_workers(workers: int, tokenizer: str) -> ProcessPoolExecutor | None:
 def encode_chunks(
     chunks: Iterator[Chunk], tokenizer: str, pool: ProcessPoolExecutor | None, workers: int
 ) -> Iterator[tuple[Chunk, np.ndarray, int]]:
-    """Yield the chunks in order, each with what `encode_chunk` makes of it in the pool's `workers`."""
+    """Yield the chunks in order, each with its result of `encode_chunk`, computed by the pool's `workers`."""
     if pool is None:
         yield from ((chunk, *encode_chunk(chunk, tokenizer)) for chunk in chunks)
         return
@@ -357,37 +364,12 @@ def encode_chunks(
             future.cancel()
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Have `write(file)` fill a file that appears under its name only when it is whole and on disk."""
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except Exception:
-        partial.unlink(missing_ok=True)  # a full disk needs the room
-        raise
-
-
-def write_json(path: str | Path, record: dict) -> None:
-    """Write a JSON file, whole or not at all."""
-    data = json.dumps(record, indent=1).encode()
-    write_atomically(Path(path), lambda file: file.write(data))
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class ShardSet:
-    """The shards of one folder, and the manifest that describes them.
+    """The shards of one folder and the manifest that describes them.
 
-    Each shard's record says where the `next` one begins: input, row, and how many tokens from there on belong
-    to this one still. So a set goes on after its last whole shard, and any shard can be made anew.
+    The record of each shard says where the `next` one begins: input, row, and how many tokens from there
+    still belong to this shard. So a set can continue after its last complete shard, and any shard can be made
+    again.
     """
 
     def __init__(
@@ -401,8 +383,8 @@ class ShardSet:
     def shards(
         self, start: Position, size: int, left: int, done: int = 0, skipped: int = 0
     ) -> Iterator[tuple[np.ndarray, Position | None, int]]:
-        """Yield the tokens of one shard after the other, where the next one begins (None after the last), and
-        the number of documents skipped up to there."""
+        """Yield for each shard its tokens, where the next one begins (None after the last), and the number of
+        documents skipped so far."""
         total = self.manifest["max_tokens"] or sys.maxsize
         chunks = read_chunks(self.fetcher, self.manifest["source"]["text_column"], start[:2])
         stream = encode_chunks(chunks, self.manifest["tokenizer"], self.pool, self.workers)
@@ -431,7 +413,7 @@ class ShardSet:
         yield buffer[:filled], None, skipped
 
     def extend(self) -> None:
-        """Write the shards that are missing at the end."""
+        """Write the shards that are still missing at the end of the set."""
         records, task_count = self.manifest["shards"], self.manifest["task_count"]
         start, done = tuple(records[-1]["next"]) if records else (0, 0, 0), sum(r["tokens"] for r in records)
         left = (self.manifest["max_tokens"] or sys.maxsize) - done
@@ -442,7 +424,7 @@ class ShardSet:
                 cut = int(0.9 * len(tokens))
                 if cut == 0:
                     raise ValueError(
-                        f"{len(tokens)} tokens are too few for a val and a train shard: give more text"
+                        f"{len(tokens)} tokens are too few for a val and a train shard: add more text"
                     )
                 parts = [tokens[cut:], tokens[:cut]]
             made = []
@@ -461,38 +443,60 @@ class ShardSet:
     def write(self, name: str, tokens: np.ndarray) -> None:
         write_atomically(self.out_dir / name, lambda file: np.save(file, tokens))
 
-    def mend(self, index: int) -> None:
-        """Make one shard anew. Raises ValueError when the inputs no longer give the same tokens."""
+    def repair(self, index: int) -> None:
+        """Make one shard again. Raises ValueError if the inputs no longer give the same tokens."""
         records = self.manifest["shards"]
         record, begin, size = records[index], 0, records[index]["tokens"]
         start = tuple(records[index - 1]["next"] or (0, 0, 0)) if index else (0, 0, 0)
-        if records[0]["next"] is None and len(records) == 2:  # one shard, of which val was the end
+        if records[0]["next"] is None and len(records) == 2:  # one shard that was split, val being its end
             begin, size = (0, size) if index else (records[1]["tokens"], records[1]["tokens"] + size)
         tokens, _, _ = next(self.shards(start, size, size))
         self.write(record["name"], tokens[begin:])
         if file_hash(self.out_dir / record["name"]) != record["sha256"]:
-            raise ValueError(f"{record['name']} came out with another hash: its inputs have changed")
+            raise ValueError(f"{record['name']} now has a different hash: its inputs have changed")
 
 
 def bad_shards(out_dir: Path, manifest: dict) -> list[int]:
-    """Numbers of the shards that are missing or are not what they were."""
+    """Return the numbers of the shards that are missing or whose hash differs."""
 
-    def is_whole(record: dict) -> bool:
+    def is_intact(record: dict) -> bool:
         path = out_dir / record["name"]
         return path.exists() and file_hash(path) == record["sha256"]
 
     bar = tqdm(manifest["shards"], desc="verifying", disable=None, leave=False)
-    return [number for number, record in enumerate(bar) if not is_whole(record)]
+    return [number for number, record in enumerate(bar) if not is_intact(record)]
 
 
 def shard_name(number: int, manifest: dict) -> str:
-    """What the shard of this number among those of its task is called: tasks take turns in the names."""
+    """Return the file name of a task's shard number `number`. Task i of n names its shards i, i + n, …"""
     index = number * manifest["task_count"] + manifest["task_index"]
     return f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
 
 
 def manifest_name(task_index: int, task_count: int) -> str:
     return MANIFEST if task_count == 1 else f"manifest_{task_index:04d}_of_{task_count:04d}.json"
+
+
+def read_task_manifest(out_dir: Path, task_index: int = 0, task_count: int = 1) -> dict | None:
+    """Return the manifest of one task, or None if there is none."""
+    path = out_dir / manifest_name(task_index, task_count)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_manifest(out_dir: Path) -> dict:
+    """Return the manifest of a finished set, that of all tasks merged; without one, `shards` is empty.
+
+    Raises ValueError if the set is incomplete or its tasks do not agree.
+    """
+    manifests = [json.loads(path.read_text()) for path in sorted(out_dir.glob("manifest*.json"))]
+    if not manifests:
+        return {"shards": []}
+    if not all(each["complete"] for each in manifests) or len(manifests) < manifests[0].get("task_count", 1):
+        raise ValueError(f"the shards in {out_dir} are incomplete: repeat the fineweb.py command")
+    for name in ("tokenizer", "vocab_size", "task_count"):
+        if len(found := {each.get(name) for each in manifests}) > 1:
+            raise ValueError(f"the manifests in {out_dir} have {name} {found}: use a folder for each set")
+    return {**manifests[0], "shards": [shard for each in manifests for shard in each["shards"]]}
 
 
 def prepare(
@@ -509,12 +513,12 @@ def prepare(
     keep_downloads: bool = False,
     resume: bool = True,
 ) -> dict:
-    """Write the shards and the manifest of the inputs' documents to `out_dir` and return the manifest.
+    """Write the documents of the inputs to `out_dir` as shards with a manifest, and return the manifest.
 
-    `source` says in plain types where the documents come from. A set that was interrupted is continued, of a
-    finished one the shards that are damaged are made anew; without `resume` all of them are. Of `task_count`
-    tasks, each takes every so-manieth input. Raises ValueError when the folder holds a set made with other
-    arguments, or any other shards.
+    `source` says in plain types where the documents come from. An interrupted set is continued, and damaged
+    shards of a finished one are made again; without `resume`, all shards are. Each of `task_count` tasks
+    processes every `task_count`-th input. Raises ValueError if the folder holds a set made with other
+    arguments, or other shards.
     """
     out_dir = Path(out_dir)
     encoding = get_tokenizer(tokenizer)
@@ -531,9 +535,9 @@ def prepare(
         "shards": [],
         "complete": False,
     }
-    found = read_manifest(out_dir, task_index, task_count)
+    found = read_task_manifest(out_dir, task_index, task_count)
     if found and not resume:
-        written = len(found["shards"]) + 1  # killed before it was noted down, one more
+        written = len(found["shards"]) + 1  # a killed command may have written one more than it recorded
         for number in range(written):
             (out_dir / shard_name(number, found)).unlink(missing_ok=True)
     elif found and found["shards"]:
@@ -543,7 +547,7 @@ def prepare(
         manifest = found
     elif not found and task_count == 1 and any(out_dir.glob("*.npy")):
         raise ValueError(
-            f"{out_dir} already holds .npy files that no manifest describes: choose another --out_dir"
+            f"{out_dir} already holds .npy files that no manifest describes: use another --out_dir"
         )
     inputs = inputs[task_index::task_count]
     if not inputs:
@@ -563,8 +567,8 @@ def prepare(
             shards.extend()
         else:
             for number in bad:
-                print(f"making {manifest['shards'][number]['name']} anew: it is missing or damaged")
-                shards.mend(number)
+                print(f"making {manifest['shards'][number]['name']} again: it is missing or damaged")
+                shards.repair(number)
     finally:
         fetcher.close()
         if pool:
@@ -574,71 +578,70 @@ def prepare(
     return manifest
 
 
-def read_manifest(out_dir: Path, task_index: int = 0, task_count: int = 1) -> dict | None:
-    """The manifest of one task, None where there is none."""
-    path = out_dir / manifest_name(task_index, task_count)
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def difference(out_dir: Path, name: str, found: object, wanted: object) -> str:
-    """Name what keeps a folder's shards from being continued."""
+    """Return an error message that names the difference between a set and the arguments to continue it."""
     while isinstance(found, dict) and isinstance(wanted, dict):
         name = next(each for each in {**found, **wanted} if found.get(each) != wanted.get(each))
         found, wanted = found.get(name), wanted.get(name)
     if isinstance(found, list) and isinstance(wanted, list):
         changed = [pair for pair in zip(found, wanted, strict=False) if pair[0] != pair[1]]
         found, wanted = changed[0] if changed else (f"{len(found)} files", f"{len(wanted)} files")
-    return f"{out_dir} already holds shards with {name} {found}, not {wanted}: choose another --out_dir"
+    return f"{out_dir} already holds shards with {name} {found}, not {wanted}: use another --out_dir"
 
 
 def verify(out_dir: Path, task_index: int, task_count: int) -> None:
-    """Compare a finished set with its hashes. Raises ValueError, a line for each shard that is bad."""
-    manifest = read_manifest(out_dir, task_index, task_count)
+    """Compare a finished set with its hashes. Raises ValueError with a line for each bad shard."""
+    manifest = read_task_manifest(out_dir, task_index, task_count)
     if manifest is None or not manifest["complete"]:
         raise ValueError(f"no finished set in {out_dir}: make one with the same command without --verify")
     bad = [manifest["shards"][number]["name"] for number in bad_shards(out_dir, manifest)]
     if bad:
-        lines = [f"{name} is missing or damaged: the command that made it makes it anew" for name in bad]
+        lines = [f"{name} is missing or damaged: the command that made it repairs it" for name in bad]
         raise ValueError("\n".join(lines))
-    print(f"all {len(manifest['shards'])} shards in {out_dir} are whole")
+    print(f"all {len(manifest['shards'])} shards in {out_dir} are intact")
 
 
-def count(text: str) -> int:
-    """A whole number above zero as people write it: 100000000, 100_000_000 or 1e8."""
-    number = float(text)
-    if number < 1 or number != int(number):
-        raise argparse.ArgumentTypeError(f"{text} is no whole number above zero")
-    return int(number)
+def prepare_demo(out_dir: str | Path) -> None:
+    """Make a set from the sources of Python's standard library, unless there is a finished one."""
+    found = read_task_manifest(Path(out_dir))
+    if not (found and found["complete"]):
+        print(f"making shards from Python's standard library in {out_dir}/")
+        source = {"standard library of Python": platform.python_version(), "text_column": None}
+        prepare(stdlib_inputs(), out_dir, source=source, tokenizer="byte")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    at_least_1 = Range(count, 1)
     add = parser.add_argument_group("documents").add_argument
     add("--dataset", default="HuggingFaceFW/fineweb-edu", help="dataset on the Hugging Face Hub")
-    add("--name", help="its configuration; sample-10BT for the default dataset")
+    add("--name", help="its configuration (None: sample-10BT for the default dataset)")
     add("--files", nargs="+", help=f"local files or globs instead: {', '.join(SUFFIXES)}")
     add("--text_column", default="text", help="column or key that holds the text")
     add = parser.add_argument_group("shards").add_argument
     add("--tokenizer", choices=NAMES, default="gpt2", help="gpt2, or byte, which needs no download")
     add("--out_dir", default="edu_fineweb10B", help="folder for the shards")
-    add("--shard_size", type=count, default=100_000_000, help="tokens per shard")
-    add("--max_tokens", type=count, help="stop after this many tokens (of each task); None takes all")
-    add("--workers", type=count, default=os.cpu_count(), help="processes that tokenise")
-    add("--task_index", type=int, default=0, help="which of --task_count machines this is, from 0")
-    add("--task_count", type=count, default=1, help="machines that share the inputs, a file at a time")
-    add("--keep_downloads", action="store_true", help=f"leave the Hub's files in --out_dir/{DOWNLOADS}")
+    add("--shard_size", type=at_least_1, default=100_000_000, help="tokens per shard")
+    add("--max_tokens", type=at_least_1, help="stop after this many tokens per task (None: no limit)")
+    add("--workers", type=at_least_1, default=os.cpu_count(), help="processes that tokenise")
+    add("--task_index", type=Range(int, 0), default=0, help="index of this machine, from 0")
+    add("--task_count", type=at_least_1, default=1, help="machines that share the inputs, file by file")
+    add("--keep_downloads", action="store_true", help=f"keep the Hub's files in --out_dir/{DOWNLOADS}")
     add(
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="continue or mend the set in --out_dir; --no-resume deletes it first",
+        help="continue or repair the set in --out_dir; --no-resume deletes it first",
     )
     add("--verify", action="store_true", help="only compare a finished set with the hashes in its manifest")
     args = parser.parse_args(argv)
-    if not 0 <= args.task_index < args.task_count:
-        raise ValueError(f"--task_index is {args.task_index}: give 0 to {args.task_count - 1}")
+    problems = out_of_range(parser, args)
+    if args.task_index >= args.task_count:
+        problems.append(f"--task_index is {args.task_index}: use 0 to {args.task_count - 1}")
+    if problems:
+        raise ValueError("\n".join(problems))
     if args.name is None and args.dataset == parser.get_default("dataset"):
         args.name = "sample-10BT"
     return args
@@ -648,7 +651,7 @@ def main(args: argparse.Namespace) -> None:
     out_dir = Path(args.out_dir)
     if args.verify:
         return verify(out_dir, args.task_index, args.task_count)
-    found = read_manifest(out_dir, args.task_index, args.task_count) if args.resume else None
+    found = read_task_manifest(out_dir, args.task_index, args.task_count) if args.resume else None
     if args.files:
         inputs = local_inputs(args.files)
         files = [[Path(each.path).name, each.size] for each in inputs]
@@ -656,45 +659,28 @@ def main(args: argparse.Namespace) -> None:
     else:
         source = {"dataset": args.dataset, "name": args.name, "text_column": args.text_column}
         if found and all(found["source"].get(name) == value for name, value in source.items()):
-            # What was begun is finished at its revision, whatever the Hub has today.
+            # An interrupted set is completed from the dataset revision it started with.
             inputs = [Input(*each) for each in found["source"]["inputs"]]
         else:
             inputs = hub_inputs(args.dataset, args.name)
         source["inputs"] = [list(astuple(each)) for each in inputs]
-    manifest = prepare(
-        inputs,
-        out_dir,
-        source=source,
-        tokenizer=args.tokenizer,
-        shard_size=args.shard_size,
-        max_tokens=args.max_tokens,
-        workers=args.workers,
-        task_index=args.task_index,
-        task_count=args.task_count,
-        keep_downloads=args.keep_downloads,
-        resume=args.resume,
-    )
+    names = ("tokenizer", "shard_size", "max_tokens", "workers", "task_index", "task_count")
+    options = {name: getattr(args, name) for name in (*names, "keep_downloads", "resume")}
+    manifest = prepare(inputs, out_dir, source=source, **options)
     for split in ("val", "train"):
         shards = [shard for shard in manifest["shards"] if split in shard["name"]]
         tokens, documents = (sum(shard[what] for shard in shards) for what in ("tokens", "documents"))
-        print(f"{split:>5}: {tokens:,} tokens in {len(shards)} shard(s), {documents:,} documents begin there")
-    print(f"skipped: {manifest['skipped_documents']:,} documents that are empty or no text")
+        print(f"{split:>5}: {tokens:,} tokens in {len(shards)} shard(s), {documents:,} documents start there")
+    print(f"skipped: {manifest['skipped_documents']:,} documents that are empty or not text")
     print(f"next:  python train.py --data_dir {args.out_dir}")
 
 
-def run() -> str | None:
-    """Do what the command line says; return what went wrong, in one line where it is not several things."""
-    try:
-        main(parse_args())
-    except KeyboardInterrupt:
-        return "fineweb.py: stopped: the same command continues"
-    except BrokenProcessPool:
-        return "fineweb.py: error: a worker was killed, for lack of memory perhaps: lower --workers"
-    except ConnectionError as error:
-        return f"fineweb.py: error: {error}; to continue: python {shlex.join(sys.argv)}"
-    except (ValueError, FileNotFoundError) as error:
-        return "\n".join(f"fineweb.py: error: {line}" for line in str(error).splitlines())
+def explain_interruption(error: BaseException, args: argparse.Namespace) -> str | None:
+    """Return what to do after Ctrl-C or when a worker was killed, or None for any other error."""
+    if isinstance(error, BrokenProcessPool):
+        return "a worker was killed, perhaps for lack of memory: lower --workers"
+    return "interrupted: the same command continues" if isinstance(error, KeyboardInterrupt) else None
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    run(main, parse_args, explain_interruption)

@@ -1,11 +1,11 @@
-"""Score a language model on HellaSwag: which of four endings does it find likeliest? (Zellers et al. 2019)
+"""Score a language model on HellaSwag: which of four endings does it find most likely? (Zellers et al. 2019)
 
     python hellaswag.py --model gpt2                 # downloads the 10,042 validation items, 12 MB, once
     python hellaswag.py --model log --limit 200      # the newest checkpoint of a run
     python hellaswag.py --model log --lm_eval --output results.json
 
-Prints accuracy and, with --output, writes it as JSON. There are two ways to score, and their figures do not
-compare:
+Prints accuracy and, with --output, writes it as JSON. There are two ways to score, and their results cannot
+be compared with each other:
 
                               completion (ours, train.py's)    lm-evaluation-harness (--lm_eval)
                               acc        acc_norm              acc        acc_norm
@@ -24,7 +24,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,24 +35,26 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fineweb import file_hash, write_json
-from model import GPT, choose_device
+from model import GPT
+from runtime.cli import Range, out_of_range, run
+from runtime.files import file_hash, write_json
+from runtime.hardware import choose_device
 from sample import tokenizer_for
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 DATA = "hellaswag_val.jsonl"
 TRIES = 5
-BACK_OFF_S = 1.0  # before the second try, doubled before each further one
-HEAD_ROWS = 256  # positions that go through the head at once: their logits stay in the cache of a CPU
+BACK_OFF_S = 1.0  # delay before the second try; doubles with each further one
+HEAD_ROWS = 256  # positions per call of the head, so that their logits stay in a CPU's cache
 PUBLISHED = {"completion": "GPT-2 28.59 / 29.55, GPT-2 XL 38.42 / 48.93, GPT-3 125M - / 33.7",
              "lm_eval": "GPT-2 28.92 / 31.14, GPT-2 XL 40.04 / 50.89"}  # fmt: skip
 
 
 def download(url: str = URL, path: str | Path = DATA, sha256: str = SHA256) -> Path:
-    """Fetch the validation set once: resumed where it broke off, retried, checked, renamed when whole.
+    """Download the validation set unless it is there, with retries, and verify its hash.
 
-    Raises FileNotFoundError after the last try.
+    An interrupted download is continued. Raises FileNotFoundError after the last try.
     """
     import requests
 
@@ -68,7 +69,7 @@ def download(url: str = URL, path: str | Path = DATA, sha256: str = SHA256) -> P
         try:
             headers = {"Range": f"bytes={have}-"} if have else {}
             with requests.get(url, headers=headers, stream=True, timeout=30) as response:
-                if response.status_code == 416:  # what we have is as long as the file or longer
+                if response.status_code == 416:  # the partial file is as long as the whole one, or longer
                     partial.unlink()
                 response.raise_for_status()
                 have = have if response.status_code == 206 else 0
@@ -97,9 +98,10 @@ def download(url: str = URL, path: str | Path = DATA, sha256: str = SHA256) -> P
             os.replace(partial, path)
             return path
         except OSError as error:
-            reason = str(error) if len(str(error)) < 100 else type(error).__name__  # requests' are very long
+            # The messages of requests can be very long.
+            reason = str(error) if len(str(error)) < 100 else type(error).__name__
     raise FileNotFoundError(
-        f"cannot download HellaSwag ({reason}): fetch {url} by hand and give it as --data "
+        f"cannot download HellaSwag ({reason}): download {url} yourself and pass it as --data "
         "(train.py: --hellaswag_data), or train with --hellaswag_every 0"
     )
 
@@ -107,7 +109,7 @@ def download(url: str = URL, path: str | Path = DATA, sha256: str = SHA256) -> P
 def load_items(path: str | Path) -> list[dict]:
     """Read items (`ind`, `activity_label`, `ctx`, `label`, four `endings`) from a .jsonl file.
 
-    Raises FileNotFoundError, or ValueError naming the line that is wrong.
+    Raises FileNotFoundError, or ValueError naming the bad line.
     """
     path = Path(path)
     if not path.is_file():
@@ -119,15 +121,15 @@ def load_items(path: str | Path) -> list[dict]:
                 items.append(_check_item(json.loads(line)))
             except ValueError as error:
                 reason = f"{path}, line {number}: {error}"
-                raise ValueError(f"{reason}: mend the line, or delete the file to load it anew") from error
+                raise ValueError(f"{reason}: fix it, or delete the file to download it again") from error
     if not items:
-        raise ValueError(f"{path} holds no items: delete it to load it anew")
+        raise ValueError(f"{path} holds no items: delete it to download it again")
     return items
 
 
 def _check_item(item: dict) -> dict:
     if not isinstance(item, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     missing = {"ind", "activity_label", "ctx", "label", "endings"} - item.keys()
     if missing:
         raise ValueError(f"it has no {', '.join(sorted(missing))}")
@@ -137,14 +139,14 @@ def _check_item(item: dict) -> dict:
         raise ValueError("its ctx is empty")
     endings = item["endings"] if isinstance(item["endings"], list) else []
     if len(endings) != 4 or not all(isinstance(ending, str) and ending.strip() for ending in endings):
-        raise ValueError("it needs four endings that are not empty")
+        raise ValueError("it needs four non-empty endings")
     return item
 
 
 @dataclass(frozen=True)
 class Example:
-    """An item in tokens. `acc_norm` divides an ending's loss by `lengths`, or by its scored tokens where that
-    is None."""
+    """A tokenised item. For `acc_norm`, an ending's loss is divided by its entry in `lengths` or, if that is
+    None, by its number of scored tokens."""
 
     ind: int
     label: int
@@ -154,8 +156,8 @@ class Example:
 
 
 def render(items: list[dict], tokenizer: tiktoken.Encoding) -> list[Example]:
-    """Tokenise items as the public GPT-2 reproductions do: context, then a space and the ending, each by
-    itself."""
+    """Tokenise items as the public GPT-2 reproductions do: the context and, with a leading space, the ending
+    are tokenised separately."""
     return [
         Example(
             item["ind"],
@@ -170,8 +172,8 @@ def render(items: list[dict], tokenizer: tiktoken.Encoding) -> list[Example]:
 def render_lm_eval(items: list[dict], tokenizer: tiktoken.Encoding) -> list[Example]:
     """Tokenise items as lm-evaluation-harness does (task `hellaswag`, version 1.0, zero-shot).
 
-    WikiHow's markup goes, the activity label comes first, and an ending's tokens are what it adds to its
-    context's.
+    WikiHow markup is removed, the activity label comes first, and an ending's tokens are those that it adds
+    to the tokens of its context.
     """
 
     def clean(text: str) -> str:
@@ -181,7 +183,7 @@ def render_lm_eval(items: list[dict], tokenizer: tiktoken.Encoding) -> list[Exam
     for item in items:
         ctx = f"{item['ctx_a']} {item['ctx_b'].capitalize()}" if "ctx_a" in item else item["ctx"]
         query = clean(f"{item['activity_label']}: {ctx}")
-        # The harness moves white space at the end of a context over to the ending.
+        # The harness moves trailing white space of the context to the ending.
         stem = query.rstrip()
         context = tokenizer.encode_ordinary(stem)
         endings = [clean(ending) for ending in item["endings"]]
@@ -194,7 +196,7 @@ def render_lm_eval(items: list[dict], tokenizer: tiktoken.Encoding) -> list[Exam
 
 @dataclass(frozen=True)
 class Sequence:
-    """One row for the model: a context and the endings that share it, with their places in the list of all
+    """One row for the model: a context and the endings that share it, with their indices in the list of all
     losses."""
 
     context: list[int]
@@ -206,8 +208,8 @@ class Sequence:
 
 
 def to_sequences(examples: list[Example], limit: int) -> list[Sequence]:
-    """Let the endings of an example share a row; where one is too long, each gets a row that keeps its last
-    tokens."""
+    """Put the endings of an example into one row; if one is too long, each gets a row of its own that keeps
+    the last `limit` tokens."""
     sequences = []
     for i, example in enumerate(examples):
         places = [4 * i + k for k in range(4)]
@@ -216,14 +218,15 @@ def to_sequences(examples: list[Example], limit: int) -> list[Sequence]:
             continue
         for place, ending in zip(places, example.endings, strict=True):
             row = (example.context + ending)[-limit:]
-            cut = max(len(row) - len(ending), 1)  # the first token of a row has nothing to be predicted from
+            cut = max(len(row) - len(ending), 1)  # nothing precedes the first token of a row to predict it
             sequences.append(Sequence(row[:cut], [row[cut:]], [place]))
     return sequences
 
 
 def to_batches(sequences: list[Sequence], batch_tokens: int) -> Iterator[list[Sequence]]:
-    """Group sequences of like length, up to `batch_tokens` with padding; the longest first, to run out of
-    memory early or never.
+    """Group sequences of similar length into batches of up to `batch_tokens`, padding included.
+
+    The longest come first: if memory runs out, it does so at the start.
     """
     batch: list[Sequence] = []
     for sequence in sorted(sequences, key=len, reverse=True):
@@ -236,15 +239,16 @@ def to_batches(sequences: list[Sequence], batch_tokens: int) -> Iterator[list[Se
 
 
 def score_batch(model: GPT, batch: list[Sequence]) -> tuple[list[int], torch.Tensor]:
-    """Return for each token of the endings in a batch the place of its ending, and its loss in nats.
+    """Return, for each ending token in a batch, the index of its ending and its loss in nats.
 
-    A row holds a context once and the endings side by side. Each ending sees the context and itself, at the
-    positions that it would have alone; only positions that predict an ending's token go through the head.
+    A row holds a context once, followed by the endings side by side. Each ending sees the context and itself,
+    at the positions that it would have alone. Only positions that predict an ending token go through the
+    head.
     """
     device = model.transformer.wte.weight.device
-    T = -(-max(map(len, batch)) // 8) * 8  # masked attention kernels on GPUs want rows of a multiple of 8
+    T = -(-max(map(len, batch)) // 8) * 8  # masked attention kernels on GPUs need multiples of 8
     idx, positions, segments = (np.zeros((len(batch), T), dtype=np.int64) for _ in range(3))
-    segments -= 1  # padding is a segment of its own, at the end, where no token looks
+    segments -= 1  # padding is a segment of its own, which no token sees
     places, sources, targets = [], [], []
     for b, sequence in enumerate(batch):
         n = len(sequence.context)
@@ -255,7 +259,7 @@ def score_batch(model: GPT, batch: list[Sequence]) -> tuple[list[int], torch.Ten
             idx[b, start:end], positions[b, start:end] = ending[:-1], np.arange(n, n + len(ending) - 1)
             segments[b, start:end] = k
             places += [place] * len(ending)
-            # The context's end predicts the first token, each token of the ending the next one.
+            # The end of the context predicts the first token, and each ending token the next one.
             sources += [b * T + n - 1, *range(b * T + start, b * T + end)]
             targets += ending
     idx, positions, segments = (torch.from_numpy(array).to(device) for array in (idx, positions, segments))
@@ -275,12 +279,12 @@ def score_batch(model: GPT, batch: list[Sequence]) -> tuple[list[int], torch.Ten
 def evaluate(
     model: GPT, examples: list[Example], *, batch_tokens: int | None = None, progress: bool = False
 ) -> dict[str, float | int | list[dict]]:
-    """Score all examples: `acc`, `acc_norm`, their standard errors, `n`, `seconds`, and for each of `items`
-    the endings chosen (`pred`, `pred_norm`) and the four losses in nats.
+    """Score all examples and return `acc`, `acc_norm`, their standard errors, `n` and `seconds`; and in
+    `items`, for each example, the chosen endings (`pred`, `pred_norm`) and the four losses in nats.
 
-    HellaSwag validation has 10,042 items; GPT-2 (124M) scores 28.59 % and 29.55 %. Under torch.distributed
-    every rank calls this, scores its share of the batches and gets the whole result, which does not depend on
-    how many they are.
+    The HellaSwag validation set has 10,042 items; GPT-2 (124M) scores 28.59 % and 29.55 %. Under
+    torch.distributed, every rank has to call this. Each scores its share of the batches and returns the whole
+    result, which does not depend on the number of ranks.
     """
     start = time.perf_counter()
     dist = torch.distributed if torch.distributed.is_initialized() else None
@@ -288,9 +292,9 @@ def evaluate(
     was_training = model.training
     model.eval()
     if batch_tokens is None:
-        # A CPU's matmuls are as fast on few tokens, and small batches are padded less.
+        # On a CPU, matmuls are equally fast for few tokens, and small batches need less padding.
         batch_tokens = 512 if model.transformer.wte.weight.device.type == "cpu" else 16384
-    # The harness keeps one token more: the last one is only predicted, not read.
+    # The harness keeps one more token, because the last one is predicted but not read.
     limit = model.config.block_size + (examples[0].lengths is not None)
     batches = list(to_batches(to_sequences(examples, limit), batch_tokens))[rank::world_size]
     sums, counts = np.zeros(4 * len(examples)), np.zeros(4 * len(examples))
@@ -332,20 +336,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", default="log", help="checkpoint, run folder, Hugging Face folder, or gpt2 … gpt2-xl")
-    add("--data", help=f"items in a .jsonl file; None is {DATA}, downloaded where it is missing")
-    add("--limit", type=int, help="score only the first items; None scores all")
-    add("--lm_eval", action="store_true", help="also score as lm-evaluation-harness does, in twice the time")
+    add("--data", help=f"items in a .jsonl file (None: {DATA}, downloaded if missing)")
+    add("--limit", type=Range(int, 1), help="score only the first N items (None: all)")
+    add("--lm_eval", action="store_true", help="also score as lm-evaluation-harness does; doubles the time")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of all arithmetic")
-    add("--batch_tokens", type=int, help="tokens per forward pass; None is 512 on CPUs, else 16384")
+    add("--batch_tokens", type=Range(int, 1), help="tokens per forward pass (None: 512 on CPUs, else 16384)")
     add("--output", help="write the result to this .json file")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if problems := out_of_range(parser, args):
+        raise ValueError("\n".join(problems))
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
-    for name in ("limit", "batch_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}: give at least 1")
     items = load_items(args.data or download())[: args.limit]
     device = choose_device(args.device)
     model = GPT.from_pretrained(args.model)
@@ -370,7 +374,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"hellaswag.py: error: {error}")
+    run(main, parse_args)

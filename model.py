@@ -1,25 +1,22 @@
-"""GPT-2 in PyTorch: the network, its key/value cache, its optimizer groups and its weights on disk.
+"""GPT-2 in PyTorch: the network, its key/value cache, optimizer groups, and FLOP and memory counts.
 
     model = GPT(GPTConfig())                     # random weights, 124,475,904 parameters
     model = GPT.from_pretrained("gpt2")          # OpenAI's weights, from the Hugging Face Hub
     model = GPT.from_pretrained("log")           # the newest checkpoint of a run
+    logits, _ = model(idx)                       # (B, T) token ids to (B, T, vocab_size)
+    _, loss = model(idx, targets)                # nats per token
 
 The architecture is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners":
-pre-LayerNorm, tanh GELU, learned positions, biases everywhere, embedding and head tied. Weights move to and
-from `transformers.GPT2LMHeadModel` without loss. A freshly initialised model has a loss near ln(vocab_size):
-10.8 for GPT-2.
+pre-LayerNorm, tanh GELU, learned positions, biases everywhere, embedding and head tied. Weights convert to
+and from `transformers.GPT2LMHeadModel` without loss. The loss of a freshly initialized model is close to
+ln(vocab_size): 10.8 for GPT-2.
 """
 
 import math
-import pickle
 import platform
-import re
-import shutil
-import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,30 +25,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
-HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+from runtime import checkpoint
+
 GPT2_VOCAB_SIZE = 50257
-PADDED_VOCAB_SIZE = 50304  # the next multiple of 128: matmuls tile evenly, the extra rows are never a target
-# OpenAI's checkpoints store these four as (in, out), `nn.Linear` wants (out, in).
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-# What DDP, torch.compile and wrapping modules put before the names of tensors.
-PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")
-# What a file that is cut short, altered or something else makes torch.load and zipfile raise.
-DAMAGE = (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" takes cuda, mps or cpu, whichever comes first on this machine.
-
-    Raises ValueError when this machine lacks the device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name} cannot be used here ({reason}): give auto or cpu") from error
+PADDED_VOCAB_SIZE = 50304  # the next multiple of 128, so that matmuls tile evenly; never a target
 
 
 @dataclass(frozen=True)
@@ -69,17 +46,17 @@ class GPTConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(
-                f"n_embd {self.n_embd} does not divide by n_head {self.n_head}: change one of them"
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of them"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but must be at least 0 and below 1")
 
 
 class KVCache:
-    """Keys and values that one attention layer has seen, in memory reserved once for `max_length` tokens.
+    """The keys and values of one attention layer, in memory allocated once for `max_length` tokens.
 
-    The first `write` fixes batch size and device. On CPUs they are fp32: there attention of a single query is
-    up to seven times as fast as in bf16 (LOG.md).
+    The first `write` fixes batch size and device. On CPUs the cache is always fp32, where attention for a
+    single query is up to seven times as fast as in bf16 (LOG.md).
     """
 
     def __init__(self, max_length: int):
@@ -89,12 +66,12 @@ class KVCache:
     def write(
         self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, visible: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put (B, n_head, T, head_dim) keys and values into `slots` (T,); return views of the first `visible`
-        slots."""
+        """Write (B, n_head, T, head_dim) keys and values to `slots` (T,) and return views of the first
+        `visible` slots."""
         if self.k is None:
             B, n_head, _, head_dim = k.shape
             dtype = torch.float32 if k.device.type == "cpu" else k.dtype
-            # Zeros, for what a mask hides still has to be finite.
+            # Zeros, because masked positions still have to be finite.
             self.k = k.new_zeros(B, n_head, self.max_length, head_dim, dtype=dtype)
             self.v = torch.zeros_like(self.k)
         self.k.index_copy_(2, slots, k.to(self.k.dtype))
@@ -102,7 +79,7 @@ class KVCache:
         return self.k[:, :, :visible], self.v[:, :, :visible]
 
     def repeat(self, times: int) -> None:
-        """Let each row be followed by copies of it, to go on from one prompt in several ways."""
+        """Repeat each row of the batch `times` times, to continue one prompt in several ways."""
         self.k, self.v = (each.repeat_interleave(times, dim=0) for each in (self.k, self.v))
 
 
@@ -156,23 +133,18 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        mask: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-        slots: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), mask, cache, slots)
+    def forward(self, x: torch.Tensor, *attention_inputs) -> torch.Tensor:
+        """`attention_inputs` are the optional inputs of `CausalSelfAttention`."""
+        x = x + self.attn(self.ln_1(x), *attention_inputs)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
     """The language model.
 
-    `metadata` holds what its checkpoint said beside the tensors (step, val_loss, args). With `recompute` the
-    backward pass computes each block's activations again: a third more work, and memory for one block only
-    (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    `metadata` holds what the checkpoint stored besides tensors (step, val_loss, args). With `recompute`, the
+    backward pass recomputes the activations of each block: a third more arithmetic, and activation memory for
+    only one block (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
     """
 
     def __init__(self, config: GPTConfig):
@@ -195,7 +167,7 @@ class GPT(nn.Module):
             if name.endswith(".bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
-                # GPT-2 section 2.3: residual projections shrink with depth, two of them add up in each block.
+                # GPT-2, section 2.3: residual projections are scaled by depth; each block adds two of them.
                 residual = name.endswith("c_proj.weight")
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
@@ -207,12 +179,12 @@ class GPT(nn.Module):
         cache: list[KVCache] | None = None,
         slots: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run all but the head: token ids (B, T) to final hidden states (B, T, n_embd).
+        """Run everything except the head: token ids (B, T) to final hidden states (B, T, n_embd).
 
-        Rows that are not one text from left to right bring their `positions` (B, T) and a bool `mask`
-        (B, 1, T, keys) of keys to see. With a `cache` from `new_cache`, the keys are its first slots, and
-        those of the ids are written to the `slots` (T,) before. Raises ValueError for more than block_size
-        tokens without positions.
+        By default each row is one text from left to right. Any other layout needs `positions` (B, T) and a
+        bool `mask` (B, 1, T, keys) that is True for visible keys. With a `cache` from `new_cache`, the new
+        keys are first written to its `slots` (T,), and the mask applies to the first `keys` slots. Raises
+        ValueError for more than block_size tokens without positions.
         """
         if positions is None:
             T = idx.size(1)
@@ -223,10 +195,10 @@ class GPT(nn.Module):
                 )
             positions = torch.arange(T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
-        again = self.recompute and torch.is_grad_enabled()
+        recompute = self.recompute and torch.is_grad_enabled()
         for i, block in enumerate(self.transformer.h):
             inputs = (x, mask, cache[i] if cache else None, slots)
-            x = recomputed(block, *inputs, use_reentrant=False) if again else block(*inputs)
+            x = recomputed(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         return self.transformer.ln_f(x)
 
     def forward(
@@ -234,7 +206,7 @@ class GPT(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return logits (B, T, vocab_size) and, given `targets` (B, T), the cross-entropy in nats per token.
 
-        Targets of -100 do not count; `reduction` is that of `F.cross_entropy`.
+        Targets of -100 are ignored; `reduction` is that of `F.cross_entropy`.
         """
         logits = self.lm_head(self.trunk(idx))
         if targets is None:
@@ -242,16 +214,17 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
 
     def new_cache(self, max_length: int) -> list[KVCache]:
-        """An empty key/value cache for up to `max_length` tokens, one entry a layer."""
+        """Return an empty key/value cache for up to `max_length` tokens, one entry per layer."""
         return [KVCache(max_length) for _ in self.transformer.h]
 
     @contextmanager
     def packed_weights(self) -> Iterator[None]:
-        """Inside, and without gradients, products with few rows run at the speed of memory on x86 CPUs.
+        """Speed up generation on x86 CPUs: in this context, `nn.Linear` uses packed copies of the weights.
 
-        For them `F.linear` reaches a third of that in fp32 and half in bf16 (LOG.md). A copy of the weights
-        in oneDNN's layout, and the operator that torch.compile would use, double it and more. Weights that
-        change meanwhile are not seen. On other devices this does nothing.
+        A product with few rows is limited by memory bandwidth, of which `F.linear` reaches a third in fp32
+        and half in bf16 (LOG.md). Weights in oneDNN's layout, with the operator that torch.compile uses, more
+        than double that. Gradients are not supported, and changes to the weights are not seen. On other
+        devices this does nothing.
         """
         weight = self.lm_head.weight
         supported = weight.dtype == torch.float32 or (
@@ -263,7 +236,7 @@ class GPT(nn.Module):
             linears = []
         try:
             for linear in linears:
-                # Packed for a few rows, which is the fastest layout for one row too.
+                # The layout for 8 rows is also the fastest one for a single row (LOG.md).
                 packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 8)
                 linear.forward = partial(_packed_linear, weight=packed, bias=linear.bias)
             yield
@@ -272,26 +245,26 @@ class GPT(nn.Module):
                 del linear.forward
 
     def num_params(self) -> int:
-        """Number of weights; the tied embedding counts once."""
+        """Return the number of weights; the tied embedding counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self, T: int | None = None) -> int:
-        """FLOPs to train on one token in a window of T (default block_size), forward and backward.
+        """Return the FLOPs to train on one token in a window of T (default block_size), forward and backward.
 
-        6 for each weight in a matrix product, and 12 * n_layer * n_embd * T for attention as if it were not
-        causal: Chowdhery et al. 2022 (PaLM), appendix B, the convention that published MFU figures follow.
+        6 per weight in a matrix product, plus 12 * n_layer * n_embd * T for attention, counted as if it were
+        not causal. Published MFU figures follow this convention: Chowdhery et al. 2022 (PaLM), appendix B.
         """
         weights = self.num_params() - self.transformer.wpe.weight.numel()
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * (T or self.config.block_size)
 
     def training_bytes(self, batch_size: int, T: int, dtype: torch.dtype) -> int:
-        """Memory of a training step at its peak, uncompiled: when the backward pass starts.
+        """Return the peak memory of an uncompiled training step, reached when the backward pass starts.
 
-        A weight has 16 bytes in fp32: itself, its gradient, AdamW's two moments; and under autocast a = 2 for
-        a copy. A token has in each block two fp32 inputs of LayerNorm and 14 n_embd of a, and in the head
-        three times the logits in fp32: the softmax, its gradient and theirs. With `recompute` a block keeps
-        its fp32 input only, one of them all, and of the copies only the head's is alive. Attention is to keep
-        no scores, as it does but for bf16 on CPUs.
+        Each weight takes 16 bytes in fp32: the weight, its gradient and AdamW's two moments. Autocast adds a
+        copy of a = 2 bytes. Each token takes, per block, two fp32 inputs of LayerNorm and 14 n_embd values of
+        a bytes, and in the head three fp32 tensors of the size of the logits. With `recompute`, every block
+        keeps only its fp32 input, one block at a time has its activations, and only the head's copy is alive.
+        The formula assumes that attention stores no scores, which holds except for bf16 on CPUs.
         """
         P, V, C, L = self.num_params(), self.config.vocab_size, self.config.n_embd, self.config.n_layer
         a = dtype.itemsize
@@ -301,10 +274,10 @@ class GPT(nn.Module):
         return 16 * P + copies + batch_size * T * (blocks + head)
 
     def optimizer_groups(self, weight_decay: float) -> list[dict]:
-        """Parameter groups with a `name`: matrices and embeddings decay, biases and LayerNorm gains do not.
+        """Return named parameter groups: matrices and embeddings decay, biases and LayerNorm gains do not.
 
-        Groups of matrices have `parts`, the number of them in one weight: c_attn stacks those for queries,
-        keys and values by their rows.
+        Each weight in a group with `parts=n` is n matrices stacked along dimension 0: c_attn stacks those of
+        queries, keys and values.
         """
         groups = [
             {"name": "embeddings", "params": [], "weight_decay": weight_decay},
@@ -324,210 +297,36 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, dropout: float = 0.0) -> "GPT":
-        """Load a checkpoint file, a run folder's newest checkpoint, a Hugging Face folder, or a Hub name.
+        """Load a checkpoint file, the newest checkpoint of a run folder, a Hugging Face folder or a Hub name.
 
-        The file may be another GPT-2 repository's: see `_read_checkpoint`. Nothing in a file is executed.
-        Raises FileNotFoundError when there is no such thing and ValueError when it is not a whole GPT-2.
+        Checkpoints of other GPT-2 repositories work too (`runtime.checkpoint.read_pretrained`). No code from
+        a file is executed. Raises FileNotFoundError if the source does not exist, and ValueError if it does
+        not hold a complete GPT-2.
         """
-        if str(source) in HUB_NAMES and not Path(source).exists() or (Path(source) / "config.json").exists():
-            config, state, metadata = _read_hugging_face(str(source))
-        else:
-            config, state, metadata = _read_checkpoint(source)
+        config, state, metadata = checkpoint.read_pretrained(source)
         try:
             model = cls(GPTConfig(**config, dropout=dropout))
             model.load_state_dict(state)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{source} is no GPT-2 ({reason}): its tensors differ") from error
+            raise ValueError(f"{source} is not a GPT-2 ({reason}): its tensors differ") from error
         model.metadata = metadata
         return model
 
     def save_pretrained(self, folder: str | Path, vocab_size: int | None = None) -> None:
         """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads.
 
-        Only the first `vocab_size` token ids are kept, the last of them being end-of-text. The default keeps
-        all but the rows that pad GPT-2's 50,257 to 50,304. Raises ValueError when the folder exists and is
-        not empty.
+        Only the first `vocab_size` token ids are kept; the last of them is end-of-text. The default drops the
+        rows that pad GPT-2's 50,257 ids to 50,304 and keeps every other vocabulary whole. Raises ValueError
+        if the folder exists and is not empty.
         """
-        from transformers import GPT2Config, GPT2LMHeadModel
-
         config = self.config
         if vocab_size is None:
             vocab_size = GPT2_VOCAB_SIZE if config.vocab_size == PADDED_VOCAB_SIZE else config.vocab_size
         if not 1 <= vocab_size <= config.vocab_size:
             raise ValueError(f"vocab_size is {vocab_size}, but the model has {config.vocab_size} token ids")
-        exported = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=vocab_size,
-                n_positions=config.block_size,
-                n_embd=config.n_embd,
-                n_layer=config.n_layer,
-                n_head=config.n_head,
-                resid_pdrop=config.dropout,
-                embd_pdrop=config.dropout,
-                attn_pdrop=config.dropout,
-                bos_token_id=vocab_size - 1,
-                eos_token_id=vocab_size - 1,
-                pad_token_id=vocab_size - 1,
-            )
-        )
-        state = _transpose(self.state_dict())
-        for name in ("transformer.wte.weight", "lm_head.weight"):
-            state[name] = state[name][:vocab_size]
-        exported.load_state_dict(state)
-        with whole_folder(folder) as partial:
-            exported.save_pretrained(partial)
-
-
-@contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to fill that gets its name when it is whole.
-
-    Raises ValueError when one of that name exists and is not empty.
-    """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty: remove it or name another folder")
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+        checkpoint.write_hugging_face(folder, asdict(config), self.state_dict(), vocab_size)
 
 
 def _packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def _transpose(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Turn our state dict into OpenAI's layout, or theirs into ours."""
-    return {name: w.t().contiguous() if name.endswith(TRANSPOSED) else w for name, w in state.items()}
-
-
-def _read_hugging_face(source: str) -> tuple[dict, dict[str, torch.Tensor], dict]:
-    """Config, state dict and (empty) metadata of a Hugging Face folder or Hub name."""
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, GPT2LMHeadModel
-
-    try:
-        theirs = AutoConfig.from_pretrained(source)
-        if theirs.model_type != "gpt2":
-            raise ValueError(f"{source} holds a {theirs.model_type} model: only GPT-2 is supported")
-        wanted = {
-            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-            "n_inner": (None, 4 * theirs.n_embd),
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "tie_word_embeddings": (True,),
-            "layer_norm_epsilon": (1e-5,),
-        }
-        for name, allowed in wanted.items():
-            if getattr(theirs, name) not in allowed:
-                raise ValueError(f"{source}: {name} is {getattr(theirs, name)}, but GPT-2 has {allowed[0]}")
-        hf_model, report = GPT2LMHeadModel.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
-        )
-        if report["missing_keys"]:
-            raise ValueError(f"{source} lacks {sorted(report['missing_keys'])[0]}: it is not a whole GPT-2")
-    except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"cannot load {source} ({reason}): check folder or network") from error
-    config = {name: getattr(theirs, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    return {**config, "block_size": theirs.n_positions}, _transpose(hf_model.state_dict()), {}
-
-
-def _read_checkpoint(source: str | Path) -> tuple[dict, dict[str, torch.Tensor], dict]:
-    """Config, state dict and metadata of a checkpoint: ours or another repository's.
-
-    Names may have been prefixed by DDP, torch.compile or a wrapping module. The sizes are those of the
-    tensors; `n_head` stands in a dict or an object beside them, or heads are 64 wide as in all of OpenAI's.
-    Weights may be in OpenAI's layout, and where there are no biases they are zero. A model trained with exact
-    GELU, like nanoGPT's, is run with the tanh that GPT-2 has. Raises ValueError for anything else.
-    """
-    checkpoint = load_checkpoint(source)
-    values = [checkpoint, *checkpoint.values()]
-    for state in (value for value in values if isinstance(value, dict)):
-        state = {PREFIXES.sub("", str(name)): w for name, w in state.items() if isinstance(w, torch.Tensor)}
-        if {"transformer.wte.weight", "transformer.wpe.weight"} <= state.keys():
-            break
-    else:
-        raise ValueError(f"{source} is no GPT-2: it has no transformer.wte.weight and transformer.wpe.weight")
-    # Older models keep their causal masks.
-    state = {name: w for name, w in state.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-    wte, wpe = state["transformer.wte.weight"], state["transformer.wpe.weight"]
-    if not torch.equal(state.setdefault("lm_head.weight", wte), wte):
-        raise ValueError(f"{source} is no GPT-2: its lm_head is not tied to its embedding")
-    config = {"vocab_size": len(wte), "n_embd": wte[0].numel(), "block_size": len(wpe)}
-    config["n_layer"] = sum(name.endswith(".ln_1.weight") for name in state)
-    beside = [value if isinstance(value, dict) else getattr(value, "__dict__", {}) for value in values]
-    n_heads = [each["n_head"] for each in beside if isinstance(each.get("n_head"), int)]
-    config["n_head"] = n_heads[0] if n_heads else max(config["n_embd"] // 64, 1)
-    if state.get("transformer.h.0.attn.c_attn.weight", wte).size(-1) == 3 * config["n_embd"]:
-        state = _transpose(state)
-    if not any(name.endswith(".bias") for name in state):
-        layers = [name for name in state if re.search(r"\.(c|ln)_\w+\.weight$", name)]
-        state |= {name.removesuffix("weight") + "bias": torch.zeros(len(state[name])) for name in layers}
-    metadata = {name: checkpoint.get(name) for name in ("step", "val_loss", "args")}
-    if not isinstance(metadata["args"], dict):
-        metadata["args"] = None
-    return config, state, metadata
-
-
-def step_of(path: Path) -> int:
-    """The step of model_00250.pt or model_best.pt; -1 where it cannot be told."""
-    if path.stem != "model_best":
-        number = path.stem.removeprefix("model_")
-        return int(number) if number.isdecimal() else -1
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
-    except Exception:  # damaged: the one who reads it whole will say so
-        return -1
-
-
-class _Inert:
-    """Stands in for each class and function that a file names: takes what it is given and does nothing."""
-
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-
-
-def load_checkpoint(source: str | Path) -> dict:
-    """Read a checkpoint file, or the newest one in a run folder that loads whole, onto the CPU.
-
-    Raises FileNotFoundError where there is none, ValueError where a named file is damaged or no checkpoint.
-    """
-    source = Path(source)
-    if not source.exists():
-        raise FileNotFoundError(
-            f"no model at {source}: give a checkpoint file, a run folder, a Hugging Face folder, "
-            f"or one of {', '.join(HUB_NAMES)}"
-        )
-    if source.is_dir():
-        for path in sorted(source.glob("model_*.pt"), key=step_of, reverse=True):
-            try:
-                return load_checkpoint(path)
-            except ValueError as error:
-                warnings.warn(f"passing over a checkpoint: {error}", stacklevel=2)
-        raise FileNotFoundError(f"no whole checkpoint in {source}: train one with `python train.py`")
-    try:
-        if zipfile.is_zipfile(source) and (broken := zipfile.ZipFile(source).testzip()):
-            raise ValueError(f"{broken} fails its checksum")  # which torch.load does not look at
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(source)
-        with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
-            checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-    except DAMAGE as error:
-        lines = str(error).splitlines() or ["it ends too early"]
-        reason = next((line for line in lines if "Trying to" in line), lines[0].split(". ")[0])
-        raise ValueError(f"{source} is cut short or no checkpoint ({reason}): use an older one") from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{source} is no checkpoint: it holds a {type(checkpoint).__name__}")
-    return checkpoint

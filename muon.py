@@ -1,11 +1,11 @@
-"""Muon, an optimizer that learns more from each token than AdamW: orthogonal steps for weight matrices.
+"""Muon, an optimizer that learns more from each token than AdamW: orthogonal updates for weight matrices.
 
     groups = model.optimizer_groups(weight_decay=0.1)
-    optimizer = Muon(groups, lr=6e-4, fused=True)      # groups that have `momentum` are Muon's
+    optimizer = Muon(groups, lr=6e-4, fused=True)      # Muon for groups that have `momentum`, else AdamW
 
-Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; the update rule and its
-constants are those of `torch.optim.Muon`. Beyond that: matrices that are stacked in one weight are told
-apart, those of one shape are orthogonalised together, and the ranks share that work.
+Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". The update rule and its
+constants are those of `torch.optim.Muon`. In addition, matrices that are stacked in one weight are treated
+separately, matrices of the same shape are orthogonalised together, and the ranks share that work.
 """
 
 import math
@@ -18,9 +18,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at zero, Jordan et al. 202
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Replace the singular values of (n, rows, columns) matrices by ones between about 0.7 and 1.2.
+    """Replace the singular values of (n, rows, columns) matrices by values between about 0.7 and 1.2.
 
-    Computes in `dtype`; fastest with no more rows than columns.
+    Computes in `dtype`. Fastest for matrices with no more rows than columns.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.to(dtype)
@@ -34,10 +34,10 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -
 class Muon(torch.optim.AdamW):
     """Muon for the groups that have `momentum`, AdamW for the others.
 
-    Of a weight in a group with `parts` that many matrices are stacked by their rows. The update of a matrix
-    has the spectral norm `lr` times the square root of rows / columns, or of 1 where that is more; weight
-    decay is decoupled. Every rank must bring the same gradients and gets the same weights, to the bit.
-    `dtype` is that of the products, bf16 where the hardware has it: elsewhere it is thirty times as slow.
+    Each weight in a group with `parts=n` is n matrices stacked along dimension 0. The update of a matrix has
+    the spectral norm lr * sqrt(max(1, rows / columns)); weight decay is decoupled. Every rank needs the same
+    gradients and gets the same weights, bit for bit. Products are computed in `dtype`. Use bf16 only where
+    the hardware has it, because emulated it is thirty times as slow as fp32 (LOG.md).
     """
 
     def __init__(
@@ -54,19 +54,19 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Take a step. The gradients of Muon's weights are None afterwards."""
+        """Take a step. Afterwards the gradients of Muon's weights are None."""
         same_shape = defaultdict(list)
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None] if "momentum" in group else []
             for weight in weights:
                 state = self.state[weight]
                 if not state:
-                    # AdamW, which loads the states of a checkpoint, wants a step in each of them.
+                    # AdamW loads the states of a checkpoint and expects a step in each of them.
                     state |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(weight)}
                 average = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
                 nesterov = weight.grad.lerp(average, group["momentum"])
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.grad = None  # AdamW below passes it by
+                weight.grad = None  # so that AdamW skips it below
                 parts = (each.chunk(group["parts"]) for each in (weight, nesterov))
                 for part, update in zip(*parts, strict=True):
                     rows, columns = part.shape
@@ -81,7 +81,7 @@ class Muon(torch.optim.AdamW):
         return super().step(closure)
 
     def _orthogonalize(self, updates: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Orthogonalise n matrices of one shape, each rank its share; n or a few more come back."""
+        """Orthogonalise n matrices of one shape, a share on each rank. Returns at least n matrices."""
         share = math.ceil(len(updates) / self.world_size)
         mine = updates[self.rank * share :][:share]
         mine += (torch.zeros_like(updates[0]),) * (share - len(mine))
@@ -89,6 +89,6 @@ class Muon(torch.optim.AdamW):
         if self.world_size == 1:
             return ours
         gathered = ours.new_empty(self.world_size * share, *updates[0].shape)
-        # As bytes, for gloo knows no bf16.
+        # As bytes, because gloo does not support bf16.
         torch.distributed.all_gather_into_tensor(gathered.view(torch.uint8), ours.view(torch.uint8))
         return gathered

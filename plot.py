@@ -1,40 +1,43 @@
 """Draw the curves of one or more runs from their log.jsonl.
 
     python plot.py log                                            # writes log/loss.png
-    python plot.py log --follow 30 --references                   # anew every 30 s, until the run has ended
-    python plot.py log log.1 --against minutes --output runs.png  # compared, one colour a run
+    python plot.py log --follow 30 --references                   # again every 30 s until the run has ended
+    python plot.py log log.1 --against minutes --output runs.png  # compares runs, one colour per run
 
-Panels: training and validation loss, learning rate, gradient norm, tokens/s, and HellaSwag where a run scored
-it. The loss panel leaves out losses higher than all those after the first tenth of a run.
+Panels: training and validation loss, learning rate, gradient norm, tokens/s, and HellaSwag if a run has
+scored it. The loss panel cuts off the high losses of the first tenth of a run.
 """
 
 import argparse
+import contextlib
 import json
 import os
-import sys
 import time
 from bisect import bisect_left
 from itertools import accumulate
 from pathlib import Path
 
+from runtime.cli import run
+from runtime.files import write_atomically
+
 SMOOTHING_POINTS = 200  # a training curve is averaged down to about this many points
-# What a training step adds on the horizontal axis.
+# What each training step adds on the horizontal axis.
 AXES = {
     "step": lambda record: 1,
     "tokens": lambda record: record["tokens_per_s"] * record["dt_ms"] / 1000,
     "minutes": lambda record: record["dt_ms"] / 60000,
 }
-# Published for 124M weights. Loss on FineWeb-Edu: build-nanogpt's, and as measured there (play.ipynb) that of
-# OpenAI's GPT-2. HellaSwag, acc_norm: as in hellaswag.py, and build-nanogpt's.
+# Published for 124M weights. Loss on FineWeb-Edu: that of build-nanogpt, and of OpenAI's GPT-2 as measured
+# there (play.ipynb). HellaSwag (acc_norm): the values in hellaswag.py, and build-nanogpt's.
 REFERENCES = {
     "loss": {"build-nanogpt": 3.05, "GPT-2": 3.2924},
     "HellaSwag": {"GPT-2": 0.2955, "build-nanogpt": 0.304, "GPT-3": 0.337},
 }
 
 
-def read_log(run: str | Path) -> dict[str, list[dict]]:
-    """Records of a run folder (or a log.jsonl) by kind. Raises FileNotFoundError where there is no log."""
-    path = Path(run)
+def read_log(source: str | Path) -> dict[str, list[dict]]:
+    """Return the records of a run folder or log.jsonl by kind. Raises FileNotFoundError if there is none."""
+    path = Path(source)
     path = path / "log.jsonl" if path.is_dir() else path
     if not path.exists():
         raise FileNotFoundError(f"no log at {path}: give a folder that train.py wrote")
@@ -44,18 +47,18 @@ def read_log(run: str | Path) -> dict[str, list[dict]]:
             record = json.loads(line)
             records.setdefault(record["kind"], []).append(record)
         except (ValueError, KeyError, TypeError):
-            continue  # the run is writing this line, or was killed while it did
+            continue  # the run is writing this line, or was killed while writing it
     return records
 
 
 def curve(records: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one quantity; records without it (a skipped step has no loss) are left out."""
+    """Return steps and values of one quantity, without records that lack it (skipped steps have no loss)."""
     points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def positions(steps: list[int], log: dict[str, list[dict]], against: str) -> list[float]:
-    """Where steps stand on the horizontal axis: the sum of AXES[against] over the training steps before."""
+    """Return the horizontal positions of steps: the sum of AXES[against] over the training steps before."""
     records = log.get("train", [])
     done = [record["step"] for record in records]
     sums = list(accumulate(map(AXES[against], records), initial=done[0] if done and against == "step" else 0))
@@ -63,7 +66,7 @@ def positions(steps: list[int], log: dict[str, list[dict]], against: str) -> lis
 
 
 def smooth(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
-    """Averages of consecutive points, about SMOOTHING_POINTS of them."""
+    """Average consecutive points down to about SMOOTHING_POINTS."""
     size = max(len(steps) // SMOOTHING_POINTS, 1)
     chunks = range(0, len(steps), size)
     return tuple(
@@ -72,13 +75,13 @@ def smooth(steps: list[float], values: list[float]) -> tuple[list[float], list[f
 
 
 def plot(
-    runs: list[str | Path], output: str | Path, against: str = "step", references: bool = False
+    folders: list[str | Path], output: str | Path, against: str = "step", references: bool = False
 ) -> None:
-    """Write one PNG with every run's curves. Raises ValueError when no run has a training step."""
+    """Write one PNG with the curves of all runs. Raises ValueError if no run has a training step."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    logs = {os.path.relpath(run): read_log(run) for run in runs}
+    logs = {os.path.relpath(folder): read_log(folder) for folder in folders}
     if not any(log.get("train") for log in logs.values()):
         raise ValueError(f"no training steps in {', '.join(logs)}: train first")
     panels = [
@@ -99,7 +102,7 @@ def plot(
         if against == "tokens":
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         late = []  # values that the loss panel has to show
-        for i, (run, log) in enumerate(logs.items()):
+        for i, (folder, log) in enumerate(logs.items()):
             for kind, name in curves:
                 steps, values = curve(log.get(kind, []), name)
                 if not steps:
@@ -107,15 +110,15 @@ def plot(
                 x = positions(steps, log, against)
                 if kind == "train":
                     x, values = smooth(x, values)
-                    axes.plot(x, values, color=f"C{i}", lw=1, label=f"{run}: {kind}")
+                    axes.plot(x, values, color=f"C{i}", lw=1, label=f"{folder}: {kind}")
                 else:
-                    label = f"{run}: {kind}, last {values[-1]:.4f}"
+                    label = f"{folder}: {kind}, last {values[-1]:.4f}"
                     axes.plot(x, values, color=f"C{i}", marker="o", ms=4, ls="--", label=label)
                 late += [value for at, value in zip(x, values, strict=True) if at >= x[-1] / 10]
         for name, value in REFERENCES.get(title, {}).items() if references else []:
             axes.axhline(value, color="black", lw=1, ls=":")
             place = dict(transform=axes.get_yaxis_transform(), ha="right", fontsize="small")
-            va = "top" if value == min(REFERENCES[title].values()) else "bottom"  # they stand close together
+            va = "top" if value == min(REFERENCES[title].values()) else "bottom"  # the lines are close
             axes.text(0.99, value, f"published: {name} {value:.4g}", va=va, **place)
             late.append(value)
             axes.margins(y=0.12)
@@ -125,13 +128,11 @@ def plot(
             room = 0.05 * (max(late) - min(late)) or 0.05
             axes.set_ylim(min(late) - room, max(late) + room)
             axes.legend(fontsize="small")
-    partial = Path(f"{output}.tmp")
-    figure.savefig(partial, dpi=110, format="png")
-    os.replace(partial, output)
+    write_atomically(Path(output), lambda file: figure.savefig(file, dpi=110, format="png"))
 
 
 def has_ended(log: dict[str, list[dict]]) -> bool:
-    """Whether a run has done all its steps; one that died or was stopped has not."""
+    """Return whether a run has done all its steps; one that died or was stopped has not."""
     return log["train"][-1]["step"] + 1 >= log["run"][-1]["args"]["max_steps"]
 
 
@@ -139,28 +140,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("runs", nargs="+", help="run folders or log.jsonl files")
-    add("--output", help="PNG to write; by default loss.png in the first folder")
-    add("--against", choices=AXES, default="step", help="horizontal axis; minutes leave out evaluations")
+    add("--output", help="PNG to write (default: loss.png in the first folder)")
+    add("--against", choices=AXES, default="step", help="horizontal axis; minutes exclude evaluations")
     add("--references", action="store_true", help="draw published values of the 124M model as lines")
-    add("--follow", type=float, default=0, help="seconds to draw anew after, until all runs end; 0 is once")
+    add("--follow", type=float, default=0, help="redraw every N seconds until all runs end (0: once)")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     first = Path(args.runs[0])
     output = args.output or (first if first.is_dir() else first.parent) / "loss.png"
-    while True:
-        plot(args.runs, output, args.against, args.references)
-        print(f"wrote {output}", flush=True)
-        if not args.follow or all(has_ended(read_log(run)) for run in args.runs):
-            break
-        time.sleep(args.follow)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            plot(args.runs, output, args.against, args.references)
+            print(f"wrote {output}", flush=True)
+            if not args.follow or all(has_ended(read_log(folder)) for folder in args.runs):
+                break
+            time.sleep(args.follow)
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"plot.py: error: {error}")
-    except KeyboardInterrupt:
-        pass
+    run(main, parse_args)

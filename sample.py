@@ -1,20 +1,19 @@
-"""Generate text with a checkpoint of train.py, a Hugging Face folder or one of OpenAI's models; export them.
+"""Generate text from a checkpoint, a Hugging Face folder or one of OpenAI's models, and export models.
 
     python sample.py --model log --prompt "import "                      # the newest checkpoint of a run
     python sample.py --model gpt2 --prompt "Hello, I'm a language model," --num_samples 5
     python sample.py --model log --prompt_file story.txt --temperature 0 # greedy; - is standard input
-    python sample.py --model log --interactive                           # go on asking until Ctrl-D
+    python sample.py --model log --interactive                           # ask for prompts until Ctrl-D
     python sample.py --model log --export my-gpt2                        # a folder for the Hugging Face tools
 
-Prints to standard output, the first text as it comes. The same seed gives the same text again on the same
-machine.
+Prints to standard output; the first text appears while it is generated. The same seed gives the same text on
+the same machine.
 """
 
 import argparse
 import codecs
 import contextlib
 import functools
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,15 +21,18 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from model import GPT, choose_device, whole_folder
+from model import GPT
 from plot import read_log
+from runtime.cli import Range, out_of_range, run
+from runtime.files import whole_folder
+from runtime.hardware import choose_device
 from tokenizer import get_tokenizer, to_hugging_face
 
 SEPARATOR = "\n\n---\n\n"  # between texts
 
 
 def _logits(model: GPT, idx: torch.Tensor, *where) -> torch.Tensor:
-    """The logits (B, vocab_size) that follow token ids (B, T); `where` is what `GPT.trunk` wants to know."""
+    """Return the logits (B, vocab_size) after ids (B, T); `where` holds the other inputs of `GPT.trunk`."""
     return model.lm_head(model.trunk(idx, *where)[:, -1])
 
 
@@ -55,43 +57,44 @@ def stream(
     generator: torch.Generator | None = None,
     compiled: bool = False,
 ) -> Iterator[torch.Tensor]:
-    """Continue the prompts `idx` (B, T) int64 and yield the new ids (B * num_samples,), step by step.
+    """Continue the prompts `idx` (B, T) int64 and yield the new ids (B * num_samples,) of each step.
 
-    Shorter prompts stand at the right of their row, and `lengths` (B,) says how many ids each has. Every
-    prompt is read once and continued `num_samples` times, in rows that follow each other.
+    Shorter prompts are padded on the left, and `lengths` (B,) gives the number of ids of each. Every prompt
+    is processed once and continued `num_samples` times, in consecutive rows.
 
-    Temperature 0 is greedy. `top_k` keeps the k likeliest ids, `top_p` the likeliest ids that together reach
-    that probability (Holtzman et al. 2019, "nucleus"). Only ids below `vocab_size` are drawn: a padded
-    vocabulary has more. A row that has drawn `stop` repeats it, and all end when each has. Random numbers
-    come from `generator`, which lives on the model's device.
+    Temperature 0 is greedy. `top_k` keeps the k most likely ids, and `top_p` the most likely ids whose
+    probabilities add up to p (nucleus sampling, Holtzman et al. 2019). Only ids below `vocab_size` are drawn,
+    because a padded vocabulary has more. A row that has drawn `stop` repeats it, and generation ends when all
+    rows have. Random numbers come from `generator`, which has to be on the model's device.
 
-    The model sees the last block_size tokens of a prompt. When the longest row fills the context, all are
-    read anew from their last block_size // 2 tokens: a long text costs two forward tokens for each new one.
+    The model sees the last block_size tokens of a prompt. When the longest row fills the context, all rows
+    are processed again from their last block_size // 2 tokens: each new token of a long text costs the
+    forward pass of two.
 
-    `compiled` decodes with torch.compile and CUDA graphs: it takes a while at first, for many tokens later.
+    `compiled` decodes with torch.compile and CUDA graphs: a slow start, and faster tokens after it.
     """
     B, T = idx.shape
     lengths = torch.full((B,), T) if lengths is None else lengths
     if not 1 <= lengths.min() <= lengths.max() <= T:
         raise ValueError(
-            f"prompts have {lengths.min()} to {lengths.max()} tokens in rows of {T}: give each at least one, "
-            "say end-of-text"
+            f"prompts have {lengths.min()} to {lengths.max()} tokens in rows of {T}: each needs at least "
+            "one, for example end-of-text"
         )
     block_size, device = model.config.block_size, idx.device
     filled = min(T, block_size)  # slots of the cache
     max_length = block_size if compiled else min(block_size, filled + max_new_tokens)
-    # CUDA graphs want fixed shapes: a decoder is compiled for every so many keys, the rest of them hidden.
+    # CUDA graphs need fixed shapes: the number of keys is rounded up, and those beyond the end are masked.
     granularity = 128 if compiled else 1
     cache = model.new_cache(max_length)
-    starts = (filled - lengths.to(device)).clamp(min=0)  # (B,): slots before are padding
+    starts = (filled - lengths.to(device)).clamp(min=0)  # (B,): the slots before are padding
 
     def read(idx: torch.Tensor, first: int) -> torch.Tensor:
-        """Logits (B, vocab_size) after ids (B, T) that go to the slots from the first."""
+        """Return the logits (B, vocab_size) after ids (B, T), which go to the slots from `first` on."""
         end = first + idx.size(1)
         slots = torch.arange(first, end, device=device)
         keys = torch.arange(min(-(-end // granularity) * granularity, max_length), device=device)
         mask = (keys <= slots[:, None]) & (keys >= starts[:, None, None])  # (B, T, keys)
-        mask |= keys == slots[:, None]  # padding sees itself: nothing is no distribution
+        mask |= keys == slots[:, None]  # padding sees itself: a softmax over nothing is not defined
         positions = (slots - starts[:, None]).clamp(min=0)  # (B, T)
         run = _compiled_logits() if compiled and first else _logits
         return run(model, idx, positions, mask[:, None], cache, slots)[:, :vocab_size].float()
@@ -136,9 +139,9 @@ def generate(
     num_samples: int = 1,
     **options,
 ) -> torch.Tensor:
-    """Continue prompts (B, T) int64; return (B * num_samples, T + max_new_tokens) int64.
+    """Continue prompts (B, T) int64 and return (B * num_samples, T + max_new_tokens) int64.
 
-    The options are those of `stream`. What follows a row's `stop` is `stop`.
+    The options are those of `stream`. After a row's `stop`, every id is `stop`.
     """
     new = list(stream(model, idx, max_new_tokens, num_samples=num_samples, **options))
     new += [new[-1]] * (max_new_tokens - len(new))
@@ -162,16 +165,16 @@ def _draw(
     probs = logits.softmax(dim=-1)
     if top_p is not None:
         ranked, order = probs.sort(dim=-1, descending=True)
-        # An id stays when those before it have not reached top_p: the first one always does.
+        # An id is kept if those before it add up to less than top_p, so the first one always is.
         ranked = ranked.masked_fill(ranked.cumsum(dim=-1) - ranked >= top_p, 0.0)
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)
     return torch.multinomial(probs, num_samples=1, generator=generator)[:, 0]
 
 
 def tokenizer_for(model: GPT) -> tiktoken.Encoding:
-    """The tokenizer that the model's checkpoint names, or the one that fits.
+    """Return the tokenizer that the model's checkpoint names, or the one that matches its vocabulary.
 
-    Raises ValueError when the model has fewer token ids.
+    Raises ValueError if the model has fewer token ids than the tokenizer.
     """
     byte = get_tokenizer("byte")
     if model.config.vocab_size == byte.n_vocab:
@@ -196,10 +199,10 @@ def complete(
     on_text: Callable[[str], object] = lambda text: None,
     **options,
 ) -> list[str]:
-    """Return each prompt with each of its `num_samples` continuations, cut where the document ends.
+    """Return each prompt with each of its `num_samples` continuations, up to the end of the document.
 
-    An empty prompt begins a new document. `on_text` gets the first text piece by piece, as it comes; bytes
-    wait until they are a whole character. The other options are those of `stream`.
+    An empty prompt starts a new document. `on_text` receives the first text piece by piece while it is
+    generated; bytes are held back until they form a character. The other options are those of `stream`.
     """
     rows = [tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token] for prompt in prompts]
     T, device = max(map(len, rows)), model.transformer.wte.weight.device
@@ -227,7 +230,7 @@ def complete(
 def export(model: GPT, source: str | Path, folder: str | Path) -> None:
     """Write a model that was loaded from `source` as a Hugging Face folder with tokenizer and model card.
 
-    Raises ValueError when the folder exists and is not empty.
+    Raises ValueError if the folder exists and is not empty.
     """
     tokenizer = tokenizer_for(model)
     with whole_folder(folder) as partial:
@@ -238,9 +241,9 @@ def export(model: GPT, source: str | Path, folder: str | Path) -> None:
 
 
 def model_card(model: GPT, vocab_size: int, source: Path, name: str) -> str:
-    """What a run's checkpoint, and the log beside it, say about the model, in Markdown for the Hub.
+    """Return a model card for the Hub, in Markdown, with facts from the checkpoint and the log beside it.
 
-    Of its token ids the first `vocab_size` are exported.
+    `vocab_size` is the number of exported token ids.
     """
     config, metadata = model.config, model.metadata
     step, args = metadata.get("step"), metadata.get("args") or {}
@@ -262,7 +265,7 @@ def model_card(model: GPT, vocab_size: int, source: Path, name: str) -> str:
         facts["HellaSwag"] = f"acc_norm {last['acc_norm']:.2%}, acc {last['acc']:.2%}, {last['n']:,} items"
     lines = [
         *("---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2]", "---", ""),
-        *(f"# {name}", "", "A GPT-2 trained from scratch, to be used as any other:", ""),
+        *(f"# {name}", "", "A GPT-2 trained from scratch. Use it like any other GPT-2:", ""),
         *("```python", "from transformers import pipeline", ""),
         f'pipeline("text-generation", "{name}")("Hello, I\'m a language model,", max_new_tokens=50)',
         *("```", "", "| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in facts.items()), ""),
@@ -277,48 +280,39 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    at_least_1 = Range(int, 1)
     add = parser.add_argument_group("model").add_argument
     add("--model", default="log", help="checkpoint, run folder, Hugging Face folder, or gpt2 … gpt2-xl")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of all arithmetic")
-    add("--compile", action="store_true", help="CUDA graphs on GPUs: slow to begin, for long texts")
+    add("--compile", action="store_true", help="CUDA graphs on GPUs: a slow start, for long texts")
     add("--export", metavar="DIR", help="write a Hugging Face folder instead of text")
     add = parser.add_argument_group("text").add_argument
     add("--prompt", nargs="+", default=[""], help="texts to continue; an empty one starts a new document")
-    add("--prompt_file", help="file with the prompt, - is standard input; a newline at its end is dropped")
-    add("--interactive", action="store_true", help="ask for prompts, a line each, until the input ends")
-    add("--num_samples", type=int, default=1, help="continuations of each prompt")
-    add("--max_new_tokens", type=int, default=300, help="tokens per text, unless its document ends before")
+    add("--prompt_file", help="file with the prompt (-: standard input); its final newline is dropped")
+    add("--interactive", action="store_true", help="read prompts, one per line, until the input ends")
+    add("--num_samples", type=at_least_1, default=1, help="continuations of each prompt")
+    add("--max_new_tokens", type=at_least_1, default=300, help="maximum tokens per text")
     add = parser.add_argument_group("sampling").add_argument
-    add("--temperature", type=float, default=0.8, help="0 is greedy, 1 samples the model's own distribution")
-    add("--top_k", type=int, help="draw from the k likeliest tokens; None from all")
-    add("--top_p", type=float, help="draw from the likeliest tokens up to this probability; None from all")
-    add("--seed", type=int, default=1337, help="of the random numbers")
-    return parser.parse_args(argv)
-
-
-def check_args(args: argparse.Namespace) -> list[str]:
-    """Return what is wrong with the command line, a line for each problem."""
-    problems = []
-    if args.num_samples < 1:
-        problems.append(f"--num_samples is {args.num_samples}: give at least 1")
-    if args.max_new_tokens < 1:
-        problems.append(f"--max_new_tokens is {args.max_new_tokens}: give at least 1")
-    if args.temperature < 0:
-        problems.append(f"--temperature is {args.temperature}: give 0 (greedy) or more")
-    if args.top_k is not None and args.top_k < 1:
-        problems.append(f"--top_k is {args.top_k}: give at least 1, or leave it out")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        problems.append(f"--top_p is {args.top_p}: give a share above 0 and up to 1, or leave it out")
+    temperature = Range(float, 0)
+    add("--temperature", type=temperature, default=0.8, help="0: greedy; 1: the model's own distribution")
+    add("--top_k", type=at_least_1, help="draw from the k most likely tokens (None: all)")
+    top_p = Range(float, above=0, most=1)
+    add("--top_p", type=top_p, help="draw from the most likely tokens up to this probability (None: all)")
+    add("--seed", type=int, default=1337, help="seed of the random numbers")
+    args = parser.parse_args(argv)
+    problems = out_of_range(parser, args)
     if (args.prompt != [""]) + bool(args.prompt_file) + args.interactive > 1:
-        problems.append("--prompt, --prompt_file and --interactive exclude each other: give one")
-    return problems
+        problems.append("--prompt, --prompt_file and --interactive exclude each other: use one of them")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return args
 
 
 def read_prompt(file: str) -> str:
-    """The text of a file, "-" being standard input, without the newline that editors put at its end.
+    """Return the text of a file, or of standard input for "-", without a final newline.
 
-    Raises FileNotFoundError or ValueError for what is no text.
+    Raises FileNotFoundError if it cannot be read, and ValueError if it is not text.
     """
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
@@ -330,9 +324,7 @@ def read_prompt(file: str) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    problems = check_args(args)
-    if problems:
-        raise ValueError("\n".join(problems))
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not be able to show every character
     prompts = [read_prompt(args.prompt_file)] if args.prompt_file else args.prompt
     device = choose_device(args.device)
     model = GPT.from_pretrained(args.model)
@@ -366,7 +358,7 @@ def main(args: argparse.Namespace) -> None:
     if not args.interactive:
         return answer(prompts)
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # lets `input` edit and recall lines; Windows does so itself
+        import readline  # noqa: F401  # lets `input` edit and recall lines; Windows has this built in
     while True:
         try:
             prompt = input("> " if sys.stdin.isatty() else "")
@@ -374,22 +366,9 @@ def main(args: argparse.Namespace) -> None:
             return
         try:
             answer([prompt])
-        except KeyboardInterrupt:  # enough of this text
+        except KeyboardInterrupt:  # ends this text, not the program
             print()
 
 
-def run() -> str | int | None:
-    """Do what the command line says; return what went wrong, a line for each problem."""
-    try:
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not have every character
-        main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        return "\n".join(f"sample.py: error: {line}" for line in str(error).splitlines())
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    run(main, parse_args)

@@ -1,4 +1,4 @@
-"""The two tokenizers, both `tiktoken.Encoding`s whose last id is `<|endoftext|>`.
+"""The two tokenizers. Both are `tiktoken.Encoding`s whose last id is `<|endoftext|>`.
 
     get_tokenizer("gpt2")     # 50,257 ids; tiktoken downloads the vocabulary once, 1.5 MB
     get_tokenizer("byte")     # 257 ids: the 256 bytes and <|endoftext|>; needs no download
@@ -16,19 +16,22 @@ NAMES = ("gpt2", "byte")
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """Raises ValueError for an unknown name and FileNotFoundError when the vocabulary cannot be had."""
+    """Return the tokenizer with that name.
+
+    Raises ValueError for an unknown name, and FileNotFoundError if GPT-2's vocabulary cannot be downloaded.
+    """
     if name == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
-        except Exception as error:  # whatever the network, a proxy or the cache folder can raise
+        except Exception as error:  # network, proxy and cache folder can each raise different errors
             raise FileNotFoundError(
-                f"cannot get the GPT-2 vocabulary ({type(error).__name__}): connect to the network once, or "
-                "set TIKTOKEN_CACHE_DIR to a folder copied from a machine where tiktoken has cached it"
+                f"cannot download the GPT-2 vocabulary ({type(error).__name__}): connect to the network "
+                "once, or set TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache from another machine"
             ) from error
     if name == "byte":
         return tiktoken.Encoding(
             name="byte",
-            pat_str=r"[^\n]+\n?|\n",  # by line: any cut gives the same ids, this one is quick
+            pat_str=r"[^\n]+\n?|\n",  # any split gives the same ids; splitting into lines is fast
             mergeable_ranks={bytes([i]): i for i in range(256)},
             special_tokens={"<|endoftext|>": 256},
         )
@@ -36,10 +39,11 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
 
 
 def to_hugging_face(encoding: tiktoken.Encoding, max_length: int) -> "GPT2Tokenizer":
-    """The same tokenizer in Hugging Face's form, for a model with a context of `max_length` tokens.
+    """Return the same tokenizer in Hugging Face's form, for a model with a context of `max_length` tokens.
 
-    What is no single token by itself is put together from pairs in the order of their ranks, as OpenAI's
-    vocab.bpe lists them; tiktoken keeps only what comes out, so each pair is found by merging up to it.
+    Hugging Face needs the merges: for each token, the pair of shorter tokens that it is merged from, as
+    OpenAI's vocab.bpe lists them. tiktoken stores only the resulting tokens, so each pair is recovered by
+    merging the token's bytes up to the last step.
     """
     from transformers import GPT2Tokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode

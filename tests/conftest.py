@@ -1,11 +1,12 @@
-"""What several test files share: tiny shards, tiny runs of train.py, and Hugging Face models to compare
-with."""
+"""Fixtures and helpers that several test files share: tiny shards, tiny runs of train.py, ranks, models."""
 
 import json
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 import train
+from model import GPT, GPTConfig
+from runtime import records
 
 REPOSITORY = Path(train.__file__).parent
 
@@ -25,13 +28,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
-    """Every test works in its own folder, so that nothing lands in the repository."""
+    """Run every test in its own folder, so that nothing is written to the repository."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def shards(tmp_path):
-    """A folder with one val and two train shards of random bytes, some likelier than others, no manifest."""
+    """A folder without a manifest: one val and two train shards of random bytes, some more likely."""
     folder = tmp_path / "shards"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -50,35 +53,130 @@ TINY = (
 )
 
 
+MUON = "--optimizer muon --schedule wsd --decay_share 0.5 --min_lr 0"
+
+
 @pytest.fixture
 def run_train(shards, monkeypatch):
-    """Run train.main on a tiny model in fp32 and return the log's records by kind; options are a string."""
-    draw = train.plot.plot
+    """Run train.main on a tiny model in fp32 with a string of options; return the log's records by kind."""
+    draw = records.plot.plot
 
     def run(options: str = "", out_dir: Path | str = "log", picture: bool = False) -> dict[str, list[dict]]:
-        monkeypatch.setattr(train.plot, "plot", draw if picture else lambda runs, output: None)
+        monkeypatch.setattr(records.plot, "plot", draw if picture else lambda folders, output: None)
         train.main(train.parse_args(f"{TINY} --out_dir {out_dir} {options}".split()))
-        records: dict[str, list[dict]] = {}
+        by_kind: dict[str, list[dict]] = {}
         for line in (Path(out_dir) / "log.jsonl").read_text().splitlines():
             record = json.loads(line)
-            records.setdefault(record["kind"], []).append(record)
-        return records
+            by_kind.setdefault(record["kind"], []).append(record)
+        return by_kind
 
     return run
 
 
+def losses(by_kind: dict[str, list[dict]]) -> list[float]:
+    """Return the training losses of a run."""
+    return [record["loss"] for record in by_kind["train"]]
+
+
+def read_losses(folder: str | Path = "log", kind: str = "train") -> list[tuple[int, float]]:
+    """Return the steps and losses of a run, in the order of its log."""
+    lines = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+    return [(record["step"], record["loss"]) for record in lines if record["kind"] == kind]
+
+
+def assert_close(ours: list[tuple[int, float]], theirs: list[tuple[int, float]]) -> None:
+    """Check for the same steps, and losses that differ only by the order of additions."""
+    assert ours == [(step, pytest.approx(loss, abs=1e-4)) for step, loss in theirs]
+
+
+def plain_windows(folder: Path, block_size: int = 16) -> list[list[int]]:
+    """Return all training windows in file order, cut by a plain loop."""
+    windows = []
+    for path in sorted(folder.glob("*train*.npy")):
+        tokens = np.load(path).astype(int).tolist()
+        starts = range(0, len(tokens) - block_size, block_size)
+        windows += [tokens[start : start + block_size + 1] for start in starts]
+    return windows
+
+
+TINY_GPT = GPTConfig(block_size=16, vocab_size=320, n_layer=2, n_head=2, n_embd=32)
+
+
+def tiny_gpt(seed: int = 0) -> GPT:
+    """Return a tiny model whose biases and gains are not trivial, so that a lost one shows."""
+    torch.manual_seed(seed)
+    model = GPT(TINY_GPT)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def count_lines(folder: str | Path) -> int:
+    path = Path(folder, "log.jsonl")
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def inode(path: str) -> int:
+    return os.stat(path).st_ino if os.path.exists(path) else 0
+
+
+@pytest.fixture
+def start(shards):
+    """Start train.py on the tiny model as a separate process, with a string of options."""
+    processes = []
+
+    def start(options: str, launcher: tuple[str, ...] = (), **popen) -> subprocess.Popen:
+        command = [sys.executable, *launcher, REPOSITORY / "train.py", *f"{TINY} {options}".split()]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        processes.append(subprocess.Popen(command, **{**pipes, **popen}))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.terminate()  # torchrun also ends its workers, which have sessions of their own
+        try:
+            process.wait(timeout=40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
 def torchrun_command(*options: str) -> tuple[str, ...]:
-    """What comes between the interpreter and a script that torchrun starts."""
+    """Return what comes between the interpreter and a script that torchrun starts."""
     return ("-m", "torch.distributed.run", *options)
 
 
-# Forked from a server that has imported all there is to import, a process begins at once.
+def workers(process: subprocess.Popen) -> list[int]:
+    """Return the process ids of a torchrun's workers."""
+    return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+
+
+# A process that is forked from a server with everything imported starts at once.
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.backends.backend_agg"])
 
 
+def train_into(output: str, argv: list[str]) -> None:
+    sys.stdout = sys.stderr = open(output, "w", buffering=1)
+    train.main(train.parse_args(argv))
+
+
+def begin(options: str, output: str = os.devnull) -> multiprocessing.Process:
+    """Fork a process that runs train.py and writes what it prints to a file."""
+    life = FORKED.Process(target=train_into, args=(output, options.split()), daemon=True)
+    life.start()
+    return life
+
+
 def run_rank(script: str, environment: dict[str, str], output: str) -> None:
-    """Run a script as torchrun does: one thread, and in the environment where to find the other ranks."""
+    """Run a script as torchrun does: one thread, and the address of the other ranks in the environment."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.stdout = open(output, "w", buffering=1)
@@ -87,7 +185,7 @@ def run_rank(script: str, environment: dict[str, str], output: str) -> None:
 
 @pytest.fixture
 def two_ranks():
-    """Run a script on two ranks that are forked instead of started, and return what they print."""
+    """Run a script on two forked ranks and return what they print."""
 
     def run(script: str) -> str:
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -109,7 +207,7 @@ def two_ranks():
 
 @pytest.fixture
 def hf_folder(tmp_path):
-    """A Hugging Face folder with a tiny GPT-2 of random weights, biases and gains included."""
+    """A Hugging Face folder with a tiny GPT-2 whose weights, biases and gains are all random."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(1)

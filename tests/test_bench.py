@@ -11,7 +11,7 @@ import train
 TINY = "--n_layer 1 --n_head 2 --n_embd 16 --device cpu"
 
 
-def test_ratios_are_those_of_each_round():
+def test_ratios_are_taken_round_by_round():
     seconds = {"slow": iter([9.0, 4.0, 6.0, 8.0]), "quick": iter([9.0, 2.0, 2.0, 2.0])}
     ways = {name: lambda each=each: next(each) for name, each in seconds.items()}
     rows, results = bench.alternate(ways, 3, torch.device("cpu"), 12, "tokens")
@@ -31,7 +31,7 @@ def test_ratios_are_those_of_each_round():
         (f"loader {TINY} --block_size 16", ["within a shard", "at a shard's end"]),
     ],
 )
-def test_a_subcommand_writes_its_figures(command, ways, tmp_path, capsys):
+def test_subcommand_writes_its_figures(command, ways, tmp_path, capsys):
     bench.main(bench.parse_args([*command.split(), "--output", str(tmp_path / "out.json")]))
     record, printed = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
     for row, way in zip(record["rows"], ways, strict=True):
@@ -40,7 +40,7 @@ def test_a_subcommand_writes_its_figures(command, ways, tmp_path, capsys):
     assert record["versions"]["torch"] == torch.__version__ and record["args"]["device"] == "cpu"
 
 
-def test_steps_to_a_loss_are_read_off_the_validations():
+def test_steps_to_a_loss_are_interpolated_between_validations():
     log = {
         "val": [{"step": s, "loss": loss} for s, loss in ((0, 5.0), (10, 4.0), (20, 3.0), (30, 3.5))],
         "train": [{"step": s, "dt_ms": dt_ms} for s, dt_ms in ((0, 9000), (1, 200), (2, 200))],
@@ -50,7 +50,7 @@ def test_steps_to_a_loss_are_read_off_the_validations():
     assert bench.seconds_to(2.9, log) == (float("inf"), float("inf"))
 
 
-def test_a_sweep_runs_what_is_missing_and_compares_all(monkeypatch, tmp_path, capsys):
+def test_sweep_runs_what_is_missing_and_compares_all_runs(monkeypatch, tmp_path, capsys):
     seen = []
 
     def run(command, **options):
@@ -84,7 +84,7 @@ def test_a_sweep_runs_what_is_missing_and_compares_all(monkeypatch, tmp_path, ca
     assert base["seeds"] == 2 and base["val loss"] == pytest.approx(2.7)
     assert base["spread"] == pytest.approx(0.2 / 2**0.5) and (base["to target"], base["s"]) == (10, 5)
     assert better["to target"] == pytest.approx(10 * (5 - 2.7) / (5 - 2.1))
-    with pytest.raises(ValueError, match="b,learning_rate=1,seed=1 was run with --shuffle True: choose"):
+    with pytest.raises(ValueError, match="b,learning_rate=1,seed=1 was run with --shuffle True: use"):
         sweep("--name b --seeds 1 -- --no-shuffle --learning_rate 1 0.5")
     with pytest.raises(ValueError, match="no setting c in sweep: choose from a,learning_rate=0.5, b,"):
         sweep("--name b --baseline c --seeds 1 -- --shuffle --learning_rate 1")
@@ -97,14 +97,14 @@ def test_a_sweep_runs_what_is_missing_and_compares_all(monkeypatch, tmp_path, ca
         ("sweep --name a -- 1", "-- must be followed by an option of train.py, not 1"),
     ],
 )
-def test_options_after_the_dashes_are_options_of_a_sweep(words, message, capsys):
+def test_only_a_sweep_takes_options_after_the_dashes(words, message, capsys):
     with pytest.raises(SystemExit):
         bench.parse_args(words.split())
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_all_runs_commands_that_exist(device, monkeypatch, tmp_path):
+def test_all_runs_only_existing_commands(device, monkeypatch, tmp_path):
     seen = []
 
     def run(command):

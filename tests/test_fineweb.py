@@ -13,7 +13,6 @@ import pyarrow.parquet
 import pytest
 
 import fineweb
-import train
 
 TEXTS = ["first", "", "a second text\nof two lines", None, "<|endoftext|>", "naïve 漢字 🙂", "tail " * 40]
 EOT = 256
@@ -48,7 +47,7 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_shards_hold_the_stream_cut_at_shard_size(files, workers, monkeypatch):
+def test_shards_hold_the_token_stream_cut_at_shard_size(files, workers, monkeypatch):
     monkeypatch.setattr(fineweb, "DOCUMENTS_PER_CHUNK", 2)
     cli(
         "--files", *files, "--tokenizer", "byte", "--shard_size", 50, "--workers", workers, "--out_dir", "out"
@@ -71,7 +70,7 @@ def test_shards_hold_the_stream_cut_at_shard_size(files, workers, monkeypatch):
         assert shard["sha256"] == hashlib.sha256(Path("out", shard["name"]).read_bytes()).hexdigest()
 
 
-def test_a_set_of_one_shard_is_cut_into_train_and_the_last_tenth_val():
+def test_set_of_one_shard_is_split_and_its_last_tenth_is_val():
     Path("input.txt").write_text("x" * 999)
     cli("--files", "input.txt", "--tokenizer", "byte", "--out_dir", "out")
     shards = load_shards("out")
@@ -79,12 +78,12 @@ def test_a_set_of_one_shard_is_cut_into_train_and_the_last_tenth_val():
     assert shards["edufineweb_val_000000.npy"].tolist() == [ord("x")] * 100
 
 
-def test_max_tokens_stops_there(files):
+def test_max_tokens_limits_the_set(files):
     cli("--files", *files, "--tokenizer", "byte", "--shard_size", 20, "--max_tokens", 50, "--out_dir", "out")
     assert np.concatenate(list(load_shards("out").values())).tolist() == expected_tokens()[:50]
 
 
-def test_a_dataset_is_read_through_the_datasets_library(tmp_path):
+def test_dataset_is_resolved_by_the_datasets_library(tmp_path):
     (tmp_path / "dataset").mkdir()
     pyarrow.parquet.write_table(
         pyarrow.table({"text": ["one", "two"] * 20}), tmp_path / "dataset" / "train.parquet"
@@ -104,7 +103,7 @@ def test_a_dataset_is_read_through_the_datasets_library(tmp_path):
     assert np.concatenate(list(load_shards("out").values())).tolist() == expected_tokens(["one", "two"] * 20)
 
 
-def test_standard_library_documents_are_python_and_always_the_same():
+def test_standard_library_documents_are_python_and_reproducible():
     fetcher = fineweb.Fetcher(fineweb.stdlib_inputs(), Path("unused"), keep=False)
     documents = [chunk.texts[0] for chunk in fineweb.read_chunks(fetcher, "text", (0, 0))]
     assert fineweb.stdlib_inputs() == fetcher.inputs and len(documents) == len(fetcher.inputs)
@@ -118,7 +117,7 @@ def modified(folder):
 
 
 @pytest.mark.parametrize("shard_size", [50, 1000])  # 1000: one shard, cut into train and val
-def test_verify_names_what_is_bad_and_the_same_command_makes_only_that_anew(files, capsys, shard_size):
+def test_verify_names_bad_shards_and_same_command_repairs_only_those(files, capsys, shard_size):
     arguments = ("--files", *files, "--tokenizer", "byte", "--shard_size", shard_size, "--out_dir", "out")
     with pytest.raises(ValueError, match="no finished set in out"):
         cli("--out_dir", "out", "--verify")
@@ -126,7 +125,7 @@ def test_verify_names_what_is_bad_and_the_same_command_makes_only_that_anew(file
     whole, before = {path.name: path.read_bytes() for path in Path("out").iterdir()}, modified("out")
     cli(*arguments)
     cli("--out_dir", "out", "--verify")
-    assert f"all {len(before)} shards in out are whole" in capsys.readouterr().out
+    assert f"all {len(before)} shards in out are intact" in capsys.readouterr().out
     assert modified("out") == before
     for name in before:
         data = bytearray(whole[name])
@@ -177,7 +176,7 @@ def test_any_sequence_of_interruptions_gives_the_same_files(files, monkeypatch, 
 
 
 @pytest.mark.parametrize("shard_size", [30, 1000])  # 1000: one shard, cut into train and val
-def test_a_first_shard_that_no_manifest_names_yet_is_no_obstacle(files, monkeypatch, shard_size):
+def test_first_shard_that_is_not_in_the_manifest_yet_is_accepted(files, monkeypatch, shard_size):
     arguments = ("--files", *files, "--tokenizer", "byte", "--shard_size", shard_size, "--workers", 1)
     cli(*arguments, "--out_dir", "whole")
     replace = os.replace
@@ -203,7 +202,7 @@ def test_a_first_shard_that_no_manifest_names_yet_is_no_obstacle(files, monkeypa
         assert last["name"] not in load_shards("out")
 
 
-def test_a_killed_command_leaves_no_process_and_goes_on(tmp_path):
+def test_killed_command_leaves_no_process_and_can_continue(tmp_path):
     Path("text.jsonl").write_text((json.dumps({"text": "word " * 500}) + "\n") * 4000)
     options = ["--files", "text.jsonl", "--tokenizer", "byte", "--shard_size", "1e6", "--out_dir"]
     command = [sys.executable, fineweb.__file__, *options, "killed", "--workers", "2"]
@@ -219,7 +218,7 @@ def test_a_killed_command_leaves_no_process_and_goes_on(tmp_path):
     assert killed == whole
 
 
-def test_continuing_redoes_no_more_than_the_shard_in_progress(files, monkeypatch):
+def test_continuing_repeats_only_the_shard_in_progress(files, monkeypatch):
     monkeypatch.setattr(fineweb, "DOCUMENTS_PER_CHUNK", 1)
     arguments = ("--files", *files, "--tokenizer", "byte", "--shard_size", 30, "--workers", 1)
     arguments += ("--out_dir", "out")
@@ -232,7 +231,7 @@ def test_continuing_redoes_no_more_than_the_shard_in_progress(files, monkeypatch
     monkeypatch.setattr(fineweb, "encode_chunk", lambda *chunk: read.append(chunk[0]) or encode(*chunk))
     cli(*arguments)
     assert [(chunk.input, chunk.row) for chunk in read] == [(3, 1)]  # the last document
-    with pytest.raises(ValueError, match="holds shards with shard_size 30, not 31: choose another --out_dir"):
+    with pytest.raises(ValueError, match="holds shards with shard_size 30, not 31: use another --out_dir"):
         cli(*arguments, "--shard_size", 31)
     cli(*arguments, "--shard_size", 1000, "--no-resume")
     assert len(load_shards("out")) == 2
@@ -241,14 +240,14 @@ def test_continuing_redoes_no_more_than_the_shard_in_progress(files, monkeypatch
         cli(*arguments, "--files", files[0].replace("[1-3]", "[2-3]"), files[1])
 
 
-def test_tasks_share_the_inputs_and_train_reads_the_union(tmp_path):
+def test_tasks_share_the_inputs_and_their_manifests_are_merged(tmp_path):
     for i in range(5):
         Path(f"{i}.txt").write_text(str(i) * 50)
     for task in (2, 0, 1):
-        with pytest.raises(ValueError, match="are not complete"):
+        with pytest.raises(ValueError, match="are incomplete"):
             Path("out").mkdir(exist_ok=True)
             Path("out/manifest_9999_of_0003.json").write_text('{"complete": false}')
-            train.read_manifest(Path("out"))
+            fineweb.read_manifest(Path("out"))
         Path("out/manifest_9999_of_0003.json").unlink()
         cli(
             *("--files", "[0-4].txt", "--tokenizer", "byte", "--shard_size", 40, "--workers", 1),
@@ -261,18 +260,18 @@ def test_tasks_share_the_inputs_and_train_reads_the_union(tmp_path):
     for task in range(3):
         mine = np.concatenate([tokens for name, tokens in shards.items() if int(name[-10:-4]) % 3 == task])
         assert mine.tolist() == expected_tokens([str(i) * 50 for i in range(task, 5, 3)])
-    merged = train.read_manifest(Path("out"))
+    merged = fineweb.read_manifest(Path("out"))
     assert {shard["name"] for shard in merged["shards"]} == set(shards) and merged["tokenizer"] == "byte"
     Path("out/manifest_0001_of_0003.json").unlink()
-    with pytest.raises(ValueError, match="are not complete"):
-        train.read_manifest(Path("out"))
+    with pytest.raises(ValueError, match="are incomplete"):
+        fineweb.read_manifest(Path("out"))
     with pytest.raises(ValueError, match="fewer inputs than tasks: lower --task_count 9"):
         cli("--files", "[0-4].txt", "--tokenizer", "byte", "--task_index", 8, "--task_count", 9)
-    with pytest.raises(ValueError, match="--task_index is 3: give 0 to 2"):
+    with pytest.raises(ValueError, match="--task_index is 3: use 0 to 2"):
         fineweb.parse_args(["--task_index", "3", "--task_count", "3"])
 
 
-def test_odd_documents_are_text_or_counted(tmp_path):
+def test_odd_documents_are_tokenised_or_counted_as_skipped(tmp_path):
     odd = ["x" * 1_000_000, "\ud800 half a pair", "<|endoftext|>", "one\r\ntwo\rthree\n", "\0", "\ufeff"]
     rows = [*odd, "", None, 5, ["list"]]
     Path("odd.jsonl").write_text("\r\n".join(json.dumps({"text": text}) for text in rows))
@@ -282,11 +281,11 @@ def test_odd_documents_are_text_or_counted(tmp_path):
     assert json.loads(Path("out/manifest.json").read_text())["skipped_documents"] == 4
 
 
-def test_bad_input_names_the_mend_and_leaves_nothing(files, tmp_path):
+def test_bad_input_names_a_fix_and_leaves_nothing_behind(files, tmp_path):
     cases = [
         (("--files", "no/such/*.txt"), FileNotFoundError, "no file matches 'no/such/"),
-        (("--files", "a.csv"), ValueError, r"cannot read a.csv: inputs are .txt, .*, .parquet"),
-        (("--files", "broken.jsonl"), ValueError, "broken.jsonl: line 2 is no JSON object .* mend it"),
+        (("--files", "a.csv"), ValueError, r"cannot read a.csv: supported formats are .txt, .*, .parquet"),
+        (("--files", "broken.jsonl"), ValueError, "broken.jsonl: line 2 is not a JSON object .* fix it"),
         (("--files", "latin.txt"), ValueError, "latin.txt is not UTF-8"),
         (
             ("--files", str(tmp_path / "4.parquet"), "--text_column", "body"),
@@ -310,7 +309,7 @@ def test_bad_input_names_the_mend_and_leaves_nothing(files, tmp_path):
         assert load_shards("out") == {}
 
     cli("--files", *files, "--tokenizer", "byte", "--out_dir", "out")
-    with pytest.raises(ValueError, match="shard_size 100000000, not 50: choose another --out_dir"):
+    with pytest.raises(ValueError, match="shard_size 100000000, not 50: use another --out_dir"):
         cli("--files", *files, "--tokenizer", "byte", "--shard_size", 50, "--out_dir", "out")
     Path("out/manifest.json").unlink()
     with pytest.raises(ValueError, match="no manifest describes"):

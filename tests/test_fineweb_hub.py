@@ -35,7 +35,7 @@ time.sleep = lambda seconds: print("wait", seconds)
 from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = 100
 import fineweb
-sys.exit(fineweb.run())
+fineweb.run(fineweb.main, fineweb.parse_args)
 """
 
 
@@ -145,7 +145,7 @@ def prepare(hub, *options: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
-def test_every_kind_of_trouble_is_survived(hub):
+def test_temporary_trouble_of_any_kind_is_survived(hub):
     hub.faults = {
         ("GET", "/tree/"): [429, 503],
         ("HEAD", "sample/0"): [502],
@@ -168,11 +168,11 @@ def test_every_kind_of_trouble_is_survived(hub):
     assert {path.suffix for path in Path("out").iterdir()} == {".npy", ".json"}  # no copies of the inputs
 
 
-def test_what_does_not_pass_is_one_line_and_the_same_command_continues(hub):
+def test_permanent_trouble_is_one_line_and_same_command_continues(hub):
     hub.faults = {("GET", "sample/2"): ["always"]}
     result = prepare(hub)
     assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
-    message = r"error: cannot fetch sample/2.parquet \(.*503.*; to continue: python .*--out_dir out"
+    message = r"error: cannot download sample/2.parquet \(.*503.*; to continue: python .*--out_dir out"
     assert re.search(message, result.stderr)
     assert [path.name for path in Path("out").glob("*.npy")] == ["edufineweb_val_000000.npy"]
     assert [path.name for path in Path("out/downloads/sample").iterdir()] == ["1.parquet"]  # 0 is safe
@@ -188,7 +188,7 @@ def test_what_does_not_pass_is_one_line_and_the_same_command_continues(hub):
     assert {path.name for path in Path("out/downloads/sample").iterdir()} == {"1.parquet", "2.parquet"}
 
 
-def test_offline_and_unknown_names_are_one_line(hub):
+def test_offline_mode_and_unknown_names_are_one_line(hub):
     result = prepare(hub, HF_HUB_OFFLINE="1")
     assert result.returncode == 1 and "HF_HUB_OFFLINE, or give --files" in result.stderr.splitlines()[-1]
     assert hub.seen == [] and not Path("out").exists()

@@ -42,7 +42,7 @@ def reference(model, items):
 
 
 @pytest.mark.parametrize("block_size", [128, 60, 12])  # all fit, contexts are cut, endings too
-def test_scores_are_those_of_the_slow_plain_loop(block_size):
+def test_scores_match_the_slow_plain_loop(block_size):
     model, items = make_model(block_size), hellaswag.load_items(ITEMS)
     sums, means = reference(model, items)
     result = hellaswag.evaluate(model, hellaswag.render(items, BYTE))
@@ -178,7 +178,7 @@ def compare_with_harness(data, model, tokenizer, folder, limit=None):
     return [(i["pred"] == i["label"], i["pred_norm"] == i["label"]) for i in ours["items"]], theirs
 
 
-def test_training_mode_and_random_numbers_are_left_alone():
+def test_evaluation_keeps_training_mode_and_random_state():
     model, examples = make_model(), hellaswag.render(hellaswag.load_items(ITEMS)[:4], BYTE)
     state = torch.get_rng_state()
     hellaswag.evaluate(model, examples)
@@ -188,16 +188,16 @@ def test_training_mode_and_random_numbers_are_left_alone():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"endings": ["a", "b", " ", "d"]}, "items.jsonl, line 2: it needs four endings that are not empty"),
-        ({"endings": ["a", "b"]}, "line 2: it needs four endings"),
+        ({"endings": ["a", "b", " ", "d"]}, "items.jsonl, line 2: it needs four non-empty endings"),
+        ({"endings": ["a", "b"]}, "line 2: it needs four non-empty endings"),
         ({"label": None}, "line 2: its label is None, not 0, 1, 2 or 3"),
         ({"ctx": ""}, "line 2: its ctx is empty"),
         ({"label": ...}, "line 2: it has no label"),
-        ("{cut", "line 2: .* mend the line"),
-        ("[]", "line 2: it is no JSON object"),
+        ("{cut", "line 2: .* fix it"),
+        ("[]", "line 2: it is not a JSON object"),
     ],
 )
-def test_bad_items_name_their_line(change, message):
+def test_bad_items_are_reported_with_their_line(change, message):
     good = ITEMS.read_text().splitlines()[0]
     if isinstance(change, dict):
         change = json.dumps({k: v for k, v in {**json.loads(good), **change}.items() if v is not ...})
@@ -241,7 +241,7 @@ def server(monkeypatch):
         running.shutdown()
 
 
-def test_download_survives_faults_and_resumes(server):
+def test_download_survives_faults_and_continues(server):
     data = FaultyServer.data
     FaultyServer.faults = ["busy", "cut", "cut", "corrupt"]
     path = hellaswag.download(server, "items.jsonl", hashlib.sha256(data).hexdigest())
@@ -254,7 +254,7 @@ def test_download_survives_faults_and_resumes(server):
     assert hellaswag.download(server, "items.jsonl") == path  # no second download
 
 
-def test_download_gives_up_with_the_mend(server):
+def test_download_gives_up_with_a_fix(server):
     FaultyServer.faults = ["busy"] * hellaswag.TRIES
     with pytest.raises(FileNotFoundError, match="cannot download HellaSwag .*503.* --data .*_every 0"):
         hellaswag.download(server, "items.jsonl")
@@ -273,12 +273,12 @@ def test_command_line_writes_the_result(run_train, capsys):
     for scores in (result, result["lm_eval"]):
         assert scores["n"] == 7 and f"acc {scores['acc']:.2%}" in printed
         assert [item["ind"] for item in scores["items"]] == list(range(7))
-    with pytest.raises(ValueError, match="--limit is 0"):
-        hellaswag.main(hellaswag.parse_args(["--limit", "0"]))
+    with pytest.raises(ValueError, match="--limit is 0: use at least 1"):
+        hellaswag.parse_args(["--limit", "0"])
 
 
 @pytest.mark.gpu
-def test_gpu_scores_agree_with_the_cpu():
+def test_gpu_scores_match_cpu():
     model, examples = make_model(), hellaswag.render(hellaswag.load_items(ITEMS), BYTE)
     cpu, gpu = hellaswag.evaluate(model, examples), hellaswag.evaluate(model.cuda(), examples)
     for item, other in zip(cpu["items"], gpu["items"], strict=True):

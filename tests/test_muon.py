@@ -17,7 +17,7 @@ def with_gradients(shapes, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_singular_values_come_near_one_and_vectors_stay(dtype):
+def test_singular_values_approach_one_and_vectors_stay(dtype):
     torch.manual_seed(0)
     matrices = torch.randn(5, 16, 48) * torch.tensor([1e-4, 1e-2, 1, 1e2, 1e4])[:, None, None]
     result = orthogonalize(matrices, dtype).float()
@@ -29,7 +29,7 @@ def test_singular_values_come_near_one_and_vectors_stay(dtype):
     assert orthogonalize(torch.zeros(1, 4, 4), dtype).count_nonzero() == 0
 
 
-def test_updates_are_those_of_torch_part_by_part():
+def test_updates_match_torch_part_by_part():
     ours, theirs = with_gradients(SHAPES, 0), with_gradients(SHAPES, 0)
     stacked, others = ours[:1], ours[1:]
     parts = [torch.nn.Parameter(part) for part in theirs[0].detach().clone().chunk(3)]
@@ -51,7 +51,7 @@ def test_updates_are_those_of_torch_part_by_part():
         torch.testing.assert_close(each, other, atol=1e-4, rtol=0)  # bf16 rounds batches in another order
 
 
-def test_what_is_no_matrix_in_a_block_gets_adamw():
+def test_everything_but_block_matrices_gets_adamw():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=32, n_layer=2, n_head=2, n_embd=8))
     groups = model.optimizer_groups(weight_decay=0.1)

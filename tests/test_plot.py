@@ -24,7 +24,7 @@ def write_log(folder, steps, cut=False, max_steps=30):
     Path(folder, "log.jsonl").write_text(lines + '{"step": 9, "ki' * cut)
 
 
-def test_curves_hold_what_the_log_says(tmp_path):
+def test_curves_match_the_log(tmp_path):
     write_log("log", 6, cut=True)
     log = plot.read_log("log")
     assert plot.curve(log["train"], "loss") == ([0, 1, 2, 4, 5], [5.0, 2.5, 5 / 3, 1.0, 5 / 6])
@@ -34,7 +34,7 @@ def test_curves_hold_what_the_log_says(tmp_path):
     assert len(steps) == plot.SMOOTHING_POINTS and steps == values and steps[0] == 2.0
 
 
-def test_runs_are_compared_by_steps_tokens_and_time(tmp_path):
+def test_runs_are_compared_by_steps_tokens_or_time(tmp_path):
     write_log("log", 30)
     log = plot.read_log("log")
     steps = [0, 1, 20, 22, 30]  # the last one is an evaluation after the last step
@@ -46,7 +46,7 @@ def test_runs_are_compared_by_steps_tokens_and_time(tmp_path):
     assert plot.positions([10, 12], log, "minutes") == [0, 1]
 
 
-def test_a_running_run_is_followed_to_its_end(tmp_path, monkeypatch, capsys):
+def test_follow_redraws_until_the_run_ends(tmp_path, monkeypatch, capsys):
     write_log("log", 10)
     waits = []
 
@@ -61,7 +61,7 @@ def test_a_running_run_is_followed_to_its_end(tmp_path, monkeypatch, capsys):
     assert len(waits) == 2
 
 
-def test_references_are_lines_of_the_picture(tmp_path, monkeypatch):
+def test_references_are_drawn_as_lines(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(Axes, "axhline", lambda axes, y, **style: drawn.append((axes.get_title(), y)))
     write_log("log", 30)
@@ -72,7 +72,7 @@ def test_references_are_lines_of_the_picture(tmp_path, monkeypatch):
     assert drawn == expected
 
 
-def test_one_picture_compares_runs_and_needs_no_torch(tmp_path):
+def test_picture_compares_runs_without_torch(tmp_path):
     write_log("log", 30)
     write_log("other", 500)
     code = "import sys, plot; plot.main(plot.parse_args(sys.argv[1:])); assert 'torch' not in sys.modules"
@@ -82,7 +82,7 @@ def test_one_picture_compares_runs_and_needs_no_torch(tmp_path):
     assert sorted(path.name for path in Path("log").iterdir()) == ["log.jsonl", "loss.png"]
 
 
-def test_missing_and_empty_runs_are_named(tmp_path):
+def test_missing_and_empty_runs_are_reported_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="no log at nowhere"):
         plot.plot(["nowhere"], "a.png")
     write_log("log", 0)

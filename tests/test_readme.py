@@ -51,7 +51,7 @@ def test_every_command_parses(line):
                 script.parse_args(words[scripts[0] + 1 :])
 
 
-def test_memory_of_small_gpus_is_that_of_the_formula():
+def test_table_of_cards_matches_the_formula():
     rows = re.findall(r"^\| .* \| `(.+)` \| `(.+)` \| (\w+) \| ([\d.]+) \|$", README, flags=re.MULTILINE)
     assert len(rows) == 10
     for preset, options, dtype, gigabytes in rows:

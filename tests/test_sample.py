@@ -20,9 +20,11 @@ from transformers import (
 import sample
 import tokenizer
 from model import GPT, GPTConfig
+from runtime.cli import run
+from runtime.hardware import can_compile
 from sample import generate
 from tokenizer import get_tokenizer
-from train import DEMO_ITEMS, can_compile
+from train import DEMO_ITEMS
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ TEXT = "naïve 漢字 🙂 don't  stop\n\n\tx=1;  <|endoftext|> ’s"
 
 
 @pytest.mark.parametrize("lengths", [(3, 3, 3), (3, 1, 2)])
-def test_greedy_is_that_of_a_plain_loop_and_of_transformers(model, hf_folder, lengths):
+def test_greedy_text_matches_plain_loop_and_transformers(model, hf_folder, lengths):
     prompts = torch.tensor([[5, 9, 200], [0, 0, 7], [0, 8, 1]])
     out = generate(model, prompts, 13, lengths=torch.tensor(lengths), temperature=0)
     for row, prompt, length in zip(out, prompts, lengths, strict=True):
@@ -50,7 +52,7 @@ def test_greedy_is_that_of_a_plain_loop_and_of_transformers(model, hf_folder, le
     assert torch.equal(out, theirs.generate(prompts, attention_mask=seen, **options))
 
 
-def test_a_long_text_goes_on_from_the_last_half_of_the_context(model):
+def test_long_text_continues_from_the_last_half_of_the_context(model):
     out = generate(model, PROMPT, 40, temperature=0)
     assert out.shape == (2, 43)
     text, window = PROMPT, PROMPT
@@ -72,7 +74,7 @@ def test_a_long_text_goes_on_from_the_last_half_of_the_context(model):
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.9}]
 )
-def test_draws_have_the_distribution_of_transformers_processors(options):
+def test_samples_follow_the_distribution_of_transformers_processors(options):
     """Chi-square over the 64 pairs of tokens that can follow, from 20,000 draws in one batch."""
     torch.manual_seed(3)
     model = GPT(GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=16)).eval()
@@ -107,7 +109,7 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(model):
     assert generate(model, PROMPT, 12, temperature=0, vocab_size=257).max() < 257
 
 
-def test_a_row_that_stops_stays_so_and_the_others_go_on(model):
+def test_row_that_has_stopped_repeats_stop_and_others_continue(model):
     free = generate(model, PROMPT, 12, temperature=0)[:, 3:]
     stop = int(next(token for token in free[0] if token not in free[1]))
     at = free[0].tolist().index(stop)
@@ -118,7 +120,7 @@ def test_a_row_that_stops_stays_so_and_the_others_go_on(model):
     assert generate(model, PROMPT[:1], 12, temperature=0, stop=stop).shape == (1, 15)
 
 
-def test_packed_weights_give_the_same_logits_and_leave_nothing_behind(model):
+def test_packed_weights_give_the_same_logits_and_are_removed(model):
     reference = model(PROMPT)[0]
     before = {name: vars(module).copy() for name, module in model.named_modules()}
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
@@ -129,7 +131,7 @@ def test_packed_weights_give_the_same_logits_and_leave_nothing_behind(model):
     }
 
 
-def test_compiled_decoding_gives_the_same_text(model):
+def test_compiled_decoding_matches_eager(model):
     if not can_compile(torch.device("cpu"), print):
         pytest.skip("no compiler")
     options = {"lengths": torch.tensor([3, 2]), "temperature": 0, "num_samples": 2}
@@ -142,7 +144,7 @@ def test_compiled_decoding_gives_the_same_text(model):
 
 
 @pytest.mark.gpu
-def test_cuda_graphs_give_the_same_text(hf_folder):
+def test_gpu_decoding_with_cuda_graphs_matches_eager(hf_folder):
     model = GPT.from_pretrained(hf_folder).cuda()
     options = {"lengths": torch.tensor([3, 2]), "temperature": 0, "num_samples": 2}
     for _ in range(2):  # recorded, then replayed
@@ -150,7 +152,7 @@ def test_cuda_graphs_give_the_same_text(hf_folder):
         assert torch.equal(out, generate(model, PROMPT.cuda(), 20, **options))
 
 
-def test_same_seed_same_text_and_the_training_mode_stays(model):
+def test_same_seed_gives_same_text_and_training_mode_is_kept(model):
     def texts(seed):
         random = torch.Generator().manual_seed(seed)
         options = {"num_samples": 2, "top_k": 50, "generator": random}
@@ -167,7 +169,7 @@ def test_same_seed_same_text_and_the_training_mode_stays(model):
         sample.tokenizer_for(small)
 
 
-def test_bytes_wait_until_they_are_a_character(model, monkeypatch):
+def test_bytes_are_held_back_until_they_form_a_character(model, monkeypatch):
     data = "é漢".encode() + b"\xff" + "🙂".encode()[:3]  # the last one never ends
     rows = [[byte, 256] for byte in data] + [[256, 256]] * 2
     monkeypatch.setattr(sample, "stream", lambda *args, **options: map(torch.tensor, rows))
@@ -184,14 +186,17 @@ def command(monkeypatch, capsys):
     tiny = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
     torch.save({"model": tiny.state_dict(), "config": vars(tiny.config)}, "tiny.pt")
 
-    def run(options, stdin=""):
+    def call(options, stdin=""):
         monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", *options])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         capsys.readouterr()
-        error = sample.run()
-        return capsys.readouterr().out, error
+        try:
+            run(sample.main, sample.parse_args)
+        except SystemExit as error:
+            return capsys.readouterr().out, error.code
+        return capsys.readouterr().out, None
 
-    return run
+    return call
 
 
 def test_prompts_come_from_options_files_and_standard_input(command):
@@ -207,7 +212,7 @@ def test_prompts_come_from_options_files_and_standard_input(command):
     assert command([*short, "--interactive"], "import \n\nimport ")[0].count(text) == 2
 
 
-def test_an_interrupt_ends_a_text_but_not_the_asking(command, monkeypatch):
+def test_interrupt_ends_the_text_but_not_the_session(command, monkeypatch):
     def interrupted(model, tokenizer, prompts, *args, on_text, **options):
         on_text(prompts[0])
         if prompts == ["one"]:
@@ -228,20 +233,20 @@ def test_the_newest_checkpoint_of_a_run_is_sampled(run_train, command):
     [
         ("--model nowhere", "no model at nowhere"),
         ("--num_samples 0 --temperature -1 --top_p 2 --top_k 0 --max_new_tokens 0", "--num_samples is 0: "),
-        ("--device cuda:99", "device cuda:99 cannot be used here"),
+        ("--device cuda:99", "device cuda:99 is not available"),
         ("--prompt a --prompt_file b", "exclude each other"),
         ("--prompt_file none.txt", "cannot read none.txt"),
         ("--prompt_file latin.txt", "latin.txt is not UTF-8"),
         ("--model tiny.pt --export .", ". exists and is not empty"),
     ],
 )
-def test_bad_input_is_a_line_for_each_problem(command, options, message):
+def test_bad_input_is_one_line_per_problem(command, options, message):
     Path("latin.txt").write_bytes(b"caf\xe9")
     _, error = command(options.split())
     assert message in error and error.count("\n") == (4 if "top_p" in options else 0)
 
 
-def test_an_exported_run_is_at_home_in_transformers(run_train, command, tmp_path):
+def test_exported_run_works_in_transformers(run_train, command, tmp_path):
     log = run_train(f"--hellaswag_every 3 --hellaswag_data {DEMO_ITEMS} --sample_every 3 --sample_tokens 5")
     assert command(["--model", "log", "--export", "exported"])[1] is None
     ours, theirs = GPT.from_pretrained("log").eval(), AutoModelForCausalLM.from_pretrained("exported").eval()
@@ -276,7 +281,7 @@ def test_an_exported_run_is_at_home_in_transformers(run_train, command, tmp_path
     assert not Path("exported.tmp").exists()
 
 
-def test_an_exported_tokenizer_makes_the_same_tokens(tmp_path):
+def test_exported_tokenizer_makes_the_same_tokens(tmp_path):
     """A small vocabulary learnt from the project's source, with GPT-2's pattern, stands in for GPT-2's."""
     from tiktoken._educational import bpe_train
 

@@ -19,7 +19,7 @@ def test_end_of_text_is_the_last_id():
     assert tokenizer.decode([256]) == "<|endoftext|>"
 
 
-def test_unknown_and_unreachable_tokenizers_say_what_to_do(monkeypatch):
+def test_unknown_and_unreachable_tokenizers_name_a_fix(monkeypatch):
     with pytest.raises(ValueError, match="choose from gpt2, byte"):
         get_tokenizer("gpt3")
 

@@ -1,0 +1,203 @@
+"""The machine: devices, dtypes, peak FLOP/s, kernels, what compiles, what fits into memory."""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Dense bf16/fp16 FLOP/s with fp32 accumulation, from NVIDIA's data sheets, keyed by the driver's device name.
+PEAK_FLOPS = {
+    r"NVIDIA B200": 2250e12,
+    r"NVIDIA H200": 989e12,
+    r"NVIDIA H100 80GB HBM3": 989e12,
+    r"NVIDIA H100 PCIe": 756e12,
+    r"NVIDIA A100.*": 312e12,
+    r"NVIDIA L40S": 362e12,
+    r"NVIDIA L4": 121e12,
+    r"NVIDIA GeForce RTX 4090": 165e12,
+    r"NVIDIA GeForce RTX 3090": 71e12,
+    r"Tesla T4": 65e12,
+}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return the device with that name; "auto" is the first of cuda, mps and cpu that this machine has.
+
+    Raises ValueError if this machine lacks the device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name} is not available ({reason}): use auto or cpu") from error
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Resolve --dtype: bf16 where the hardware computes in it, else fp16 on NVIDIA GPUs and fp32 elsewhere.
+
+    Raises ValueError for bf16 on a GPU that only emulates it. On such a CPU it is slow, so that warns.
+    """
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        has_bf16 = any(capabilities.get(feature) for feature in ("avx512_bf16", "amx_bf16"))
+    if name == "auto":
+        name = "bfloat16" if has_bf16 else "float16" if device.type == "cuda" else "float32"
+    elif name == "bfloat16" and not has_bf16 and device.type == "cuda":
+        raise ValueError("this GPU only emulates bfloat16: use --dtype float16 or auto")
+    elif name == "bfloat16" and not has_bf16 and device.type == "cpu":
+        warnings.warn("this CPU only emulates bfloat16: --dtype float32 is faster", stacklevel=2)
+    return getattr(torch, name)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the device's data-sheet FLOP/s in this dtype, or None if it is not known."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.fullmatch(pattern, name)), None)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its work; without this, timings on GPUs are wrong."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory for the next tensor instead of returning it to the system.
+
+    On CPUs, a step allocates the same large tensors again and again. The first touch of a page that comes
+    from the system costs as much as the arithmetic on it: half the time of a step of the 124M model (LOG.md).
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_max = -1, -4  # names and numbers of mallopt(3)
+        ctypes.CDLL(None).mallopt(m_mmap_max, 0)
+        ctypes.CDLL(None).mallopt(m_trim_threshold, -1)
+
+
+def tune_for_training(
+    device: torch.device, dtype: torch.dtype
+) -> Callable[[], contextlib.AbstractContextManager]:
+    """Select TF32 and fast memory and attention on CPUs; return the context that forward passes need."""
+    torch.set_float32_matmul_precision("high")
+    if device.type != "cpu":
+        return contextlib.nullcontext
+    keep_freed_memory()
+    if dtype != torch.bfloat16:
+        return contextlib.nullcontext
+    # For bf16 on CPUs, attention written out takes at most half the time of the flash kernel (LOG.md). The
+    # flag is named after CUDA but applies to CPUs too: without it, the written-out form computes in fp32.
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    return partial(sdpa_kernel, SDPBackend.MATH)
+
+
+def attention_backend(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> str:
+    """Return the name of the kernel that PyTorch picks for this model's attention in the current context."""
+    if device.type not in ("cpu", "cuda"):
+        return "PyTorch's choice"
+    shape = (1, args.n_head, args.block_size, args.n_embd // args.n_head)  # the batch size does not matter
+    q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
+    choice = torch._fused_sdp_choice(q, q, q, dropout_p=args.dropout, is_causal=True)
+    return SDPBackend(choice).name.lower().replace("_attention", "")
+
+
+def can_compile(device: torch.device, say: Callable[[str], None]) -> bool:
+    """Try torch.compile on a trivial function: CPUs need a C++ compiler, GPUs Triton and a C compiler."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        say(f"warning: torch.compile does not work here, training continues without it ({reason})")
+        return False
+    torch._dynamo.utils.counters.clear()  # so that `compilations` counts only those of the model
+    return True
+
+
+def compilations() -> int:
+    """Return the number of graphs that torch.compile has compiled since `can_compile`."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def fits(
+    model: torch.nn.Module,
+    batch_size: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    world_size: int,
+) -> bool:
+    """Return whether a training step of a GPT with `batch_size` sequences per micro-step fits into memory.
+
+    On a GPU this runs a step in eager mode, which needs more memory than compiled code. Elsewhere a trial is
+    not safe, because a system that is out of memory swaps or kills processes; there the limit is half of the
+    machine's memory, shared by its ranks.
+    """
+    if device.type != "cuda":
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+        return model.training_bytes(batch_size, block_size, dtype) <= memory / world_size
+    try:
+        # AdamW's moments, and a twentieth of the device for temporary tensors.
+        reserve = [torch.empty_like(weight) for weight in [*model.parameters()] * 2]
+        reserve += [torch.empty(torch.cuda.mem_get_info()[1] // 20, dtype=torch.uint8, device=device)]
+        idx = torch.zeros(batch_size, block_size, dtype=torch.int64, device=device)
+        for _ in range(2):  # the second micro-step adds to the gradients of the first
+            with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+                loss = model(idx, idx)[1]
+            loss.backward()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+    return True
+
+
+def explain_out_of_memory(error: BaseException, args: argparse.Namespace) -> str | None:
+    """Return what to try after running out of memory, or None if the error is a different one."""
+    if not re.search("out of memory|can't allocate memory", str(error)):
+        return None
+    batch_size = 1 if args.batch_size == "auto" else args.batch_size
+    # A divisor keeps the tokens per step.
+    smaller = max((n for n in range(1, batch_size) if batch_size % n == 0), default=None)
+    advice = f"--batch_size {smaller}" if smaller else "a smaller --block_size"
+    advice += "" if args.recompute else " or --recompute"
+    return f"out of memory with --batch_size {batch_size}: try {advice}; the tokens per step stay the same"
+
+
+def describe_machine(device: torch.device) -> dict:
+    """Return the context of a measurement: versions, hardware, git commit and time."""
+    repository = Path(__file__).parent.parent
+    git = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        commit = None
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+        },
+        "hardware": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "cpu": torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
+            "cpu_count": os.cpu_count(),
+        },
+        "commit": commit,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }

@@ -1,0 +1,316 @@
+"""Checkpoints: written in the background, read back after any death, foreign, damaged and hostile ones."""
+
+import argparse
+import os
+import pathlib
+import pickle
+import random
+import resource
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_GPT, begin, count_lines, inode, read_losses, tiny_gpt, wait_until
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+import train
+from model import GPT, GPTConfig
+from runtime import checkpoint
+from runtime.checkpoint import CheckpointWriter, load_checkpoint
+
+KILLS = 20
+
+
+def test_run_killed_at_random_instants_loses_nothing(shards):
+    options = (
+        f"--data_dir {shards} --tokenizer byte --n_layer 2 --n_head 2 --n_embd 64 --block_size 16 "
+        f"--batch_size 8 --total_batch_size 512 --warmup_steps 2 --max_steps 80 --dropout 0.1 --shuffle "
+        f"--val_every 3 --val_tokens 600 --hellaswag_every 40 --hellaswag_data {train.DEMO_ITEMS} "
+        "--sample_every 0 --checkpoint_every 4 --device cpu --dtype float32 --resume --out_dir"
+    )
+    whole = begin(f"{options} whole")
+    whole.join()
+    assert whole.exitcode == 0 and len(read_losses("whole")) == 80
+
+    rng, half_written = random.Random(0), 0
+    for i in range(KILLS):
+        before = inode("killed/log.jsonl")
+        life = begin(f"{options} killed")
+
+        def wait(condition, life=life):
+            wait_until(lambda: condition() or not life.is_alive())
+
+        wait(lambda before=before: inode("killed/log.jsonl") != before)  # a run writes its log anew
+        enough = count_lines("killed") + rng.randint(0, 6)
+        wait(lambda enough=enough: count_lines("killed") >= enough)
+        time.sleep(rng.uniform(0, 0.02))
+        if i % 2:  # in the middle of a checkpoint
+            wait(lambda: any(Path("killed").glob("*.tmp")))
+        assert life.is_alive(), "the run ended before it was killed"
+        os.kill(life.pid, signal.SIGKILL)
+        life.join()
+        assert life.exitcode == -signal.SIGKILL
+        half_written += any(Path("killed").glob("*.tmp"))
+    last = begin(f"{options} killed")
+    last.join()
+    assert last.exitcode == 0
+    assert read_losses("killed") == read_losses("whole")
+    assert read_losses("killed", "val") == read_losses("whole", "val")
+    a, b = (load_checkpoint(f"{folder}/model_00080.pt")["model"] for folder in ("whole", "killed"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not any(Path("killed").glob("*.tmp"))
+    assert half_written > 0
+    print(f"{KILLS} kills, {half_written} of them while a file was being written")
+
+
+@pytest.fixture
+def disk_full(monkeypatch):
+    """Let the writes of these checkpoints (counted from 0) hit a limit of the system after 50 kB."""
+    write = torch.save
+
+    def limit(*failing: int) -> None:
+        calls = iter(range(1000))
+
+        def save(checkpoint, file):
+            old = resource.getrlimit(resource.RLIMIT_FSIZE)
+            soft = 50_000 if next(calls) in failing else old[0]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, old[1]))
+            try:
+                write(checkpoint, file)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+        monkeypatch.setattr(checkpoint.torch, "save", save)
+
+    return limit
+
+
+def test_full_disk_costs_one_checkpoint(run_train, disk_full, capfd):
+    whole = run_train("--val_every 0 --checkpoint_every 2")
+    disk_full(1)
+    records = run_train("--val_every 0 --checkpoint_every 2", out_dir="full")
+    assert "warning: could not write" in capfd.readouterr().out
+    assert records["train"][-1]["loss"] == whole["train"][-1]["loss"]
+    assert [record["step"] for record in records["checkpoint"]] == [2, 6]
+    assert {path.name for path in Path("full").glob("model*")} == {"model_00002.pt", "model_00006.pt"}
+
+
+def test_disk_that_stays_full_ends_the_run(run_train, disk_full):
+    disk_full(1, 2)
+    with pytest.raises(ValueError, match="model_00006.pt .*large.* previous write failed .*model_00002.pt"):
+        run_train("--val_every 0 --checkpoint_every 2 --max_steps 100")
+    assert len(read_losses()) < 100
+    disk_full(2)
+    with pytest.raises(ValueError, match="not write .*model_00006.pt .* --resume from .*model_00004.pt"):
+        run_train("--val_every 0 --checkpoint_every 2")  # the last one
+
+
+def test_altered_checkpoint_is_skipped(run_train):
+    whole = run_train("--val_every 0")
+    newest = Path("log/model_00006.pt")
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    with pytest.warns(UserWarning, match="skipping .*model_00006.pt .*fails its checksum"):
+        resumed = run_train("--val_every 0 --resume")
+    assert resumed["train"] != whole["train"]  # trained again, from step 3
+    assert read_losses() == [(record["step"], record["loss"]) for record in whole["train"]]
+
+
+def test_truncated_checkpoint_is_skipped(tmp_path):
+    for step in (9, 10, 100):
+        torch.save(
+            {"model": tiny_gpt().state_dict(), "config": vars(TINY_GPT), "step": step},
+            tmp_path / f"model_{step}.pt",
+        )
+    newest = tmp_path / "model_100.pt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match=r"model_100.pt is damaged"):
+        assert load_checkpoint(tmp_path)["step"] == 10
+    assert "\n" not in str(pytest.raises(ValueError, load_checkpoint, newest).value)
+
+
+def test_checkpoint_holds_the_state_at_the_time_of_saving(tmp_path, monkeypatch):
+    release, write = threading.Event(), torch.save
+    monkeypatch.setattr(checkpoint.torch, "save", lambda *a: release.wait(60) and write(*a))
+    logged = []
+    writer = CheckpointWriter(tmp_path, 0, 0, lambda step, names, **times: logged.append((step, names)))
+    wte = torch.ones(1000)
+    tensors = {"wte": wte, "lm_head": wte.view(1000), "state": [torch.arange(3), {"plain": (0.9, None)}]}
+    writer.save(["model_00001.pt", "model_best.pt"], {"step": 1, **tensors}, torch.device("cpu"))
+    wte.zero_()  # training goes on while the file is written
+    assert not list(tmp_path.glob("*.pt"))
+    release.set()
+    writer.save(["model_00002.pt"], {"step": 2, **tensors}, torch.device("cpu"))
+    writer.close()
+    first, second = (torch.load(tmp_path / f"model_0000{i}.pt", weights_only=True) for i in (1, 2))
+    assert first["wte"].sum() == 1000 and second["wte"].sum() == 0
+    assert first["wte"].data_ptr() == first["lm_head"].data_ptr()
+    assert first["state"][1] == {"plain": (0.9, None)}
+    assert (tmp_path / "model_best.pt").read_bytes()[:4] == b"PK\x03\x04"
+    assert logged == [(1, ["model_00001.pt", "model_best.pt"]), (2, ["model_00002.pt"])]
+
+
+def test_newest_milestones_and_best_are_kept(run_train):
+    run_train("--checkpoint_every 1 --milestone_every 2 --keep 1 --max_steps 7 --learning_rate 1e-9")
+    best = torch.load("log/model_best.pt", weights_only=True)
+    names = {path.name for path in Path("log").glob("*.pt")}
+    assert names == {"model_00002.pt", "model_00004.pt", "model_00006.pt", "model_00007.pt", "model_best.pt"}
+    losses = dict(read_losses(kind="val"))
+    assert losses[best["step"]] == min(losses.values())
+
+
+def test_save_pretrained_trims_padding_and_round_trips(tmp_path):
+    ours = tiny_gpt()
+    ours.save_pretrained(tmp_path / "hf", vocab_size=257)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert (theirs.config.resid_pdrop, theirs.config.embd_pdrop, theirs.config.attn_pdrop) == (0, 0, 0)
+    idx = torch.randint(0, 257, (3, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, ours(idx)[0][..., :257], atol=1e-4, rtol=0)
+    assert theirs.config.eos_token_id == 256
+    back = GPT.from_pretrained(tmp_path / "hf").state_dict()
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(back[name], weight[:257] if "wte" in name or "lm_head" in name else weight), name
+    with pytest.raises(ValueError, match="not empty"):
+        ours.save_pretrained(tmp_path / "hf")
+
+
+def test_padding_of_gpt2_is_trimmed_by_default(tmp_path):
+    GPT(GPTConfig(block_size=4, n_layer=1, n_head=1, n_embd=4)).save_pretrained(tmp_path / "hf")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").transformer.wte.weight.shape == (50257, 4)
+
+
+def test_bad_sources_are_one_line(tmp_path, hf_folder):
+    with pytest.raises(FileNotFoundError, match="no model at lgo: use a checkpoint"):
+        GPT.from_pretrained("lgo")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint in"):
+        GPT.from_pretrained(tmp_path / "empty")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    with pytest.raises(ValueError, match="text.pt is damaged or not a checkpoint"):
+        GPT.from_pretrained(tmp_path / "text.pt")
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other.pt is not a GPT-2: it has no transformer.wte.weight"):
+        GPT.from_pretrained(tmp_path / "other.pt")
+    weights = hf_folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1000])
+    with pytest.raises(FileNotFoundError, match="cannot load .*hf .*check folder"):
+        GPT.from_pretrained(hf_folder)
+    tensors = {k: v for k, v in load_tensors(whole).items() if k != "transformer.h.1.mlp.c_fc.bias"}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="not a complete GPT-2: transformer.h.1.mlp.c_fc.bias is missing"):
+        GPT.from_pretrained(hf_folder)
+    weights.write_bytes(whole)
+    config = hf_folder / "config.json"
+    config.write_text(config.read_text().replace('"gelu_new"', '"relu"'))
+    with pytest.raises(ValueError, match="activation_function is relu"):
+        GPT.from_pretrained(hf_folder)
+
+
+class Settings:
+    """The config object of another repository, whose class is unknown when it is read."""
+
+
+def foreign_checkpoints(model):
+    """Return the same model as other repositories save it."""
+    state, sizes = model.state_dict(), vars(model.config)
+    settings = Settings()
+    vars(settings).update(sizes)
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 16, 16) for i in range(2)}
+    transposed = {
+        name: w.t() if w.dim() == 2 and (".c_" in name) else w
+        for name, w in state.items()
+        if name != "lm_head.weight"
+    }
+    compiled = {f"_orig_mod.{name}": w for name, w in (state | masks).items()}
+    return {
+        "config object, validation loss": {"model": state, "config": settings, "step": 7, "val_loss": 3.5},
+        "compiled, model_args, training settings": {
+            "model": compiled,
+            "model_args": {**sizes, "bias": True},
+            "config": {"dataset": "openwebtext", "batch_size": 12},
+            "iter_num": 7,
+            "best_val_loss": torch.tensor(3.5),
+        },
+        "DDP around compile": {
+            "model": {f"module.{name}": w for name, w in compiled.items()},
+            "args": argparse.Namespace(n_head=2, out=pathlib.PurePosixPath("log")),
+        },
+        "wrapped module": {"state_dict": {f"model.{name}": w for name, w in state.items()}, "hparams": sizes},
+        "bare state dict in OpenAI's layout": transposed,
+        "half precision": {"model": {name: w.bfloat16() for name, w in state.items()}, "config": sizes},
+    }
+
+
+@pytest.mark.parametrize("kind", foreign_checkpoints(tiny_gpt()))
+def test_checkpoints_of_other_repositories_load(kind, tmp_path):
+    torch.manual_seed(0)
+    # Without a config, heads are taken to be 64 wide.
+    config = GPTConfig(**{**vars(TINY_GPT), "n_embd": 128}) if "bare" in kind else TINY_GPT
+    model, idx = GPT(config).eval(), torch.randint(0, 320, (2, 16))
+    torch.save(foreign_checkpoints(model)[kind], tmp_path / "foreign.pt")
+    read = GPT.from_pretrained(tmp_path / "foreign.pt").eval()
+    assert read.config == config
+    tolerance = 0.05 if kind == "half precision" else 0
+    with torch.no_grad():
+        torch.testing.assert_close(read(idx)[0], model(idx)[0], atol=tolerance, rtol=0)
+    if kind.startswith("config object"):
+        assert read.metadata == {"step": 7, "val_loss": 3.5, "args": None}
+
+
+def test_missing_biases_become_zeros(tmp_path):
+    model = tiny_gpt()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(not name.endswith(".bias"))
+    state = {name: w for name, w in model.state_dict().items() if not name.endswith(".bias")}
+    torch.save({"model": state, "model_args": {"n_head": 2, "bias": False}}, tmp_path / "foreign.pt")
+    read = GPT.from_pretrained(tmp_path / "foreign.pt")
+    assert all(torch.equal(w, model.state_dict()[name]) for name, w in read.state_dict().items())
+    torch.save({"model": {**state, "transformer.ln_f.bias": torch.ones(32)}}, tmp_path / "foreign.pt")
+    with pytest.raises(ValueError, match="is not a GPT-2 .*Missing key.*c_attn.bias"):
+        GPT.from_pretrained(tmp_path / "foreign.pt")
+
+
+def attack(name):
+    os.mkdir(name)
+
+
+class Attack:
+    def __init__(self, function):
+        self.function = function
+
+    def __reduce__(self):
+        return self.function, ("attacked",)
+
+
+def test_file_never_runs_code_and_untied_head_is_rejected(tmp_path):
+    model = tiny_gpt()
+    weights = {"model": model.state_dict(), "n_head": 2}
+    torch.save({**weights, "config": Attack(attack)}, tmp_path / "inert.pt")
+    torch.save({**weights, "config": Attack(os.mkdir)}, tmp_path / "blocked.pt")
+    torch.save(Attack(attack), tmp_path / "object.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Attack(attack)))
+    assert GPT.from_pretrained(tmp_path / "inert.pt").config == TINY_GPT
+    for name, message in (
+        ("blocked.pt", "mkdir.* is blocked"),
+        ("object.pt", "not a checkpoint: it holds a"),
+        ("pickle.pt", "not a checkpoint"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            GPT.from_pretrained(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    assert not pathlib.Path("attacked").exists()
+    pickle.loads((tmp_path / "pickle.pt").read_bytes())
+    assert pathlib.Path("attacked").exists()  # what it would have done
+    untied = {**model.state_dict(), "lm_head.weight": torch.zeros(320, 32)}
+    torch.save({"model": untied, "config": vars(TINY_GPT)}, tmp_path / "untied.pt")
+    with pytest.raises(ValueError, match="lm_head is not tied"):
+        GPT.from_pretrained(tmp_path / "untied.pt")

@@ -1,0 +1,66 @@
+"""Ranges of options, and errors as one line."""
+
+import argparse
+import math
+
+import pytest
+
+from runtime import cli
+
+
+def test_options_out_of_range_are_reported_together_defaults_included():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=cli.Range(int, 1), default=0)
+    parser.add_argument("--rate", type=cli.Range(float, above=0))
+    parser.add_argument("--share", type=cli.Range(float, 0, 1))
+    parser.add_argument("--beta", type=cli.Range(float, 0, below=1), default=0.9)
+    parser.add_argument("--size", type=cli.Range(lambda text: text if text == "auto" else int(text), 1))
+    assert cli.out_of_range(parser, parser.parse_args("--steps 1 --share 1 --size auto".split())) == []
+    bad = parser.parse_args("--rate 0 --share 1.5 --beta 1 --size 0".split())
+    assert cli.out_of_range(parser, bad) == [
+        "--steps is 0: use at least 1",
+        "--rate is 0.0: use more than 0",
+        "--share is 1.5: use at least 0 and at most 1",
+        "--beta is 1.0: use at least 0 and less than 1",
+        "--size is 0: use at least 1",
+    ]
+    assert len(cli.out_of_range(parser, parser.parse_args(["--steps", "1", "--rate", "nan"]))) == 1
+    assert [cli.count(text) for text in ("100_000", "1e8")] == [100_000, 10**8]
+    with pytest.raises(ValueError, match="1.5 is not a whole number"):
+        cli.count("1.5")
+
+
+@pytest.mark.parametrize(
+    "error, ending",
+    [
+        (None, None),
+        (ValueError("one\ntwo"), "script.py: error: one\nscript.py: error: two"),
+        (FileNotFoundError("no file"), "script.py: error: no file"),
+        (ConnectionError("no route"), "script.py: error: no route"),
+        (RuntimeError("out of memory"), "script.py: error: buy more"),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_errors_that_a_user_can_fix_are_lines(monkeypatch, error, ending):
+    def main(args):
+        assert args == "options"
+        if error:
+            raise error
+
+    def explain(found, args):
+        assert args == "options"
+        return "buy more" if "memory" in str(found) else None
+
+    monkeypatch.setattr("sys.argv", ["folder/script.py"])
+    if ending is None:
+        return cli.run(main, lambda: "options", explain)
+    with pytest.raises(SystemExit) as exit:
+        cli.run(main, lambda: "options", explain)
+    assert exit.value.code == ending
+
+
+def test_other_errors_keep_their_traceback():
+    for error in (RuntimeError("a bug"), ZeroDivisionError()):
+        with pytest.raises(type(error)):
+            cli.run(lambda args, error=error: (_ for _ in ()).throw(error), lambda: None)
+    assert math.inf not in cli.Range(int, 1, 5)

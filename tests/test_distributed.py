@@ -1,0 +1,165 @@
+"""Ranks, nodes and signals: real processes that train together, are killed and are stopped."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from conftest import (
+    MUON,
+    REPOSITORY,
+    TINY,
+    assert_close,
+    begin,
+    count_lines,
+    losses,
+    read_losses,
+    torchrun_command,
+    wait_until,
+    workers,
+)
+
+from runtime.checkpoint import load_checkpoint
+from runtime.distributed import SAME_SIGNAL_S
+
+TWO_RANKS_SCRIPT = """
+import argparse, functools, hashlib, os, torch, train
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+reductions = []
+
+class Counted(train.DistributedDataParallel):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_comm_hook(None, reduce)
+
+    def __del__(self):
+        weights = b"".join(p.detach().numpy().tobytes() for p in self.parameters())
+        print(f"weights {{hashlib.sha256(weights).hexdigest()}}\\n", end="", flush=True)
+
+def reduce(state, bucket):
+    reductions.append(bucket)
+    group = torch.distributed.group.WORLD
+    work = torch.distributed.all_reduce(bucket.buffer().div_(2), group=group, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+train.DistributedDataParallel = Counted
+for i, args in enumerate({runs}):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i)  # a second process group needs a store of its own
+    train.main(argparse.Namespace(**args))
+    print(f"{{len(reductions)}} reductions\\n", end="", flush=True)  # one write: two ranks print at once
+    reductions.clear()
+"""
+
+
+def test_two_ranks_match_one_with_one_reduction_per_step(run_train, two_ranks):
+    one = run_train("--batch_size 4 --sample_every 3")
+    args = {**one["run"][0]["args"], "batch_size": 1}
+    shutil.copytree("log", "resumed")
+    Path("resumed/model_00006.pt").unlink()
+    Path("resumed/model_best.pt").unlink()
+    runs = [{**args, "compile": True, "out_dir": "two", "recompute": True}]
+    runs += [{**args, "resume": True, "out_dir": "resumed"}]
+    muon = run_train(f"{MUON} --muon_lr 0.05", out_dir="one_muon")
+    runs += [{**muon["run"][0]["args"], "batch_size": 1, "out_dir": "two_muon"}]
+    Path("two.py").write_text(TWO_RANKS_SCRIPT.format(runs=runs))
+    output = two_ranks("two.py")
+    for folder in ("two", "resumed"):
+        two = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+        for kind in ("train", "val"):
+            expected = [record["loss"] for record in one[kind]]
+            assert [r["loss"] for r in two if r["kind"] == kind] == pytest.approx(expected, abs=1e-5), kind
+        assert [r for r in two if r["kind"] == "run"][-1]["world_size"] == 2
+    weights = [line for line in output.splitlines() if line.startswith("weights")]
+    assert len(weights) == 6 and len(set(weights)) == 3  # those of both ranks are the same
+    # Muon rounds to bf16, which makes more of the rounding of sums.
+    two = [json.loads(line) for line in Path("two_muon/log.jsonl").read_text().splitlines()]
+    assert [r["loss"] for r in two if r["kind"] == "train"] == pytest.approx(losses(muon), abs=1e-3)
+    # Two micro-steps, one bucket of gradients: 6 steps from the start, twice, and 3 from step 3; two ranks.
+    assert (output.count("6 reductions"), output.count("3 reductions")) == (4, 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_stops_and_the_run_can_be_resumed(shards, run_train, number):
+    options = "--max_steps 40 --total_batch_size 512 --checkpoint_every 400 --log_every 1 --dropout 0.1"
+    life = begin(f"{TINY} {options}", "printed")
+    wait_until(lambda: count_lines("log") > 10)
+    os.kill(life.pid, number)
+    life.join()
+    printed = Path("printed").read_text()
+    assert life.exitcode == 0 and "step/s" not in printed, printed  # no bar: this is not a terminal
+    stopped_at = len(read_losses())
+    assert f"stopped by a signal after step {stopped_at - 1}" in printed and stopped_at < 40
+    assert load_checkpoint("log")["step"] == stopped_at
+    run_train(f"{options} --resume")
+    run_train(options, out_dir="whole")
+    assert read_losses() == read_losses("whole") and read_losses(kind="val") == read_losses("whole", "val")
+
+
+def test_second_signal_ends_at_once(shards):
+    # A step of 2**20 tokens takes minutes: the first signal waits for its end.
+    life = begin(f"{TINY} --total_batch_size 1048576 --max_steps 2 --val_every 0 --checkpoint_every 1")
+    wait_until(lambda: count_lines("log") == 1)
+    time.sleep(0.2)
+    for _ in range(2):  # torchrun sends again what Ctrl-C has sent to all: within moments these are one
+        os.kill(life.pid, signal.SIGINT)
+        time.sleep(0.05)
+    time.sleep(SAME_SIGNAL_S)
+    assert life.is_alive()
+    os.kill(life.pid, signal.SIGINT)
+    life.join(timeout=20)
+    assert life.exitcode == -signal.SIGINT
+
+
+def test_torchrun_restarts_a_killed_worker_and_the_run_continues(start, run_train):
+    options = "--max_steps 40 --checkpoint_every 5 --resume"
+    standalone = ("--standalone", "--nproc_per_node=2", "--max-restarts=2", "--monitor-interval=0.1")
+    process = start(f"{options} --batch_size 1", torchrun_command(*standalone))
+    wait_until(lambda: count_lines("log") > 15)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    records = [json.loads(line) for line in Path("log/log.jsonl").read_text().splitlines()]
+    resumed_at = [record["step"] for record in records if record["kind"] == "run"]
+    assert resumed_at[0] == 0 and len(resumed_at) == 2 and resumed_at[1] > 0
+    run_train(f"{options} --batch_size 4", out_dir="one")
+    assert_close(read_losses(), read_losses("one"))
+    assert_close(read_losses(kind="val"), read_losses("one", "val"))
+
+
+def test_two_nodes_match_one_process(start, run_train):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rendezvous = ("--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test")
+    launcher = torchrun_command("--nnodes=2", "--nproc_per_node=1", "--local-addr=127.0.0.1", *rendezvous)
+    nodes = [start("--out_dir two", launcher) for _ in range(2)]
+    for node in nodes:
+        _, errors = node.communicate(timeout=120)
+        assert node.returncode == 0, errors
+    run_train("--batch_size 4", out_dir="one")
+    assert_close(read_losses("two"), read_losses("one"))
+    assert_close(read_losses("two", "val"), read_losses("one", "val"))
+
+
+def test_failing_rank_ends_the_job_with_its_error(start, tmp_path):
+    script = tmp_path / "one_fails.py"
+    script.write_text(
+        "import sys, train\n"
+        "def fails(step, args):\n"
+        "    if step == 2 and train.torch.distributed.get_rank() == 1:\n"
+        "        raise RuntimeError('rank 1 is broken')\n"
+        "    return 1e-3\n"
+        "train.learning_rate_at = fails\n"
+        "train.main(train.parse_args(sys.argv[2:]))\n"
+    )
+    launcher = (*torchrun_command("--standalone", "--nproc_per_node=2"), str(script))
+    process = start("--max_steps 8", launcher, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "RuntimeError: rank 1 is broken" in errors
+    process = start("--batch_size 3", torchrun_command("--standalone", "--nproc_per_node=2"))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and errors.count("not divisible by --batch_size 3") == 1

@@ -1,0 +1,127 @@
+"""log.jsonl, console, TensorBoard and Weights & Biases, and the folder of a run."""
+
+import json
+import re
+import struct
+from pathlib import Path
+
+import pytest
+from conftest import MUON, plain_windows
+
+import train
+from model import GPT
+from runtime import records
+
+
+def test_console_describes_the_run_and_aligns_steps(run_train, shards, capsys):
+    run_train(f"{MUON} --log_every 1 --checkpoint_every 2 --keep 1 --milestone_every 2 --learning_rate 1e-3")
+    lines = capsys.readouterr().out.splitlines()
+    about = dict(line.split(maxsplit=1) for line in lines if not line.startswith(("step", "muon", "adamw")))
+    model, tokens = GPT.from_pretrained("log"), 16 * len(plain_windows(shards))
+    assert about["model"].startswith(f"{model.num_params():,} parameters: 2 layers, 2 heads, width 32")
+    assert about["batch"] == "64 tokens per step: 2 sequences x 16 tokens x 1 rank(s) x 2 micro-step(s)"
+    assert about["run"] == f"6 steps, 384 tokens, {384 / tokens:.2f} epochs of {tokens:,} in shards"
+    sizes = re.match(r"([\d.]+)kB each, at most ([\d.]+)MB in log, where \S+B are free", about["checkpoints"])
+    files = [path.stat().st_size / 1000 for path in Path("log").glob("model_*.pt")]
+    assert len(files) == 3  # 4, 6 and the best
+    assert float(sizes[1]) == pytest.approx(max(files), rel=0.15)  # names and headers come on top
+    assert 1000 * float(sizes[2]) == pytest.approx(4 * float(sizes[1]), abs=10)  # those, and one new
+    steps = [line for line in lines if " tok/s | " in line]
+    assert len(steps) == 6 and len({tuple(i for i, c in enumerate(line) if c == "|") for line in steps}) == 1
+    assert steps[-1].endswith("left 00:00")
+
+
+def test_log_has_rates_and_decay_of_each_group(run_train):
+    by_kind = run_train(f"{MUON} --muon_lr 0.03 --weight_decay 0.2")
+    groups = {group["name"]: group for group in by_kind["run"][0]["groups"]}
+    model = GPT.from_pretrained("log")
+    assert sum(group["params"] for group in groups.values()) == model.num_params()
+    assert groups["c_attn"]["params"] == 2 * 3 * 32 * 32
+    rates = {name: (g["optimizer"], g["lr"], g["weight_decay"]) for name, g in groups.items()}
+    assert rates == {
+        "embeddings": ("adamw", pytest.approx(1e-2), 0.2),
+        "c_attn": ("muon", pytest.approx(3e-2), 0.2),
+        "matrices": ("muon", pytest.approx(3e-2), 0.2),
+        "gains and biases": ("adamw", pytest.approx(1e-2), 0.0),
+    }
+    for record in by_kind["train"]:
+        assert record["lrs"]["matrices"] == pytest.approx(3 * record["lr"]) == record["lrs"]["c_attn"]
+        assert record["lrs"]["embeddings"] == record["lrs"]["gains and biases"] == record["lr"]
+
+
+def test_new_run_renames_the_old_folder(run_train):
+    first = run_train("--seed 1")
+    second = run_train("--seed 2")
+    run_train("--seed 3")
+    for folder, by_kind in (("log.1", first), ("log.2", second)):
+        lines = Path(folder, "log.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines if '"train"' in line] == by_kind["train"]
+        assert Path(folder, "model_00006.pt").exists()
+
+
+def test_tensorboard_matches_the_log_and_hides_repeated_steps(run_train):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run_train("--tensorboard")
+    Path("log/model_00006.pt").unlink()
+    Path("log/model_best.pt").unlink()
+    hellaswag = f"--hellaswag_every 6 --hellaswag_data {train.DEMO_ITEMS}"
+    by_kind = run_train(f"--tensorboard --resume {hellaswag}")
+    events = event_accumulator.EventAccumulator("log/tensorboard").Reload()
+    for tag, kind, name in (
+        ("train/loss", "train", "loss"),
+        ("train/tokens_per_s", "train", "tokens_per_s"),
+        ("train/lr c_attn", "train", "lr"),
+        ("val/loss", "val", "loss"),
+        ("hellaswag/acc_norm", "hellaswag", "acc_norm"),
+    ):
+        expected = [(record["step"], pytest.approx(record[name], rel=1e-6)) for record in by_kind[kind]]
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == expected, tag
+
+
+def wandb_history(path):
+    """Return the rows of a run-ID.wandb file: 7 bytes, then a log of LevelDB's format in 32 KiB blocks."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, record, rows = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        size, part = struct.unpack("<4xHB", data[at : at + 7])
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if 32768 - at % 32768 < 7:  # no room for a header: the block is padded
+            at += 32768 - at % 32768
+        if part in (1, 4):  # a whole record, or its last part
+            row = Record.FromString(record).history
+            rows.append({"/".join(item.nested_key): json.loads(item.value_json) for item in row.item})
+            record = b""
+    return [row for row in rows if row]
+
+
+def test_wandb_receives_the_log_and_resumed_run_keeps_its_id(run_train, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_train("--wandb --max_steps 3")
+    by_kind = run_train("--wandb --max_steps 6 --resume")
+    ids = [record["wandb"] for record in by_kind["run"]]
+    assert len(ids) == 2 and ids[0] == ids[1]
+    paths = sorted(Path("log/wandb").glob(f"offline-run-*/run-{ids[0]}.wandb"))
+    rows = [row for path in paths for row in wandb_history(path)]
+    assert len(paths) == 2
+    logged = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    assert logged == [(record["step"], record["loss"]) for record in by_kind["train"]]
+
+    def refuse(**options):
+        raise wandb.errors.UsageError("no key")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ValueError, match=r"^Weights & Biases: no key \(without an account: WANDB_MODE=off"):
+        run_train("--wandb")
+
+
+def test_missing_packages_are_reported_before_the_first_step(run_train, monkeypatch):
+    monkeypatch.setattr(records.importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(ValueError) as caught:
+        run_train("--tensorboard --wandb")
+    for package in ("tensorboard", "wandb"):
+        expected = f"--{package} needs a package that is not installed: pip install {package}"
+        assert expected in str(caught.value).splitlines()
+    assert not Path("log").exists()
