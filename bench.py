@@ -45,7 +45,7 @@ import train
 from model import GPT, GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPTConfig
 from plot import curve, read_log
 from runtime import hardware
-from runtime.cli import Range, count, out_of_range, run
+from runtime.cli import Range, check_options, count, run
 from runtime.distributed import Distributed
 from runtime.files import write_json
 from runtime.hardware import synchronize
@@ -828,8 +828,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:end])
-    if problems := out_of_range(commands.choices[args.command], args):
-        raise ValueError("\n".join(problems))
+    check_options(commands.choices[args.command], args)
     args.options = {}  # of train.py, each with its values
     for word in argv[end + 1 :]:
         if word.startswith("--"):

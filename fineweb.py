@@ -30,7 +30,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import astuple, dataclass
 from functools import lru_cache
@@ -41,12 +41,15 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from runtime.cli import Range, count, out_of_range, run
+from runtime.cli import Range, check_options, count, run
 from runtime.files import file_hash, write_atomically, write_json
 from tokenizer import NAMES, get_tokenizer
 
 MANIFEST = "manifest.json"
-DOWNLOADS = "downloads"  # folder in --out_dir for files from the Hub
+# What all tasks of a set have in common.
+SAME_IN_ALL_TASKS = ("source", "tokenizer", "vocab_size", "shard_size", "max_tokens", "task_count")
+SINGLE_TASK = {"task_index": 0, "task_count": 1}
+MOST_VALIDATION = 0.2  # share of a set; where the first shard is more, a tenth of the set is validation
 DOCUMENTS_PER_CHUNK = 64  # enough to hide the cost of passing a chunk between processes
 ROWS_PER_CHUNK = 256  # of parquet files, where a worker decodes a whole row group, typically of 1,000 rows
 HUB_TRIES = 4  # on top of the retries of huggingface_hub, which can take half a minute per try
@@ -172,28 +175,38 @@ def download(source: Input, folder: Path) -> Path:
 
 
 class Fetcher:
-    """The inputs as local files; the next one is downloaded while one is being read."""
+    """The inputs as local files; the next one can be downloaded while one is being read.
+
+    Downloads are daemon threads, so that no command waits for the end of one that it does not need.
+    """
 
     def __init__(self, inputs: list[Input], folder: Path, keep: bool):
         self.inputs, self.folder, self.keep = inputs, folder, keep
-        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="download")
         self.pending: dict[int, Future] = {}
 
     def path(self, index: int) -> Path:
         if self.inputs[index].repo is None:
             return Path(self.inputs[index].path)
-        for each in range(index, min(index + 2, len(self.inputs))):
-            if each not in self.pending:
-                self.pending[each] = self.pool.submit(download, self.inputs[each], self.folder)
+        self.prefetch(index)
         return self.pending[index].result()
+
+    def prefetch(self, index: int) -> None:
+        """Start to download an input of the Hub, unless that has been done."""
+        if index < len(self.inputs) and self.inputs[index].repo and index not in self.pending:
+            self.pending[index] = Future()
+            threading.Thread(target=self._download, args=(index,), daemon=True).start()
+
+    def _download(self, index: int) -> None:
+        try:
+            self.pending[index].set_result(download(self.inputs[index], self.folder))
+        except Exception as error:
+            self.pending[index].set_exception(error)
 
     def release(self, before: int) -> None:
         """Delete the downloads before this input, whose tokens have been written."""
         for index in [index for index in self.pending if index < before and not self.keep]:
-            self.pending.pop(index).result().unlink(missing_ok=True)
-
-    def close(self) -> None:
-        self.pool.shutdown(cancel_futures=True)
+            if self.pending[index].done():
+                self.pending.pop(index).result().unlink(missing_ok=True)
 
 
 def read_chunks(fetcher: Fetcher, text_column: str, start: tuple[int, int]) -> Iterator[Chunk]:
@@ -365,7 +378,7 @@ def encode_chunks(
 
 
 class ShardSet:
-    """The shards of one folder and the manifest that describes them.
+    """The shards of one task and the manifest that describes them.
 
     The record of each shard says where the `next` one begins: input, row, and how many tokens from there
     still belong to this shard. So a set can continue after its last complete shard, and any shard can be made
@@ -389,10 +402,13 @@ class ShardSet:
         chunks = read_chunks(self.fetcher, self.manifest["source"]["text_column"], start[:2])
         stream = encode_chunks(chunks, self.manifest["tokenizer"], self.pool, self.workers)
         buffer, filled, drop = np.empty(size, dtype=np.uint16), 0, start[2]
+        unlimited = left > sys.maxsize // 2
         with tqdm(
             unit="tok", unit_scale=True, desc="tokenising", initial=done, disable=None, leave=False
         ) as bar:
             for chunk, tokens, skipped_here in stream:
+                if unlimited or chunk.share > 0.5:  # a limited set may end within this input
+                    self.fetcher.prefetch(chunk.input + 1)
                 taken = min(drop, len(tokens))
                 drop -= taken
                 tokens = tokens[: taken + left]
@@ -427,33 +443,57 @@ class ShardSet:
                         f"{len(tokens)} tokens are too few for a val and a train shard: add more text"
                     )
                 parts = [tokens[cut:], tokens[:cut]]
-            made = []
-            for part in parts:
-                name = shard_name(len(records) + len(made), self.manifest)
-                self.write(name, part)
-                documents = int(np.count_nonzero(part == self.manifest["eot_token"]))
-                record = {"name": name, "tokens": len(part), "documents": documents}
-                made.append({**record, "sha256": file_hash(self.out_dir / name)})
+            made = [self.write(len(records) + i, part) for i, part in enumerate(parts)]
             records += [{**record, "next": following} for record in made]
+            if following is None and task_count == 1:
+                self.shrink_validation()
             self.manifest["skipped_documents"] = skipped_now
             self.manifest["complete"] = following is None
             write_json(self.path, self.manifest)
             self.fetcher.release(following[0] if following else len(self.fetcher.inputs))
 
-    def write(self, name: str, tokens: np.ndarray) -> None:
-        write_atomically(self.out_dir / name, lambda file: np.save(file, tokens))
+    def write(self, number: int, tokens: np.ndarray, sha256: str | None = None) -> dict:
+        """Write a shard and return its record. Raises ValueError, before, if it lacks the hash `sha256`."""
+        name, data = shard_name(number, self.manifest), io.BytesIO()
+        np.save(data, tokens)
+        digest = hashlib.sha256(data.getbuffer()).hexdigest()
+        if sha256 not in (None, digest):
+            raise ValueError(f"the inputs of {name} have changed: --no-resume makes the whole set again")
+        write_atomically(self.out_dir / name, lambda file: file.write(data.getbuffer()))
+        documents = int(np.count_nonzero(tokens == self.manifest["eot_token"]))
+        return {"name": name, "tokens": len(tokens), "documents": documents, "sha256": digest}
 
-    def repair(self, index: int) -> None:
-        """Make one shard again. Raises ValueError if the inputs no longer give the same tokens."""
+    def shrink_validation(self) -> None:
+        """Leave a tenth of a small set for validation: the rest of its first shard goes to training.
+
+        That rest becomes the last shard.
+        """
+        records, size = self.manifest["shards"], self.manifest["shard_size"]
+        total = sum(record["tokens"] for record in records)
+        if records[0]["tokens"] <= MOST_VALIDATION * total or size < 2:
+            return
+        tokens = np.load(self.out_dir / records[0]["name"])
+        if len(tokens) < size:  # a command that was killed here has cut it already
+            tokens, _, _ = next(self.shards((0, 0, 0), size, size))
+        kept = max(total // 10, 1)
+        records.append({**self.write(len(records), tokens[kept:]), "next": None})
+        records[0] |= self.write(0, tokens[:kept])
+
+    def start(self, number: int) -> Position:
+        """Return where the tokens of a shard begin."""
         records = self.manifest["shards"]
-        record, begin, size = records[index], 0, records[index]["tokens"]
-        start = tuple(records[index - 1]["next"] or (0, 0, 0)) if index else (0, 0, 0)
-        if records[0]["next"] is None and len(records) == 2:  # one shard that was split, val being its end
-            begin, size = (0, size) if index else (records[1]["tokens"], records[1]["tokens"] + size)
-        tokens, _, _ = next(self.shards(start, size, size))
-        self.write(record["name"], tokens[begin:])
-        if file_hash(self.out_dir / record["name"]) != record["sha256"]:
-            raise ValueError(f"{record['name']} now has a different hash: its inputs have changed")
+        if len(records) == 2 and records[0]["next"] is None:  # one shard that was split: its end is val
+            return (0, 0, 0) if number else (0, 0, records[1]["tokens"])
+        if number == 0:
+            return (0, 0, 0)
+        # Nothing follows the last regular shard but the rest of the first one.
+        return tuple(records[number - 1]["next"] or (0, 0, records[0]["tokens"]))
+
+    def repair(self, number: int) -> None:
+        """Make one shard again. Raises ValueError if the inputs no longer give the same tokens."""
+        record = self.manifest["shards"][number]
+        tokens, _, _ = next(self.shards(self.start(number), record["tokens"], record["tokens"]))
+        self.write(number, tokens, record["sha256"])
 
 
 def bad_shards(out_dir: Path, manifest: dict) -> list[int]:
@@ -473,29 +513,53 @@ def shard_name(number: int, manifest: dict) -> str:
     return f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
 
 
+def shard_names(manifest: dict) -> list[str]:
+    """Return the names of a task's shards, and of two that it may have written but not recorded."""
+    written = len(manifest["shards"]) + (0 if manifest["complete"] else 2)
+    return [shard_name(number, manifest) for number in range(written)]
+
+
 def manifest_name(task_index: int, task_count: int) -> str:
     return MANIFEST if task_count == 1 else f"manifest_{task_index:04d}_of_{task_count:04d}.json"
 
 
+def read_manifests(out_dir: Path) -> list[dict]:
+    """Return the manifests of all tasks. Raises ValueError for a file that is damaged."""
+    manifests = []
+    for path in sorted(out_dir.glob("manifest*.json")):
+        try:
+            manifest = json.loads(path.read_text())
+            manifests.append({**manifest, **{k: manifest.get(k, v) for k, v in SINGLE_TASK.items()}})
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): make the set again in another folder") from error
+    return manifests
+
+
 def read_task_manifest(out_dir: Path, task_index: int = 0, task_count: int = 1) -> dict | None:
     """Return the manifest of one task, or None if there is none."""
-    path = out_dir / manifest_name(task_index, task_count)
-    return json.loads(path.read_text()) if path.exists() else None
+    task = (task_index, task_count)
+    found = [each for each in read_manifests(out_dir) if (each["task_index"], each["task_count"]) == task]
+    return found[0] if found else None
 
 
 def read_manifest(out_dir: Path) -> dict:
     """Return the manifest of a finished set, that of all tasks merged; without one, `shards` is empty.
 
-    Raises ValueError if the set is incomplete or its tasks do not agree.
+    Raises ValueError if the set is incomplete or its tasks do not belong together.
     """
-    manifests = [json.loads(path.read_text()) for path in sorted(out_dir.glob("manifest*.json"))]
+    manifests = read_manifests(out_dir)
     if not manifests:
         return {"shards": []}
-    if not all(each["complete"] for each in manifests) or len(manifests) < manifests[0].get("task_count", 1):
-        raise ValueError(f"the shards in {out_dir} are incomplete: repeat the fineweb.py command")
-    for name in ("tokenizer", "vocab_size", "task_count"):
-        if len(found := {each.get(name) for each in manifests}) > 1:
-            raise ValueError(f"the manifests in {out_dir} have {name} {found}: use a folder for each set")
+    incomplete = f"the shards in {out_dir} are incomplete: repeat the fineweb.py command"
+    if not all(each["complete"] for each in manifests):
+        raise ValueError(incomplete)
+    for name in SAME_IN_ALL_TASKS:
+        for each in manifests[1:]:
+            if each.get(name) != manifests[0].get(name):
+                found = difference(name, manifests[0].get(name), each.get(name))
+                raise ValueError(f"the tasks in {out_dir} differ: {found}; use a folder for each set")
+    if sorted(each["task_index"] for each in manifests) != list(range(manifests[0]["task_count"])):
+        raise ValueError(incomplete)
     return {**manifests[0], "shards": [shard for each in manifests for shard in each["shards"]]}
 
 
@@ -536,19 +600,12 @@ def prepare(
         "complete": False,
     }
     found = read_task_manifest(out_dir, task_index, task_count)
+    check_same_set(out_dir, manifest, ignored=None if resume and found and found["shards"] else found)
     if found and not resume:
-        written = len(found["shards"]) + 1  # a killed command may have written one more than it recorded
-        for number in range(written):
-            (out_dir / shard_name(number, found)).unlink(missing_ok=True)
+        for name in shard_names(found):
+            (out_dir / name).unlink(missing_ok=True)
     elif found and found["shards"]:
-        for name in ("source", "tokenizer", "shard_size", "max_tokens"):
-            if found.get(name) != manifest[name]:
-                raise ValueError(difference(out_dir, name, found.get(name), manifest[name]))
         manifest = found
-    elif not found and task_count == 1 and any(out_dir.glob("*.npy")):
-        raise ValueError(
-            f"{out_dir} already holds .npy files that no manifest describes: use another --out_dir"
-        )
     inputs = inputs[task_index::task_count]
     if not inputs:
         raise ValueError(f"there are fewer inputs than tasks: lower --task_count {task_count}")
@@ -559,7 +616,9 @@ def prepare(
     if any(each.path.endswith(".parquet") for each in inputs):
         import pyarrow.parquet  # noqa: F401  # once, before the workers are forked
     pool = start_workers(workers, tokenizer)
-    fetcher = Fetcher(inputs, out_dir / DOWNLOADS, keep_downloads)
+    # A folder for each task, because the first one to finish deletes its own.
+    downloads = "downloads" if task_count == 1 else f"downloads_{task_index:04d}_of_{task_count:04d}"
+    fetcher = Fetcher(inputs, out_dir / downloads, keep_downloads)
     shards = ShardSet(out_dir, manifest, fetcher, pool, workers)
     try:
         if not manifest["complete"]:
@@ -570,7 +629,6 @@ def prepare(
                 print(f"making {manifest['shards'][number]['name']} again: it is missing or damaged")
                 shards.repair(number)
     finally:
-        fetcher.close()
         if pool:
             pool.shutdown(cancel_futures=True)
     if not keep_downloads:
@@ -578,15 +636,71 @@ def prepare(
     return manifest
 
 
-def difference(out_dir: Path, name: str, found: object, wanted: object) -> str:
-    """Return an error message that names the difference between a set and the arguments to continue it."""
+def find_shards(data_dir: Path, split: str) -> list[Path]:
+    """Return the shards of a split, sorted by name.
+
+    With a manifest, the .npy files of the folder have to be exactly those that it lists. Without one, they
+    are all those with the split in their name. Raises FileNotFoundError if there are none, and ValueError if
+    files are missing, not listed, or named after both splits.
+    """
+    paths = sorted(data_dir.iterdir()) if data_dir.exists() else []
+    names = [path.name for path in paths if path.suffix == ".npy"]
+    if both := [name for name in names if "train" in name and "val" in name]:
+        raise ValueError(f"{data_dir / both[0]} has both train and val in its name: rename it")
+    if listed := {shard["name"] for shard in read_manifest(data_dir)["shards"]}:
+        if missing := sorted(listed - set(names)):
+            raise ValueError(
+                f"{len(missing)} of the {len(listed)} shards in the manifest of {data_dir} are missing, the "
+                f"first is {missing[0]}: repeat the fineweb.py command, or copy them again"
+            )
+        if others := sorted(set(names) - listed):
+            raise ValueError(f"the manifest of {data_dir} does not list {others[0]}: move it elsewhere")
+    paths = [data_dir / name for name in names if split in name]
+    if not paths:
+        raise FileNotFoundError(
+            f"no {split} shards in {data_dir}/: `python fineweb.py --out_dir {data_dir}` makes them from "
+            "FineWeb-Edu, `python train.py --preset demo` trains without them"
+        )
+    return paths
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """Memory-map a shard. Raises ValueError if it is not a complete one-dimensional uint16 array."""
+    try:
+        tokens = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is truncated or not a .npy file ({error}): make it again") from error
+    if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        raise ValueError(f"{path} is {tokens.ndim}-dimensional {tokens.dtype}, not 1-dimensional uint16")
+    return tokens
+
+
+def difference(name: str, found: object, wanted: object) -> str:
+    """Return a description of how two values differ, down to the first part that does."""
     while isinstance(found, dict) and isinstance(wanted, dict):
         name = next(each for each in {**found, **wanted} if found.get(each) != wanted.get(each))
         found, wanted = found.get(name), wanted.get(name)
     if isinstance(found, list) and isinstance(wanted, list):
         changed = [pair for pair in zip(found, wanted, strict=False) if pair[0] != pair[1]]
         found, wanted = changed[0] if changed else (f"{len(found)} files", f"{len(wanted)} files")
-    return f"{out_dir} already holds shards with {name} {found}, not {wanted}: use another --out_dir"
+    return f"{name} {found}, not {wanted}"
+
+
+def check_same_set(out_dir: Path, wanted: dict, ignored: dict | None) -> None:
+    """Raise ValueError if a folder holds anything but tasks of the wanted set, except for an ignored task.
+
+    The tasks of a set agree in SAME_IN_ALL_TASKS. Every .npy file has to belong to one of them.
+    """
+    # Listed before the manifests are read: other tasks may be writing.
+    names = {path.name for path in out_dir.glob("*.npy")}
+    manifests = read_manifests(out_dir)
+    for manifest in manifests:
+        for name in SAME_IN_ALL_TASKS:
+            if manifest != ignored and manifest.get(name) != wanted[name]:
+                found = difference(name, manifest.get(name), wanted[name])
+                raise ValueError(f"{out_dir} already holds shards with {found}: use another --out_dir")
+    if foreign := sorted(names - {name for manifest in manifests for name in shard_names(manifest)}):
+        raise ValueError(f"{out_dir} holds {foreign[0]}, which no manifest describes: use another --out_dir")
 
 
 def verify(out_dir: Path, task_index: int, task_count: int) -> None:
@@ -628,7 +742,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=at_least_1, default=os.cpu_count(), help="processes that tokenise")
     add("--task_index", type=Range(int, 0), default=0, help="index of this machine, from 0")
     add("--task_count", type=at_least_1, default=1, help="machines that share the inputs, file by file")
-    add("--keep_downloads", action="store_true", help=f"keep the Hub's files in --out_dir/{DOWNLOADS}")
+    add("--keep_downloads", action="store_true", help="keep the Hub's files in --out_dir/downloads")
     add(
         "--resume",
         action=argparse.BooleanOptionalAction,
@@ -637,11 +751,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--verify", action="store_true", help="only compare a finished set with the hashes in its manifest")
     args = parser.parse_args(argv)
-    problems = out_of_range(parser, args)
+    check_options(parser, args)
     if args.task_index >= args.task_count:
-        problems.append(f"--task_index is {args.task_index}: use 0 to {args.task_count - 1}")
-    if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError(f"--task_index is {args.task_index}: use 0 to {args.task_count - 1}")
     if args.name is None and args.dataset == parser.get_default("dataset"):
         args.name = "sample-10BT"
     return args
@@ -651,16 +763,21 @@ def main(args: argparse.Namespace) -> None:
     out_dir = Path(args.out_dir)
     if args.verify:
         return verify(out_dir, args.task_index, args.task_count)
-    found = read_task_manifest(out_dir, args.task_index, args.task_count) if args.resume else None
     if args.files:
         inputs = local_inputs(args.files)
         files = [[Path(each.path).name, each.size] for each in inputs]
         source = {"files": files, "text_column": args.text_column}
     else:
         source = {"dataset": args.dataset, "name": args.name, "text_column": args.text_column}
-        if found and all(found["source"].get(name) == value for name, value in source.items()):
-            # An interrupted set is completed from the dataset revision it started with.
-            inputs = [Input(*each) for each in found["source"]["inputs"]]
+        # An interrupted set, and that of several tasks, is completed from the revision it started with.
+        begun = [
+            manifest["source"]
+            for manifest in read_manifests(out_dir)
+            if (args.resume or manifest["task_index"] != args.task_index)
+            and all(manifest["source"].get(name) == value for name, value in source.items())
+        ]
+        if begun:
+            inputs = [Input(*each) for each in begun[0]["inputs"]]
         else:
             inputs = hub_inputs(args.dataset, args.name)
         source["inputs"] = [list(astuple(each)) for each in inputs]

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from model import GPT
-from runtime.cli import Range, out_of_range, run
+from runtime.cli import Range, check_options, run
 from runtime.files import file_hash, write_json
 from runtime.hardware import choose_device
 from sample import tokenizer_for
@@ -344,8 +344,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch_tokens", type=Range(int, 1), help="tokens per forward pass (None: 512 on CPUs, else 16384)")
     add("--output", help="write the result to this .json file")
     args = parser.parse_args(argv)
-    if problems := out_of_range(parser, args):
-        raise ValueError("\n".join(problems))
+    check_options(parser, args)
     return args
 
 

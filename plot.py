@@ -132,8 +132,18 @@ def plot(
 
 
 def has_ended(log: dict[str, list[dict]]) -> bool:
-    """Return whether a run has done all its steps; one that died or was stopped has not."""
-    return log["train"][-1]["step"] + 1 >= log["run"][-1]["args"]["max_steps"]
+    """Return whether a run has ended; one that died or was stopped by a signal may still be resumed."""
+    # Older logs have no record of the end.
+    done = log["train"][-1]["step"] + 1 if "train" in log else 0
+    return "end" in log or ("run" in log and done >= log["run"][-1]["args"]["max_steps"])
+
+
+def has_begun(source: str | Path) -> bool:
+    """Return whether a run has logged its first step."""
+    try:
+        return "train" in read_log(source)
+    except FileNotFoundError:
+        return False
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -152,9 +162,11 @@ def main(args: argparse.Namespace) -> None:
     output = args.output or (first if first.is_dir() else first.parent) / "loss.png"
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            plot(args.runs, output, args.against, args.references)
-            print(f"wrote {output}", flush=True)
-            if not args.follow or all(has_ended(read_log(folder)) for folder in args.runs):
+            begun = [folder for folder in args.runs if not args.follow or has_begun(folder)]
+            if begun:
+                plot(begun, output, args.against, args.references)
+            print(f"wrote {output}" if begun else "waiting for the first step", flush=True)
+            if begun == args.runs and (not args.follow or all(has_ended(read_log(each)) for each in begun)):
                 break
             time.sleep(args.follow)
 

@@ -14,6 +14,7 @@ import argparse
 import codecs
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 
 from model import GPT
 from plot import read_log
-from runtime.cli import Range, out_of_range, run
+from runtime.cli import Range, check_options, run
 from runtime.files import whole_folder
 from runtime.hardware import choose_device
 from tokenizer import get_tokenizer, to_hugging_face
@@ -160,8 +161,8 @@ def _draw(
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        kept = logits.topk(min(top_k, logits.size(-1)))  # exactly k, also among equals
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
     probs = logits.softmax(dim=-1)
     if top_p is not None:
         ranked, order = probs.sort(dim=-1, descending=True)
@@ -248,21 +249,22 @@ def model_card(model: GPT, vocab_size: int, source: Path, name: str) -> str:
     config, metadata = model.config, model.metadata
     step, args = metadata.get("step"), metadata.get("args") or {}
     parameters = model.num_params() - (config.vocab_size - vocab_size) * config.n_embd
-    run = source if source.is_dir() else source.parent
-    log = read_log(run) if step is not None and (run / "log.jsonl").exists() else {}
+    folder = source if source.is_dir() else source.parent
+    log = read_log(folder) if step is not None and (folder / "log.jsonl").exists() else {}
     facts = {"parameters": f"{parameters:,}", "context": f"{config.block_size:,} tokens"}
     if step is not None and "total_batch_size" in args:
         facts["trained for"] = f"{step:,} steps of {args['total_batch_size']:,} tokens"
         facts["tokens seen"] = f"{step * args['total_batch_size']:,}"
+    # An evaluation may be older than the checkpoint.
+    last = {kind: [each for each in log.get(kind, []) if each["step"] <= step][-1:] for kind in log}
     if metadata.get("val_loss") is not None:
-        facts["validation loss"] = f"{metadata['val_loss']:.4f} nats per token"
-    trained = [record for record in log.get("train", []) if record["step"] < step]
-    if trained:
-        facts["training loss"] = f"{trained[-1]['loss']:.4f} nats per token, the last step"
-    scored = [record for record in log.get("hellaswag", []) if record["step"] <= step]
-    if scored:
-        last = scored[-1]
-        facts["HellaSwag"] = f"acc_norm {last['acc_norm']:.2%}, acc {last['acc']:.2%}, {last['n']:,} items"
+        at = f", at step {last['val'][0]['step']:,}" if last.get("val") else ""
+        facts["validation loss"] = f"{metadata['val_loss']:.4f} nats per token{at}"
+    for record in [each for each in log.get("train", []) if each["step"] < step and each["loss"]][-1:]:
+        facts["training loss"] = f"{record['loss']:.4f} nats per token, at step {record['step']:,}"
+    for record in last.get("hellaswag", []):
+        scores = f"acc_norm {record['acc_norm']:.2%}, acc {record['acc']:.2%}, {record['n']:,} items"
+        facts["HellaSwag"] = f"{scores}, at step {record['step']:,}"
     lines = [
         *("---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2]", "---", ""),
         *(f"# {name}", "", "A GPT-2 trained from scratch. Use it like any other GPT-2:", ""),
@@ -301,11 +303,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--top_p", type=top_p, help="draw from the most likely tokens up to this probability (None: all)")
     add("--seed", type=int, default=1337, help="seed of the random numbers")
     args = parser.parse_args(argv)
-    problems = out_of_range(parser, args)
-    if (args.prompt != [""]) + bool(args.prompt_file) + args.interactive > 1:
-        problems.append("--prompt, --prompt_file and --interactive exclude each other: use one of them")
-    if problems:
-        raise ValueError("\n".join(problems))
+    sources = (args.prompt != [""]) + bool(args.prompt_file) + args.interactive
+    conflict = "--prompt, --prompt_file and --interactive are mutually exclusive: use one of them"
+    check_options(parser, args, [conflict] if sources > 1 else [])
     return args
 
 
@@ -323,8 +323,8 @@ def read_prompt(file: str) -> str:
         raise FileNotFoundError(f"cannot read {file} ({error.strerror}): check --prompt_file") from error
 
 
-def main(args: argparse.Namespace) -> None:
-    sys.stdout.reconfigure(errors="replace")  # a terminal may not be able to show every character
+def answer_prompts(args: argparse.Namespace) -> None:
+    """Continue the prompts of the command line, or export the model."""
     prompts = [read_prompt(args.prompt_file)] if args.prompt_file else args.prompt
     device = choose_device(args.device)
     model = GPT.from_pretrained(args.model)
@@ -368,6 +368,14 @@ def main(args: argparse.Namespace) -> None:
             answer([prompt])
         except KeyboardInterrupt:  # ends this text, not the program
             print()
+
+
+def main(args: argparse.Namespace) -> None:
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not be able to show every character
+    try:
+        answer_prompts(args)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

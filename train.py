@@ -12,11 +12,13 @@ HellaSwag after 19,073 steps (build-nanogpt's log); OpenAI's GPT-2 scores 29.55 
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
+import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,23 +32,30 @@ import sample
 from model import GPT, GPTConfig
 from muon import Muon
 from runtime import hardware
-from runtime.checkpoint import CheckpointWriter, check_disk, load_training_state
-from runtime.cli import Range, out_of_range, run
+from runtime.checkpoint import (
+    CheckpointWriter,
+    Progress,
+    check_disk,
+    load_training_state,
+    restore,
+    training_state,
+)
+from runtime.cli import Range, check_options, run
 from runtime.distributed import Distributed, Problems, StopSignal, setup_distributed
 from runtime.records import Log, check_packages, make_run_folder
 from tokenizer import NAMES, get_tokenizer
 
 DEMO_DATA_DIR = "demo_data"
 DEMO_ITEMS = Path(__file__).parent / "tests" / "hellaswag_items.jsonl"
-# Learning rates and batch sizes of the larger models: Brown et al. 2020 (GPT-3), table 2.1.
 XL_BATCH = dict(batch_size=8, total_batch_size=1048576, max_steps=9537)  # the same 10 billion tokens
+# Learning rates and batch sizes of the larger models: Brown et al. 2020 (GPT-3), table 2.1.
 PRESETS = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, batch_size=32, learning_rate=3e-4),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, batch_size=16, learning_rate=2.5e-4),
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, learning_rate=2e-4, **XL_BATCH),
-    # Measured as a whole at small sizes only (LOG.md). Half the tokens are a projection for this size, and
-    # AdamW's rate is what modded-nanogpt used for the embeddings of a similar network in October 2024.
+    # Measured as a whole at small sizes only (LOG.md). That half the tokens suffice at this size is a
+    # projection. AdamW's rate is what modded-nanogpt used for the embeddings of a similar network in 10/2024.
     "speedrun": {
         **dict(n_layer=12, n_head=12, n_embd=768, optimizer="muon", schedule="wsd", decay_share=0.5),
         **dict(learning_rate=3.6e-3, min_lr=0.0, warmup_steps=250, max_steps=9537),
@@ -61,38 +70,35 @@ PRESETS = {
     },
 }
 ARCHITECTURE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout")
+CLASSIC_STEPS, CLASSIC_WARMUP_STEPS = 19073, 715  # Brown et al. 2020 (GPT-3), appendix B: 375M tokens
 OVERFIT_LOSS = 0.05  # nats per token; --overfit_batch passes below this
 
 
-def find_shards(data_dir: Path, split: str) -> list[Path]:
-    """Return the shards of a split, sorted by name. Raises FileNotFoundError if there are none."""
-    paths = sorted(path for path in data_dir.glob("*.npy") if split in path.name)
-    if not paths:
-        raise FileNotFoundError(
-            f"no {split} shards in {data_dir}/: `python fineweb.py --out_dir {data_dir}` makes them from "
-            "FineWeb-Edu, `python train.py --preset demo` trains without them"
-        )
-    return paths
+def shuffled(index: int, n: int, seed: int, epoch: int) -> int:
+    """Return the index-th element of a permutation of range(n) that is drawn from (seed, epoch).
 
-
-def open_shard(path: Path) -> np.ndarray:
-    """Memory-map a shard. Raises ValueError if it is not a complete one-dimensional uint16 array."""
-    try:
-        tokens = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a .npy file ({error}): make it again") from error
-    if tokens.dtype != np.uint16 or tokens.ndim != 1:
-        raise ValueError(f"{path} is {tokens.ndim}-dimensional {tokens.dtype}, not 1-dimensional uint16")
-    return tokens
+    A Feistel network with cycle walking (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains")
+    computes elements one by one, so that an epoch of any length starts at once and takes no memory.
+    """
+    bits = max((n - 1).bit_length() + 1, 2) // 2  # of each half
+    while True:
+        left, right = index >> bits, index & ((1 << bits) - 1)
+        for round_number in range(4):
+            key = struct.pack("<qqqq", seed, epoch, round_number, right)
+            mixed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+            left, right = right, left ^ (mixed & ((1 << bits) - 1))
+        index = left << bits | right
+        if index < n:
+            return index
 
 
 class DataLoaderLite:
-    """Micro-batches of one split, in an order that depends only on the seed and the step.
+    """Micro-batches of one split, in an order that depends only on the seed and the windows read so far.
 
     A shard holds (len - 1) // block_size windows. An epoch goes through the windows in file order or, with
-    `shuffle`, in an order drawn from (seed, epoch). A step takes the next windows, and each micro-step on
-    each rank its slice of them. Therefore any number of ranks and any batch size train on the same windows,
-    and resuming is just a `seek`.
+    `shuffle`, in an order drawn from (seed, epoch). Each step takes the next windows, and each micro-step on
+    each rank takes its slice of them. Therefore any number of ranks and any batch size train on the same
+    windows, and resuming is just a `seek`. `description` tells data sets apart.
 
     Raises FileNotFoundError if there are no shards, and ValueError for a shard that is damaged, too short or
     holds ids outside a vocabulary of `vocab_size`.
@@ -111,18 +117,19 @@ class DataLoaderLite:
         seed: int = 0,
     ):
         self.batch_size, self.block_size, self.vocab_size = batch_size, block_size, vocab_size
-        self.dist, self.shuffle = dist, shuffle
+        self.dist, self.shuffle, self.seed = dist, shuffle, seed
         data_dir = Path(data_dir)
-        self.paths = find_shards(data_dir, split)
-        listed = {shard["name"]: shard["tokens"] for shard in fineweb.read_manifest(data_dir)["shards"]}
-        windows = []
+        self.paths = fineweb.find_shards(data_dir, split)
+        listed = {shard["name"]: shard for shard in fineweb.read_manifest(data_dir)["shards"]}
+        windows, shards = [], []
         for path in self.paths:
-            tokens = len(open_shard(path))
-            if tokens != listed.get(path.name, tokens):
+            tokens, record = len(fineweb.open_shard(path)), listed.get(path.name, {})
+            if tokens != record.get("tokens", tokens):
                 raise ValueError(
-                    f"{path} has {tokens} tokens, but its manifest says {listed[path.name]}: make it again"
+                    f"{path} has {tokens} tokens, but its manifest says {record['tokens']}: make it again"
                 )
             windows.append(max(tokens - 1, 0) // block_size)
+            shards.append((path.name, tokens, record.get("sha256")))
         self.first_windows = np.cumsum([0, *windows])  # index of each shard's first window in the epoch
         self.windows = int(self.first_windows[-1])
         if self.windows == 0:
@@ -130,13 +137,12 @@ class DataLoaderLite:
                 f"no {split} shard in {data_dir}/ holds a window of {block_size} + 1 tokens: "
                 "lower --block_size or give fineweb.py more text"
             )
-        self.open_shard = lru_cache(maxsize=256)(open_shard)  # an open shard holds a file descriptor
-        self.order = lru_cache(maxsize=2)(
-            lambda epoch: np.random.default_rng((seed, epoch)).permutation(self.windows)
-        )
+        digest = hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:12]
+        self.description = f"{self.windows:,} windows, shards {digest}"
+        self.cached_shard = lru_cache(maxsize=256)(fineweb.open_shard)  # each holds a file descriptor
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{split}-loader")
         self.seek(0)
-        self.pending.result()  # ids outside the vocabulary should be found now, not during training
+        self.pending.result()  # a wrong tokenizer usually shows in the first micro-batch
 
     def _read(self, first: int) -> torch.Tensor:
         """Read `batch_size` windows of block_size + 1 tokens; `first` counts windows since training began."""
@@ -144,10 +150,10 @@ class DataLoaderLite:
         for row, window in zip(rows, range(first, first + self.batch_size), strict=True):
             epoch, window = divmod(window, self.windows)
             if self.shuffle:
-                window = self.order(epoch)[window]
+                window = shuffled(window, self.windows, self.seed, epoch)
             shard = int(np.searchsorted(self.first_windows, window, side="right")) - 1
             start = int(window - self.first_windows[shard]) * self.block_size
-            row[:] = self.open_shard(self.paths[shard])[start : start + self.block_size + 1]
+            row[:] = self.cached_shard(self.paths[shard])[start : start + self.block_size + 1]
             if row.max() >= self.vocab_size:
                 raise ValueError(
                     f"{self.paths[shard]} holds token id {row.max()}, but the model's vocabulary ends at "
@@ -156,16 +162,15 @@ class DataLoaderLite:
         rows = torch.from_numpy(rows)
         return rows.pin_memory() if self.dist.device.type == "cuda" else rows
 
-    def seek(self, micro_batch: int) -> None:
-        """Continue with this micro-batch, counted per rank since training began, and prefetch it."""
-        self.micro_batch = micro_batch
-        first = (micro_batch * self.dist.world_size + self.dist.rank) * self.batch_size
-        self.pending = self.pool.submit(self._read, first)
+    def seek(self, window: int) -> None:
+        """Continue at this window, counted over all ranks since training began, and prefetch it."""
+        self.window = window
+        self.pending = self.pool.submit(self._read, window + self.dist.rank * self.batch_size)
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs and targets, both (batch_size, block_size) int64 on the device."""
         rows = self.pending.result()
-        self.seek(self.micro_batch + 1)
+        self.seek(self.window + self.dist.world_size * self.batch_size)
         rows = rows.to(self.dist.device, non_blocking=True)
         return rows[:, :-1], rows[:, 1:]
 
@@ -212,7 +217,7 @@ def learning_rate_at(step: int, args: argparse.Namespace) -> float:
     return args.min_lr + height * (args.learning_rate - args.min_lr)
 
 
-def count_or_auto(text: str) -> int | str:
+def int_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
@@ -225,7 +230,7 @@ def option_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
     add = parser.add_argument_group("run").add_argument
     add("--preset", default="gpt2", help=f"defaults that other options override: {', '.join(PRESETS)}")
-    add("--data_dir", help="folder of shards (None: edu_fineweb10B; for the demo, shards that it makes)")
+    add("--data_dir", help="folder of shards (None: edu_fineweb10B, or demo_data, which the demo makes)")
     add("--out_dir", default="log", help="folder for log, checkpoints and picture")
     add("--init_from", help="initial weights: checkpoint, run folder, Hugging Face folder, gpt2 … gpt2-xl")
     add("--resume", action="store_true", help="continue the run in --out_dir if there is one")
@@ -239,22 +244,23 @@ def option_parser() -> argparse.ArgumentParser:
     add("--n_embd", type=AT_LEAST_1, help="width; a multiple of --n_head")
     add("--dropout", type=BELOW_1, default=0.0, help="dropout probability (0: disabled)")
     add = parser.add_argument_group("batch").add_argument
-    batch_size = Range(count_or_auto, 1)
-    add("--batch_size", type=batch_size, default=64, help="sequences per rank and micro-step (auto: most)")
+    batch_size = Range(int_or_auto, 1)
+    add("--batch_size", type=batch_size, default=64, help="sequences per rank and micro-step, or auto")
     add("--total_batch_size", type=AT_LEAST_1, default=524288, help="tokens per step, over all ranks")
     add("--shuffle", action=argparse.BooleanOptionalAction, default=False, help="permute every epoch")
     add("--overfit_batch", action="store_true", help="sanity check: fit one batch to a loss near zero")
     add = parser.add_argument_group("optimizer").add_argument
     add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the blocks' matrices")
     add("--schedule", choices=("cosine", "wsd"), default="cosine", help="wsd: constant, then linear decay")
-    add("--decay_share", type=FRACTION, default=0.2, help="share of the steps that wsd decays (0: none)")
+    add("--decay_share", type=FRACTION, default=0.2, help="share of the steps in which wsd decays (0: none)")
     add("--muon_lr", type=POSITIVE, default=0.02, help="peak learning rate of muon")
     add("--momentum", type=BELOW_1, default=0.95, help="muon: decay rate of the gradient mean")
     add("--learning_rate", type=POSITIVE, default=6e-4, help="peak learning rate")
     add("--min_lr", type=NOT_NEGATIVE, help="final learning rate (None: a tenth of the peak)")
-    add("--warmup_steps", type=AT_LEAST_0, default=715, help="steps of linear warm-up (0: disabled)")
-    add("--max_steps", type=AT_LEAST_1, default=19073, help="steps to train for")
-    add("--weight_decay", type=NOT_NEGATIVE, default=0.1, help="for matrices and embeddings (0: none)")
+    warmup = f"{CLASSIC_WARMUP_STEPS} or the preset's, fewer in proportion for a shorter run"
+    add("--warmup_steps", type=AT_LEAST_0, help=f"steps of linear warm-up (None: {warmup}; 0: disabled)")
+    add("--max_steps", type=AT_LEAST_1, default=CLASSIC_STEPS, help="steps to train for")
+    add("--weight_decay", type=NOT_NEGATIVE, default=0.1, help="of matrices and embeddings (0: none)")
     add("--beta1", type=BELOW_1, default=0.9, help="decay rate of the gradient mean")
     add("--beta2", type=BELOW_1, default=0.95, help="decay rate of the mean of squared gradients")
     add("--grad_clip", type=NOT_NEGATIVE, default=1.0, help="maximum gradient norm (0: disabled)")
@@ -279,7 +285,7 @@ def option_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="autocast dtype")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (None: on CUDA only)")
-    add("--recompute", action="store_true", help="recompute activations: less memory, more arithmetic")
+    add("--recompute", action="store_true", help="recompute activations: less memory, more compute")
     return parser
 
 
@@ -288,8 +294,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     preset = parser.parse_known_args(argv)[0].preset
     if preset not in PRESETS:
         raise ValueError(f"unknown --preset {preset!r}: choose from {', '.join(PRESETS)}")
-    parser.set_defaults(**{k: v for k, v in PRESETS[preset].items() if k not in ARCHITECTURE})
+    derived = (*ARCHITECTURE, "warmup_steps")  # filled in below
+    parser.set_defaults(**{k: v for k, v in PRESETS[preset].items() if k not in derived})
     args = parser.parse_args(argv)
+    if args.warmup_steps is None:
+        full = {"warmup_steps": CLASSIC_WARMUP_STEPS, "max_steps": CLASSIC_STEPS, **PRESETS[preset]}
+        args.warmup_steps = round(full["warmup_steps"] * min(args.max_steps / full["max_steps"], 1))
     if args.init_from is None:
         architecture = {"block_size": 1024, **PRESETS[preset]}
         for name in ("block_size", "n_layer", "n_head", "n_embd"):
@@ -304,34 +314,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace, world_size: int) -> None:
     """Raise ValueError, with a line for each problem, if the options alone are wrong."""
-    problems = out_of_range(option_parser(), args)
+    problems = []
+    if args.warmup_steps >= args.max_steps > 0:
+        problems.append(
+            f"--warmup_steps is {args.warmup_steps}, but --max_steps is {args.max_steps}: the run would end "
+            "during warm-up; lower --warmup_steps or leave it out"
+        )
+    if args.overfit_batch and args.resume:
+        problems.append("--overfit_batch checks a new model: leave out --resume")
     if args.early_stop and not args.val_every:
         problems.append("--early_stop counts validations, but --val_every is 0: set both or neither")
     if Path(args.out_dir).absolute() in (Path.cwd(), *Path.cwd().parents):
         problems.append(f"--out_dir {args.out_dir} contains the working directory: use a folder inside it")
-    if not problems and args.n_embd and args.block_size:  # they may still have to come from --init_from
-        if args.n_embd % args.n_head:
-            problems.append(
-                f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}: change one of them"
-            )
-        batch_size = 1 if args.batch_size == "auto" else args.batch_size
-        micro_step = batch_size * args.block_size * world_size
-        if args.total_batch_size % micro_step:
-            nearest = max(round(args.total_batch_size / micro_step), 1) * micro_step
-            problems.append(
-                f"--total_batch_size {args.total_batch_size} is not divisible by --batch_size {batch_size} x "
-                f"--block_size {args.block_size} x {world_size} rank(s) = {micro_step}: "
-                f"use --total_batch_size {nearest} or another --batch_size"
-            )
-    if problems:
-        raise ValueError("\n".join(problems))
+    # Sizes may still have to come from --init_from, and out of range they are reported below.
+    if (args.n_embd or 0) > 0 and (args.n_head or 0) > 0 and args.n_embd % args.n_head:
+        problems.append(
+            f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}: change one of them"
+        )
+    batch_size = 1 if args.batch_size == "auto" else args.batch_size
+    micro_step = batch_size * (args.block_size or 0) * world_size
+    if micro_step > 0 and args.total_batch_size % micro_step:
+        nearest = max(round(args.total_batch_size / micro_step), 1) * micro_step
+        problems.append(
+            f"--total_batch_size {args.total_batch_size} is not divisible by --batch_size {batch_size} x "
+            f"--block_size {args.block_size} x {world_size} rank(s) = {micro_step}: "
+            f"use --total_batch_size {nearest} or another --batch_size"
+        )
+    check_options(option_parser(), args, problems)
 
 
 def read_data_set(args: argparse.Namespace) -> dict:
     """Check that --data_dir holds shards, fill in --tokenizer and return the manifest."""
     data_dir = Path(args.data_dir)
     for split in ("val", "train"):
-        find_shards(data_dir, split)
+        fineweb.find_shards(data_dir, split)
     manifest = fineweb.read_manifest(data_dir)
     made_with = manifest.get("tokenizer", args.tokenizer or "gpt2")
     if args.tokenizer not in (None, made_with):
@@ -341,15 +357,6 @@ def read_data_set(args: argparse.Namespace) -> dict:
         )
     args.tokenizer = made_with
     return manifest
-
-
-def check_same_step(args: argparse.Namespace, resumed: dict | None, dist: Distributed) -> None:
-    """Raise ValueError unless all ranks resume at the same step. A collective."""
-    if len(steps := dist.union([str(resumed and resumed["step"])])) > 1:
-        raise ValueError(
-            f"the ranks would resume {args.out_dir} at different steps ({', '.join(steps)}): "
-            "--out_dir must be a folder that every node sees"
-        )
 
 
 def load_model(args: argparse.Namespace, n_vocab: int, resumed: dict | None) -> GPT:
@@ -367,11 +374,12 @@ def load_model(args: argparse.Namespace, n_vocab: int, resumed: dict | None) -> 
     problems = []
     for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
         asked = getattr(args, name)
-        shorter_windows = model and name == "block_size" and asked and asked < known[name]
+        # Windows may be shorter than the model's context.
+        shorter_windows = model is not None and name == "block_size" and asked and asked < known[name]
         if asked is None:
             setattr(args, name, known[name])
         elif (resumed or model) and asked != known[name] and not shorter_windows:
-            problems.append(f"--{name} is {asked}, but {source} has {known[name]}: repeat that run's options")
+            problems.append(f"--{name} is {asked}, but {source} has {known[name]}: leave it out")
     if args.vocab_size < n_vocab:
         problems.append(f"--vocab_size is {args.vocab_size}, but the shards' tokenizer has {n_vocab} ids")
     if problems:
@@ -406,7 +414,8 @@ def prepare(
     """Return model, dtype, loaders, HellaSwag examples, and the checkpoint to resume or None.
 
     Everything that can be wrong or missing is found here, before the first step. Fills in the options left
-    open. Raises ValueError, with a line for each problem, after ending the other ranks. A collective.
+    open. Raises ValueError, with a line for each problem, on the main rank and SystemExit on the others. A
+    collective.
     """
     model, tokenizer, items, loaders = None, None, [], {}
     problems = Problems(dist)
@@ -418,29 +427,33 @@ def prepare(
         if args.preset == "demo":
             if dist.is_main:
                 problems.call(fineweb.prepare_demo, DEMO_DATA_DIR)
-            problems.share()  # the other ranks wait for the shards
+            problems.none_on_any_rank()  # the other ranks wait for the shards
     manifest = problems.call(read_data_set, args) or {}
     if args.hellaswag_every and args.hellaswag_data:
         items = problems.call(hellaswag.load_items, args.hellaswag_data)
-    resumed = problems.call(load_training_state, args.out_dir, args.optimizer) if args.resume else None
-    problems.call(check_same_step, args, resumed, dist)
-    if problems.share():  # what may need the network comes after everything local
+    resumed = None
+    if args.resume:
+        resumed = problems.call(load_training_state, args.out_dir, args.optimizer, args.max_steps)
+        hint = f"the ranks would resume {args.out_dir} at different steps; every node has to see this folder"
+        problems.call(dist.check_same, resumed and resumed["step"], hint)
+    if problems.none_on_any_rank():  # what may need the network comes after everything local
         if args.sample_every or args.hellaswag_every or "vocab_size" not in manifest:
             tokenizer = problems.call(get_tokenizer, args.tokenizer)
-        if args.hellaswag_every and not args.hellaswag_data:
+        if args.hellaswag_every and not args.hellaswag_data and problems.none_on_any_rank():
             if dist.is_main:
                 problems.call(hellaswag.download)
-            if problems.share():  # the other ranks wait for the file
+            if problems.none_on_any_rank():  # the other ranks wait for the file
                 items = problems.call(hellaswag.load_items, hellaswag.DATA)
-    if problems.share():
+    if problems.none_on_any_rank():
         n_vocab = tokenizer.n_vocab if tokenizer else manifest["vocab_size"]
         torch.manual_seed(args.seed)
-        with problems.collect():
-            model = load_model(args, n_vocab, resumed).to(dist.device)
-            model.recompute = args.recompute
-            check_args(args, dist.world_size)  # again, with the architecture of --init_from
-            check_disk(args, model.optimizer_groups(args.weight_decay))
-    if problems.share():
+        model = problems.call(load_model, args, n_vocab, resumed)
+    if problems.none_on_any_rank():
+        model = model.to(dist.device)
+        model.recompute = args.recompute
+        problems.call(check_args, args, dist.world_size)  # again, with the architecture of --init_from
+        problems.call(check_disk, args, model.optimizer_groups(args.weight_decay), resumed is not None)
+    if problems.none_on_any_rank():
         with problems.collect():
             if args.batch_size == "auto":
                 args.batch_size = find_batch_size(model, args, dtype, dist)
@@ -448,6 +461,10 @@ def prepare(
             order = {"shuffle": args.shuffle, "seed": args.seed}
             loaders["val"] = DataLoaderLite(args.data_dir, "val", dist=dist, **sizes)
             loaders["train"] = DataLoaderLite(args.data_dir, "train", dist=dist, **sizes, **order)
+    if problems.none_on_any_rank():
+        found = [loader.description for loader in loaders.values()]
+        hint = f"the ranks see different shards; {args.data_dir} has to be the same on every node"
+        problems.call(dist.check_same, found, hint)
     problems.raise_all()
     return model, dtype, loaders, hellaswag.render(items, tokenizer), resumed
 
@@ -465,47 +482,8 @@ def build_optimizer(model: GPT, args: argparse.Namespace, dist: Distributed) -> 
     options = dict(lr=args.learning_rate, betas=(args.beta1, args.beta2), eps=1e-8, fused=True)
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options)
-    has_bf16 = hardware.choose_dtype("auto", dist.device) == torch.bfloat16
-    options["dtype"] = torch.bfloat16 if has_bf16 else torch.float32
+    options["dtype"] = torch.bfloat16 if hardware.has_bf16(dist.device) else torch.float32
     return Muon(groups, rank=dist.rank, world_size=dist.world_size, **options)
-
-
-@dataclass
-class Progress:
-    """How far a run has got: what a checkpoint holds besides weights, optimizer state and options."""
-
-    step: int = 0
-    val_loss: float | None = None
-    best_val_loss: float = math.inf
-    best_step: int = 0
-
-
-def restore(resumed: dict, optimizer: torch.optim.AdamW, scaler: torch.amp.GradScaler) -> Progress:
-    """Load the state of optimizer and scaler from a checkpoint and return the run's progress."""
-    # Only the optimizer's moments are restored; this command's options win.
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": resumed["optimizer"]["state"], "param_groups": groups})
-    if resumed["scaler"]:  # empty unless the run used fp16
-        scaler.load_state_dict(resumed["scaler"])
-    return Progress(*(resumed[name] for name in ("step", "val_loss", "best_val_loss", "best_step")))
-
-
-def training_state(
-    model: GPT,
-    optimizer: torch.optim.AdamW,
-    scaler: torch.amp.GradScaler,
-    progress: Progress,
-    args: argparse.Namespace,
-) -> dict:
-    """Return what a checkpoint holds: tensors, which are not copied yet, and plain types."""
-    return {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        **asdict(progress),
-        "config": asdict(model.config),
-        "args": dict(vars(args)),
-    }
 
 
 def main(args: argparse.Namespace) -> None:
@@ -517,43 +495,43 @@ def main(args: argparse.Namespace) -> None:
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     attention = hardware.tune_for_training(device, dtype)
     # raw_model: weights, sampling, HellaSwag. model: training and validation, which have fixed shapes.
-    wrapped = raw_model
+    parallel = raw_model
     if dist.world_size > 1:
-        wrapped = DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
-    compiled = device.type == "cuda" if args.compile is None else args.compile
-    compiled = compiled and hardware.can_compile(device, dist.say)
-    model = torch.compile(wrapped) if compiled else wrapped
+        parallel = DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
+    wanted = device.type == "cuda" if args.compile is None else args.compile
+    compiled = wanted and hardware.can_compile(device, dist.say)
+    model = torch.compile(parallel) if compiled else parallel
     accum = args.total_batch_size // (args.batch_size * args.block_size * dist.world_size)
-    flops_per_token, peak = raw_model.flops_per_token(args.block_size), hardware.peak_flops(device, dtype)
+    flops_per_token = raw_model.flops_per_token(args.block_size)
+    peak = hardware.peak_flops(device, dtype)
 
-    progress = Progress()
+    progress, recent = Progress(), {}
     if resumed:
-        progress = restore(resumed, optimizer, scaler)
-        changed = [k for k, v in vars(args).items() if resumed["args"].get(k) != v and k != "resume"]
-        changed = f"changed options: {', '.join(changed) or 'none'}"
-        dist.say(f"resuming {out_dir} at step {progress.step}; {changed}")
+        progress, differences = restore(resumed, optimizer, scaler, args, loaders)
+        recent = resumed.get("recent", {})
+        dist.say("\n".join(differences))
     elif dist.is_main:
         make_run_folder(out_dir)
     del resumed  # its memory is needed
-    start_step, skipped, skipped_in_row, stopping = progress.step, 0, 0, False
     log, writer = lambda step, kind, **values: None, None
     if dist.is_main:
-        log = Log(out_dir, args, start_step)
+        log = Log(out_dir, args, progress.step)
         milestone_steps = args.milestone_every * args.checkpoint_every
-        writer = CheckpointWriter(out_dir, args.keep, milestone_steps, log.checkpoint)
+        writer = CheckpointWriter(out_dir, args.keep, milestone_steps, log.checkpoint, recent)
         with attention():
-            kernel = hardware.attention_backend(args, dtype, device)
-        name = str(dtype).removeprefix("torch.")
-        how = f"{name}, {'compiled' if compiled else 'eager'}, attention {kernel}"
-        epoch_tokens, machine = loaders["train"].windows * args.block_size, hardware.describe_machine(device)
+            how = hardware.describe_compute(args, dtype, device, compiled)
+        epoch_tokens = loaders["train"].windows * args.block_size
+        machine = hardware.describe_machine(device)
         log.start(dist.world_size, optimizer.param_groups, epoch_tokens, how, machine)
 
-
     raw_model.train()
-    loaders["train"].seek(start_step * accum)
-    stop = StopSignal()
+    loaders["train"].seek(progress.windows)
+    start_step, skipped, skipped_in_row = progress.step, 0, 0
+    stop, stopping = StopSignal(), False
     for step in range(start_step, args.max_steps + 1):
-        progress.step, last_step, due = step, step == args.max_steps, []
+        progress.step = step
+        last_step = step == args.max_steps
+        due = []
         if dist.is_main:
             writer.check()
 
@@ -575,15 +553,16 @@ def main(args: argparse.Namespace) -> None:
             log(step, "hellaswag", **scores, compilations=hardware.compilations() if compiled else 0)
 
         if args.sample_every and (step % args.sample_every == 0 or last_step):
-            random = torch.Generator(device).manual_seed(args.seed)
+            generator = torch.Generator(device).manual_seed(args.seed)
             what = (get_tokenizer(args.tokenizer), [args.sample_prompt], args.sample_tokens)
-            texts = sample.complete(raw_model, *what, num_samples=2, top_k=50, generator=random)
+            texts = sample.complete(raw_model, *what, num_samples=2, top_k=50, generator=generator)
             log(step, "sample", texts=texts)
 
-        if args.checkpoint_every and (step % args.checkpoint_every == 0 and step > start_step or last_step):
+        if args.checkpoint_every and ((step % args.checkpoint_every == 0 and step > start_step) or last_step):
             due.append(f"model_{step:05d}.pt")
         if args.checkpoint_every and due and dist.is_main:
-            writer.save(due, training_state(raw_model, optimizer, scaler, progress, args), device)
+            state = training_state(raw_model, optimizer, scaler, progress, args, loaders)
+            writer.save(due, state, device)
 
         if last_step:
             break
@@ -616,7 +595,8 @@ def main(args: argparse.Namespace) -> None:
             dist.say(f"step {step:5d} | gradient norm {norm}: step skipped, {skipped_in_row} in a row")
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        # A signal to one rank stops all of them after the same step.
+        progress.windows += args.total_batch_size // args.block_size
+        # The mean loss, and whether any rank has got a signal: one collective stops all after the same step.
         train_loss, stopping = dist.sum(loss_sum.item() / dist.world_size, bool(stop))
         hardware.synchronize(device)
         seconds = time.perf_counter() - started
@@ -624,29 +604,33 @@ def main(args: argparse.Namespace) -> None:
         speed = args.total_batch_size / seconds
         mfu = speed * flops_per_token / (peak * dist.world_size) if peak else None
         lrs = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        lr = lrs["embeddings"]  # which AdamW always trains
+        lr = lrs["embeddings"]  # the scheduled rate, which Muon's groups scale
         record = dict(loss=train_loss, lr=lr, norm=norm, dt_ms=1000 * seconds, tokens_per_s=speed, mfu=mfu)
         log(step, "train", **record, skipped=skipped, lrs=lrs)
         if skipped_in_row == args.max_skipped:
-            raise dist.error(
+            raise dist.leave_with_error(
                 f"gradients were not finite for {skipped_in_row} steps in a row, up to step {step} with "
-                f"learning rate {lr:.2e}: lower it and --resume from {writer and writer.newest()}"
+                f"learning rate {lr:.2e}: lower it and add --resume ({writer and writer.newest()})"
             )
         if stopping and args.checkpoint_every and dist.is_main:
             progress.step = step + 1
-            state = training_state(raw_model, optimizer, scaler, progress, args)
+            state = training_state(raw_model, optimizer, scaler, progress, args, loaders)
             writer.save([f"model_{step + 1:05d}.pt"], state, device)
-        if stopping or args.overfit_batch and train_loss < OVERFIT_LOSS:
+        if stopping or (args.overfit_batch and train_loss < OVERFIT_LOSS):
             break
 
     stop.restore()
     if dist.is_main:
-        writer.close()
-        log.close()
+        try:
+            writer.close()
+            if not stopping:
+                log(step, "end")
+        finally:
+            log.close()
     if stopping:
         dist.say(f"stopped by a signal after step {step}: the same command with --resume continues")
     elif args.overfit_batch and train_loss >= OVERFIT_LOSS:
-        raise dist.error(
+        raise dist.leave_with_error(
             f"one batch still has loss {train_loss:.3f} after {args.max_steps} steps, not {OVERFIT_LOSS}: "
             "the model is broken, or needs more --max_steps, another --learning_rate or no --dropout"
         )

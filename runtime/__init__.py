@@ -1,1 +1,1 @@
-"""What a training run needs around the mathematics: ranks, hardware, checkpoints, records, files, errors."""
+"""What the scripts need besides the model and the training loop. Readers of train.py can skip it."""

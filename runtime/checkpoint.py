@@ -8,8 +8,9 @@ No code from a file is ever executed.
 """
 
 import argparse
+import contextlib
+import errno
 import math
-import pickle
 import re
 import shutil
 import time
@@ -17,33 +18,52 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from runtime.files import whole_folder, write_atomically
-from runtime.hardware import synchronize
+from runtime.hardware import is_out_of_memory, synchronize
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # OpenAI's checkpoints store these four as (in, out); `nn.Linear` expects (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # Prefixes that DDP, torch.compile and wrapper modules add to tensor names.
 PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")
-# What torch.load and zipfile raise for a file that is truncated, altered or something else.
-DAMAGE = (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
+NUMBERED = re.compile(r"model_(\d+)\.pt")  # the names of a run's checkpoints, besides BEST
+BEST = "model_best.pt"
 TRAINING_STATE = {"optimizer", "scaler", "step", "best_step", "args"}
 
 
+def is_damage(error: Exception) -> bool:
+    """Return whether an error says that a file was read and is not a complete checkpoint.
+
+    Errors of the system, such as an unreadable disk or too little memory, say nothing about the file.
+    """
+    if isinstance(error, OSError):
+        return error.errno == errno.EINVAL  # a damaged file may point to a negative offset
+    return not is_out_of_memory(error)
+
+
 def step_of(path: Path) -> int:
-    """Return the step of model_00250.pt or model_best.pt, or -1 if it cannot be determined."""
-    if path.stem != "model_best":
-        number = path.stem.removeprefix("model_")
-        return int(number) if number.isdecimal() else -1
+    """Return the step of model_00250.pt or model_best.pt, or -1 for a damaged model_best.pt."""
+    if number := NUMBERED.fullmatch(path.name):
+        return int(number[1])
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
-    except Exception:  # a damaged file is reported when it is loaded
-        return -1
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        return -1  # reported when the file is loaded
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run folder, oldest first. Files with other names are not the run's."""
+    # Path.glob would hide that a folder cannot be read.
+    paths = [path for path in folder.iterdir() if NUMBERED.fullmatch(path.name) or path.name == BEST]
+    return sorted(paths, key=lambda path: (step_of(path), path.name != BEST))
 
 
 class _Inert:
@@ -63,6 +83,9 @@ class _Inert:
 def load_checkpoint(source: str | Path) -> dict:
     """Load a checkpoint file, or the newest complete one of a run folder, onto the CPU.
 
+    A file that was read and is damaged is skipped in a folder. A file that cannot be read ends the search,
+    because it may be the newest one.
+
     Raises FileNotFoundError if there is none, and ValueError if the given file is damaged or not a
     checkpoint.
     """
@@ -73,20 +96,30 @@ def load_checkpoint(source: str | Path) -> dict:
             f"or one of {', '.join(HUB_NAMES)}"
         )
     if source.is_dir():
-        for path in sorted(source.glob("model_*.pt"), key=step_of, reverse=True):
+        for path in reversed(checkpoints_in(source)):
             try:
                 return load_checkpoint(path)
             except ValueError as error:
                 warnings.warn(f"skipping a checkpoint: {error}", stacklevel=2)
         raise FileNotFoundError(f"no complete checkpoint in {source}: train a model with `python train.py`")
     try:
-        # torch.load does not verify checksums.
-        if zipfile.is_zipfile(source) and (broken := zipfile.ZipFile(source).testzip()):
-            raise ValueError(f"{broken} fails its checksum")
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(source)
-        with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
-            checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-    except DAMAGE as error:
+        # Reading through Python's file keeps errors of the system apart: torch turns its own into
+        # RuntimeError.
+        with open(source, "rb") as file:
+            with contextlib.suppress(zipfile.BadZipFile):  # formats of older versions of torch
+                if broken := zipfile.ZipFile(file).testzip():  # torch.load does not verify checksums
+                    raise ValueError(f"{broken} fails its checksum")
+            file.seek(0)
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            file.seek(0)
+            with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
+                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError(f"too little memory to load {source}: nothing has been changed") from error
+        if not is_damage(error):
+            reason = error.strerror or error
+            raise OSError(f"cannot read {source} ({reason}): nothing has been changed, try again") from error
         lines = str(error).splitlines() or ["unexpected end of file"]
         reason = next((line for line in lines if "Trying to" in line), lines[0].split(". ")[0])
         raise ValueError(f"{source} is damaged or not a checkpoint ({reason}): use an older one") from error
@@ -95,15 +128,20 @@ def load_checkpoint(source: str | Path) -> dict:
     return checkpoint
 
 
-def load_training_state(out_dir: str | Path, optimizer: str) -> dict | None:
-    """Load the checkpoint that a resumed run continues from, or return None if there is no complete one.
+def load_training_state(out_dir: str | Path, optimizer: str, max_steps: int) -> dict | None:
+    """Load the checkpoint that a resumed run continues from, or return None if the folder has none.
 
-    Raises ValueError for a checkpoint that holds only weights, or the state of another optimizer.
+    Raises ValueError if there are checkpoints but none is complete, and for one that holds only weights, has
+    the state of another optimizer or is past `max_steps`.
     """
+    if not Path(out_dir).exists() or not checkpoints_in(Path(out_dir)):
+        return None
     try:
         checkpoint = load_checkpoint(out_dir)
-    except FileNotFoundError:
-        return None
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"no checkpoint in {out_dir} is complete: omit --resume to start a new run"
+        ) from error
     if not checkpoint.keys() >= TRAINING_STATE:
         raise ValueError(f"the checkpoint in {out_dir} holds only weights: pass it to --init_from")
     if (saved := checkpoint["args"]["optimizer"]) != optimizer:
@@ -111,7 +149,92 @@ def load_training_state(out_dir: str | Path, optimizer: str) -> dict | None:
             f"--optimizer is {optimizer}, but the checkpoint in {out_dir} has the state of {saved}: repeat "
             "that run's option, or start a new run with --init_from"
         )
+    if (step := checkpoint["step"]) > max_steps:
+        raise ValueError(
+            f"--max_steps is {max_steps}, but the checkpoint in {out_dir} is at step {step}: use more"
+        )
     return checkpoint
+
+
+@dataclass
+class Progress:
+    """How far a run has got: what a checkpoint holds besides weights, optimizer state, data and options.
+
+    `windows` counts what training has consumed, over all ranks and epochs.
+    """
+
+    step: int = 0
+    val_loss: float | None = None
+    best_val_loss: float = math.inf
+    best_step: int = 0
+    windows: int = 0
+
+
+def training_state(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    progress: Progress,
+    args: argparse.Namespace,
+    loaders: dict,
+) -> dict:
+    """Return what a checkpoint holds: tensors, which are not copied yet, and plain types.
+
+    `model` is a GPT, and `loaders` has a DataLoaderLite for `train` and one for `val`.
+    """
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        **asdict(progress),
+        "epoch_windows": loaders["train"].windows,
+        "data": {split: loader.description for split, loader in loaders.items()},
+        "config": asdict(model.config),
+        "args": dict(vars(args)),
+    }
+
+
+def restore(
+    resumed: dict,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    args: argparse.Namespace,
+    loaders: dict,
+) -> tuple[Progress, list[str]]:
+    """Load the state of optimizer and scaler; return the run's progress and what differs from before.
+
+    With the same options and data, a run continues exactly. Otherwise lines say what differs and what it
+    means: training continues at the first window that has not been consumed, and the best validation loss
+    counts only for the same validation tokens.
+    """
+    # Only the optimizer's moments are restored; this command's options win.
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": resumed["optimizer"]["state"], "param_groups": groups})
+    if resumed["scaler"]:  # empty unless the run used fp16
+        scaler.load_state_dict(resumed["scaler"])
+    before = resumed["args"]
+    changed = {name for name, value in vars(args).items() if before.get(name) != value} - {"resume"}
+    # Checkpoints of older versions lack `windows` and `data`, and shuffled in another order.
+    consumed = resumed["step"] * before["total_batch_size"] // before["block_size"]
+    progress = Progress(**{field.name: resumed.get(field.name, consumed) for field in fields(Progress)})
+    older = "data" not in resumed
+    other_data = {
+        split: "data_dir" in changed if older else resumed["data"][split] != loader.description
+        for split, loader in loaders.items()
+    }
+    lines = [f"resuming at step {progress.step}; changed options: {', '.join(sorted(changed)) or 'none'}"]
+    epoch, window = divmod(progress.windows, loaders["train"].windows)
+    at = f"training continues at window {window:,} of epoch {epoch}"
+    if "total_batch_size" in changed:
+        lines.append(f"--total_batch_size has changed: {at}, the first one that it has not read")
+    if other_data["train"]:
+        lines.append(f"warning: the training data have changed: {at} of the new data")
+    if "shuffle" in changed or (args.shuffle and ("seed" in changed or older)):
+        lines.append(f"warning: the order of the data has changed: {at}, which may repeat and skip windows")
+    if other_data["val"] or "val_tokens" in changed:
+        lines.append("the validation tokens have changed: earlier losses no longer count as the best")
+        progress.val_loss, progress.best_val_loss, progress.best_step = None, math.inf, progress.step
+    return progress, lines
 
 
 def read_pretrained(source: str | Path) -> tuple[dict, dict[str, torch.Tensor], dict]:
@@ -223,7 +346,7 @@ def _read_gpt2_checkpoint(source: str | Path) -> tuple[dict, dict[str, torch.Ten
     return config, state, metadata
 
 
-def checkpoint_bytes(args: argparse.Namespace, groups: list[dict]) -> tuple[int, int, int]:
+def disk_usage(args: argparse.Namespace, groups: list[dict]) -> tuple[int, int, int]:
     """Return the bytes of one checkpoint, of all that exist at the same time, and the free bytes.
 
     A checkpoint holds the weights of the optimizer's `groups` and their moments in fp32: two for AdamW, one
@@ -243,9 +366,15 @@ def checkpoint_bytes(args: argparse.Namespace, groups: list[dict]) -> tuple[int,
     return size, number * size, shutil.disk_usage(existing).free
 
 
-def check_disk(args: argparse.Namespace, groups: list[dict]) -> None:
-    """Raise ValueError if the checkpoints of the run will not fit on the disk."""
-    _, needed, free = checkpoint_bytes(args, groups)
+def check_disk(args: argparse.Namespace, groups: list[dict], resumed: bool) -> None:
+    """Raise ValueError if the checkpoints that the run has yet to write will not fit on the disk.
+
+    Those that a resumed run has written already take no more space; a new run renames an old folder.
+    """
+    size, needed, free = disk_usage(args, groups)
+    if resumed:
+        written = sum(path.stat().st_size for path in checkpoints_in(Path(args.out_dir)))
+        needed = min(needed, max(needed - written, size))
     if free < needed:
         sizes = f"{needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free"
         raise ValueError(f"checkpoints in {args.out_dir} need {sizes}: lower --keep or use another --out_dir")
@@ -258,17 +387,29 @@ class CheckpointWriter:
     After each write, `on_written(step, names=..., held_ms=..., write_ms=...)` is called in the background. A
     write that fails is reported and leaves older checkpoints alone. `check` and `close` raise ValueError
     after two failures in a row, and `close` also if the last write failed.
+
+    A run deletes only numbered checkpoints that it has written itself, and of those none of the newest `keep`
+    and no milestone. `recent` lists the newest ones and whether each may be deleted. Every checkpoint stores
+    the list, so that a resumed run deletes exactly what the uninterrupted one would have deleted.
     """
 
-    def __init__(self, out_dir: Path, keep: int, milestone_steps: int, on_written: Callable[..., None]):
+    def __init__(
+        self,
+        out_dir: Path,
+        keep: int,
+        milestone_steps: int,
+        on_written: Callable[..., None],
+        recent: dict[str, bool] | None = None,
+    ):
         self.out_dir, self.keep, self.milestone_steps = out_dir, keep, milestone_steps
-        self.on_written = on_written
+        self.on_written, self.recent = on_written, recent or {}
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.pending = self.pool.submit(lambda: None)
         self.host: dict[tuple, torch.Tensor] = {}
         self.failure = ""  # of the last write
-        for unfinished in out_dir.glob("*.tmp"):  # left behind by a run that was killed
-            unfinished.unlink()
+        for unfinished in out_dir.glob("model_*.pt.tmp"):  # left behind by a run that was killed
+            if NUMBERED.fullmatch(unfinished.stem) or unfinished.stem == BEST:
+                unfinished.unlink()
 
     def to_host(self, value):
         """Copy nested dicts and lists with their tensors to host memory; shared memory stays shared.
@@ -297,36 +438,44 @@ class CheckpointWriter:
         self.pending = self.pool.submit(self._write, names, checkpoint, held_ms)
 
     def _write(self, names: list[str], checkpoint: dict, held_ms: float) -> None:
-        started = time.perf_counter()
+        started, recent = time.perf_counter(), dict(self.recent)
+        if self.keep:
+            is_milestone = self.milestone_steps and checkpoint["step"] % self.milestone_steps == 0
+            recent |= {name: not is_milestone for name in names if NUMBERED.fullmatch(name)}
+        dropped = list(recent)[: -self.keep] if self.keep else list(recent)
+        kept = {name: deletable for name, deletable in recent.items() if name not in dropped}
         try:
             for name in names:
-                write_atomically(self.out_dir / name, lambda file: torch.save(checkpoint, file))
+                whole = {**checkpoint, "recent": kept}
+                write_atomically(self.out_dir / name, lambda file, whole=whole: torch.save(whole, file))
         except (OSError, RuntimeError) as error:
-            # torch.save replaces the error of the file by one of its own.
+            # torch.save replaces the error of the file with one of its own.
             reason = error.__context__ if isinstance(error.__context__, OSError) else error
             before, self.failure = self.failure, f"could not write {self.out_dir / name} ({reason})"
             if before:
                 raise ValueError(
-                    f"{self.failure}, and the previous write failed too: free disk space and --resume from "
-                    f"{self.newest()}"
+                    f"{self.failure}, and the previous write failed too: free some disk space, then repeat "
+                    f"the command with --resume ({self.newest()})"
                 ) from error
             tqdm.write(f"warning: {self.failure}; training continues and retries at the next checkpoint")
             return
-        self.failure = ""
+        self.failure, self.recent = "", kept
         write_ms = 1000 * (time.perf_counter() - started)
-        for path in self.numbered()[: -self.keep] if self.keep else []:
-            if not self.milestone_steps or step_of(path) % self.milestone_steps:
-                path.unlink()
         self.on_written(checkpoint["step"], names=names, held_ms=held_ms, write_ms=write_ms)
+        for name in dropped:
+            if recent[name] and self.keep:
+                self._delete(name)
 
-    def numbered(self) -> list[Path]:
-        """Return the checkpoints of this run except model_best.pt, oldest first."""
-        return sorted(self.out_dir.glob("model_[0-9]*.pt"), key=step_of)
+    def _delete(self, name: str) -> None:
+        try:
+            (self.out_dir / name).unlink(missing_ok=True)
+        except OSError as error:
+            tqdm.write(f"warning: could not delete {self.out_dir / name} ({error.strerror})")
 
     def newest(self) -> str:
-        """Return the newest checkpoint, for messages."""
-        best = [path for path in [self.out_dir / "model_best.pt"] if path.exists()]
-        return str(max([*self.numbered(), *best], key=step_of, default="nothing: none has been written yet"))
+        """Return where --resume would continue, for messages."""
+        paths = checkpoints_in(self.out_dir)
+        return f"continues from {paths[-1]}" if paths else "no checkpoint has been written yet"
 
     def check(self) -> None:
         """Raise the error of a finished write."""
@@ -337,4 +486,7 @@ class CheckpointWriter:
         """Wait for the last write."""
         self.pending.result()
         if self.failure:
-            raise ValueError(f"{self.failure}: free disk space and --resume from {self.newest()}")
+            raise ValueError(
+                f"{self.failure}: free some disk space, then repeat the command with --resume "
+                f"({self.newest()})"
+            )

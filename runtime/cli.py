@@ -1,61 +1,77 @@
 """What the command lines of all scripts share: options with a range, and errors that are one line."""
 
 import argparse
-import math
-import os
+import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+USER_ERRORS = (ValueError, OSError, MemoryError)  # what users and their machines can cause
+BOUNDS = {
+    "at least": operator.ge,
+    "more than": operator.gt,
+    "at most": operator.le,
+    "less than": operator.lt,
+}
 
 
 class Range:
     """An argparse type: a number of type `kind` within bounds.
 
-    Parsing only converts. `out_of_range` checks the bounds afterwards, so that all bad options are reported
+    Parsing only converts. `check_options` checks the bounds afterwards, so that all bad options are reported
     together and defaults and presets are checked as well.
     """
 
     def __init__(
         self,
         kind: Callable[[str], object],
-        least: float = -math.inf,
-        most: float = math.inf,
+        least: float | None = None,
+        most: float | None = None,
         *,
-        above: float = -math.inf,
-        below: float = math.inf,
+        above: float | None = None,
+        below: float | None = None,
     ):
-        self.kind, self.least, self.most, self.above, self.below = kind, least, most, above, below
-        self.__name__ = kind.__name__  # argparse quotes it for text that is not a number
+        bounds = zip(BOUNDS, (least, above, most, below), strict=True)
+        self.bounds = {name: bound for name, bound in bounds if bound is not None}
+        self.kind = kind
+        self.__name__ = kind.__name__  # argparse puts it into its message about text that is not a number
 
     def __call__(self, text: str) -> object:
         return self.kind(text)
 
     def __contains__(self, value: float) -> bool:
-        return self.least <= value <= self.most and self.above < value < self.below
+        return all(BOUNDS[name](value, bound) for name, bound in self.bounds.items())
 
     def __str__(self) -> str:
-        bounds = {"at least": self.least, "at most": self.most, "more than": self.above}
-        bounds["less than"] = self.below
-        return " and ".join(f"{name} {bound}" for name, bound in bounds.items() if math.isfinite(bound))
+        return " and ".join(f"{name} {bound}" for name, bound in self.bounds.items())
 
 
 def count(text: str) -> int:
     """Convert a whole number as people write it: 100000000, 100_000_000 or 1e8."""
     number = float(text)
-    if number != int(number):
-        raise ValueError(f"{text} is not a whole number")
+    if not number.is_integer():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number")
     return int(number)
 
 
-def out_of_range(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
-    """Return a line for each option whose value is outside the `Range` that it was declared with."""
-    return [
+def check_options(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, others: Iterable[str] = ()
+) -> None:
+    """Raise ValueError with a line for each option outside its `Range` and for each of the other problems."""
+    problems = [
         f"--{action.dest} is {value}: use {action.type}"
         for action in parser._actions
         if isinstance(action.type, Range)
         and isinstance(value := getattr(args, action.dest), int | float)
         and value not in action.type
     ]
+    if problems := [*problems, *others]:
+        raise ValueError("\n".join(problems))
+
+
+def error_lines(error: BaseException) -> list[str]:
+    """Return the lines of an error message, or the name of an error that has none."""
+    return str(error).splitlines() or [type(error).__name__]
 
 
 def run(
@@ -63,7 +79,7 @@ def run(
     parse_args: Callable[[], argparse.Namespace],
     explain: Callable[[BaseException, argparse.Namespace], str | None] = lambda error, args: None,
 ) -> None:
-    """Run a script. What its user can fix ends it with one line per problem and exit status 1.
+    """Run a script. Errors that its user can fix end it with one line per problem and exit status 1.
 
     `explain` returns the line for a RuntimeError or KeyboardInterrupt that deserves one, or else None.
     """
@@ -77,8 +93,6 @@ def run(
             raise ValueError(message) from error
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
+    except USER_ERRORS as error:
         script = Path(sys.argv[0]).name
-        sys.exit("\n".join(f"{script}: error: {line}" for line in str(error).splitlines()))
+        sys.exit("\n".join(f"{script}: error: {line}" for line in error_lines(error)))

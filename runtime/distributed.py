@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from runtime.cli import USER_ERRORS, error_lines
 from runtime.hardware import choose_device
 
 SAME_SIGNAL_S = 1.0  # torchrun repeats a signal that a terminal or Slurm has already sent to every process
@@ -48,6 +49,11 @@ class Distributed:
             torch.distributed.all_gather_object(gathered, lines)
         return list(dict.fromkeys(line for lines in gathered for line in lines))
 
+    def check_same(self, value: object, message: str) -> None:
+        """Raise ValueError with the message and all values if the ranks have different ones. A collective."""
+        if len(values := self.union([str(value)])) > 1:
+            raise ValueError(f"{message} ({'; '.join(values)})")
+
     def leave(self) -> None:
         """Leave the process group. A collective."""
         if self.world_size > 1:
@@ -57,10 +63,10 @@ class Distributed:
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
 
-    def error(self, message: str) -> BaseException:
+    def leave_with_error(self, message: str) -> BaseException:
         """Leave the process group and return the exception to raise for an error that all ranks have found.
 
-        The main rank reports the message; the others only exit.
+        The main rank reports the message; the others only exit. A collective.
         """
         self.leave()
         return ValueError(message) if self.is_main else SystemExit(1)
@@ -98,31 +104,28 @@ class Problems:
     def __init__(self, dist: Distributed):
         self.dist, self.lines = dist, []
 
-    def __bool__(self) -> bool:
-        return bool(self.lines)
-
     @contextlib.contextmanager
     def collect(self) -> Iterator[None]:
         """Note an error that the user can fix, and continue."""
         try:
             yield
-        except (ValueError, FileNotFoundError) as error:
-            self.lines += str(error).splitlines() or [repr(error)]
+        except USER_ERRORS as error:
+            self.lines += error_lines(error)
 
     def call(self, function: Callable, *args):
         """Return what the function returns, or None after noting its error."""
         with self.collect():
             return function(*args)
 
-    def share(self) -> bool:
+    def none_on_any_rank(self) -> bool:
         """Exchange problems between the ranks and return whether there are none. A collective."""
         self.lines = self.dist.union(self.lines)
         return not self.lines
 
     def raise_all(self) -> None:
-        """Raise ValueError with a line for each problem of any rank, if there are any. A collective."""
-        if not self.share():
-            raise self.dist.error("\n".join(self.lines))
+        """End every rank if any has problems: the main one with a ValueError that lists all. A collective."""
+        if not self.none_on_any_rank():
+            raise self.dist.leave_with_error("\n".join(self.lines))
 
 
 class StopSignal:

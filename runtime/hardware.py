@@ -46,21 +46,24 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device {name} is not available ({reason}): use auto or cpu") from error
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Return whether the hardware computes in bf16 instead of emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(capabilities.get(feature) for feature in ("avx512_bf16", "amx_bf16"))
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Resolve --dtype: bf16 where the hardware computes in it, else fp16 on NVIDIA GPUs and fp32 elsewhere.
 
-    Raises ValueError for bf16 on a GPU that only emulates it. On such a CPU it is slow, so that warns.
+    Raises ValueError for bf16 on a GPU that only emulates it, and warns about such a CPU.
     """
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        has_bf16 = any(capabilities.get(feature) for feature in ("avx512_bf16", "amx_bf16"))
     if name == "auto":
-        name = "bfloat16" if has_bf16 else "float16" if device.type == "cuda" else "float32"
-    elif name == "bfloat16" and not has_bf16 and device.type == "cuda":
+        name = "bfloat16" if has_bf16(device) else "float16" if device.type == "cuda" else "float32"
+    elif name == "bfloat16" and not has_bf16(device) and device.type == "cuda":
         raise ValueError("this GPU only emulates bfloat16: use --dtype float16 or auto")
-    elif name == "bfloat16" and not has_bf16 and device.type == "cpu":
+    elif name == "bfloat16" and not has_bf16(device) and device.type == "cpu":
         warnings.warn("this CPU only emulates bfloat16: --dtype float32 is faster", stacklevel=2)
     return getattr(torch, name)
 
@@ -94,7 +97,10 @@ def keep_freed_memory() -> None:
 def tune_for_training(
     device: torch.device, dtype: torch.dtype
 ) -> Callable[[], contextlib.AbstractContextManager]:
-    """Select TF32 and fast memory and attention on CPUs; return the context that forward passes need."""
+    """Allow TF32; on CPUs, also keep freed memory. Return a context for the forward pass of training steps.
+
+    It selects the attention kernel whose forward and backward pass together are fastest.
+    """
     torch.set_float32_matmul_precision("high")
     if device.type != "cpu":
         return contextlib.nullcontext
@@ -107,14 +113,17 @@ def tune_for_training(
     return partial(sdpa_kernel, SDPBackend.MATH)
 
 
-def attention_backend(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> str:
-    """Return the name of the kernel that PyTorch picks for this model's attention in the current context."""
+def describe_compute(
+    args: argparse.Namespace, dtype: torch.dtype, device: torch.device, compiled: bool
+) -> str:
+    """Return dtype, compiler, and the kernel that PyTorch picks for attention in the current context."""
+    how = f"{str(dtype).removeprefix('torch.')}, {'compiled' if compiled else 'eager'}"
     if device.type not in ("cpu", "cuda"):
-        return "PyTorch's choice"
+        return how
     shape = (1, args.n_head, args.block_size, args.n_embd // args.n_head)  # the batch size does not matter
     q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
     choice = torch._fused_sdp_choice(q, q, q, dropout_p=args.dropout, is_causal=True)
-    return SDPBackend(choice).name.lower().replace("_attention", "")
+    return f"{how}, attention {SDPBackend(choice).name.lower().replace('_attention', '')}"
 
 
 def can_compile(device: torch.device, say: Callable[[str], None]) -> bool:
@@ -167,9 +176,15 @@ def fits(
     return True
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the system or a device has refused to allocate memory."""
+    pattern = "out of memory|(can't|cannot) allocate memory"
+    return isinstance(error, MemoryError) or bool(re.search(pattern, str(error), re.IGNORECASE))
+
+
 def explain_out_of_memory(error: BaseException, args: argparse.Namespace) -> str | None:
     """Return what to try after running out of memory, or None if the error is a different one."""
-    if not re.search("out of memory|can't allocate memory", str(error)):
+    if not is_out_of_memory(error):
         return None
     batch_size = 1 if args.batch_size == "auto" else args.batch_size
     # A divisor keeps the tokens per step.

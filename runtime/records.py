@@ -10,15 +10,18 @@ import importlib.util
 import json
 import math
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
-import plot
-from runtime.checkpoint import checkpoint_bytes
+from runtime.checkpoint import disk_usage
 from runtime.files import write_atomically
+
+PLOT = Path(__file__).parent.parent / "plot.py"
 
 PICTURE_EVERY_S = 30.0  # drawing takes half a second, and small models write checkpoints more often than this
 
@@ -33,22 +36,38 @@ def check_packages(args: argparse.Namespace) -> None:
 
 
 def make_run_folder(out_dir: Path) -> None:
-    """Create the folder of a new run. A folder that already holds a run is renamed to log.1, log.2, …"""
+    """Create the folder of a new run. If it holds a run already, that is renamed by appending .1, .2, …"""
     if (out_dir / "log.jsonl").exists() or any(out_dir.glob("model_*.pt")):
         number = 1
         while out_dir.with_name(f"{out_dir.name}.{number}").exists():
             number += 1
         old = out_dir.rename(out_dir.with_name(f"{out_dir.name}.{number}"))
-        print(f"{out_dir} held a run, which is now {old} (--resume continues a run)")
+        print(f"renamed the run in {out_dir} to {old} (--resume would have continued it)")
     out_dir.mkdir(parents=True, exist_ok=True)
+
+
+def is_measured_again(record: dict, args: argparse.Namespace, start_step: int) -> bool:
+    """Return whether a run that is resumed at `start_step` replaces this record of its log.
+
+    It repeats every step from `start_step` on. At that step itself, it repeats only the evaluations that its
+    options ask for, and writes a checkpoint only if the step is the last one.
+    """
+    step, kind, last_step = record["step"], record["kind"], start_step == args.max_steps
+    if kind in ("run", "end"):
+        return kind == "end"
+    if step != start_step or kind == "train":
+        return step >= start_step
+    if kind == "checkpoint":
+        return last_step
+    every = getattr(args, f"{kind}_every")
+    return every > 0 and (step % every == 0 or last_step)
 
 
 class Log:
     """The records of a run: log.jsonl and the console, and TensorBoard and Weights & Biases if asked for.
 
-    A resumed run repeats its first step with all evaluations. Records from that step on, and a line that was
-    cut short, are therefore removed from log.jsonl and hidden in TensorBoard. At Weights & Biases the run
-    continues under its old id.
+    When a run is resumed, the records that it measures again and a line that was cut short are removed from
+    log.jsonl and hidden in TensorBoard. At Weights & Biases the run continues under its old id.
 
     Raises ValueError if Weights & Biases refuses to start.
     """
@@ -58,18 +77,22 @@ class Log:
         self.path, self.lock = out_dir / "log.jsonl", threading.Lock()
         kept, wandb_id = [], None
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
                 record = json.loads(line)
-                if record["step"] < start_step or record["kind"] == "run":
-                    kept.append(line + "\n")
+                if not is_measured_again(record, args, start_step):
+                    kept.append(record)
                     wandb_id = record.get("wandb") or wandb_id
-        write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
+        lines = "".join(json.dumps(record) + "\n" for record in kept)
+        write_atomically(self.path, lambda file: file.write(lines.encode()))
         self.file = open(self.path, "a", buffering=1)
         self.tensorboard = self.wandb = None
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(out_dir / "tensorboard", purge_step=start_step, flush_secs=10)
+            for record in kept:
+                if record["step"] == start_step > 0:  # hidden too, but not measured again
+                    self._report(**record)
         if args.wandb:
             import wandb
 
@@ -88,17 +111,18 @@ class Log:
     def start(self, world_size: int, groups: list[dict], epoch_tokens: int, how: str, machine: dict) -> None:
         """Record what the run is about to do, and print it.
 
-        `groups` are those of the optimizer, `how` names dtype and kernels, `machine` is `describe_machine`'s.
+        `groups` are those of the optimizer, `how` names dtype and kernels, and `machine` is the result of
+        `describe_machine`.
         """
-        disk = checkpoint_bytes(self.args, groups)
+        disk = disk_usage(self.args, groups)
         groups = describe_groups(groups, self.args.learning_rate)
         params = sum(group["params"] for group in groups)
         about = dict(args=vars(self.args), world_size=world_size, params=params, groups=groups, **machine)
         self(self.start_step, "run", **about)
-        tqdm.write(describe_run(about, how, epoch_tokens, disk))
+        tqdm.write(describe_run(self.args, about, how, epoch_tokens, disk))
 
     def __call__(self, step: int, kind: str, **values) -> None:
-        """Add a record and print its line. Numbers that are not finite become null: JSON lacks them."""
+        """Add a record and print its line. Numbers that are not finite become null: JSON has none."""
         self._record(step, kind, values)
         if kind == "train":
             now = time.perf_counter()
@@ -123,13 +147,18 @@ class Log:
                 self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
             except OSError as error:  # the file object keeps the line and retries with the next one
                 tqdm.write(f"warning: could not write {self.path} ({error}); training continues")
-            rates = {f"lr {name}": rate for name, rate in values.pop("lrs", {}).items()}
-            numbers = {k: v for k, v in {**values, **rates}.items() if isinstance(v, int | float)}
-            if self.tensorboard:
-                for name, value in numbers.items():
-                    self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+            numbers = self._report(step, kind, **values)
             if self.wandb:
-                self.wandb.log({"step": step, **{f"{kind}/{name}": value for name, value in numbers.items()}})
+                self.wandb.log({"step": step, **numbers})
+
+    def _report(self, step: int, kind: str, **values) -> dict[str, float]:
+        """Return the numbers of a record by the names of their curves, and send them to TensorBoard."""
+        values |= {f"lr {name}": rate for name, rate in values.pop("lrs", {}).items()}
+        numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        if self.tensorboard:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, step)
+        return numbers
 
     def checkpoint(self, step: int, **values) -> None:
         """Record a checkpoint and, if the picture is old, redraw it. Called in the background."""
@@ -139,13 +168,15 @@ class Log:
             self.drawn = time.monotonic()
 
     def draw(self) -> Path:
-        """Draw the curves of the run. A picture that fails does not end the run."""
-        path = self.out_dir / "loss.png"
-        try:
-            plot.plot([self.out_dir], path)
-        except (ImportError, OSError, ValueError) as error:
-            tqdm.write(f"warning: no picture of the loss: {error}")
-        return path
+        """Draw the curves of the run. A failure to draw does not end the run.
+
+        A long log takes seconds and a gigabyte to draw, which should not be those of the training process.
+        """
+        drawn = subprocess.run([sys.executable, PLOT, self.out_dir], capture_output=True, text=True)
+        if drawn.returncode:
+            reason = (drawn.stderr.strip() or "plot.py was killed").splitlines()[-1]
+            tqdm.write(f"warning: no picture of the loss: {reason}")
+        return self.out_dir / "loss.png"
 
     def close(self) -> None:
         """Write what TensorBoard and Weights & Biases have buffered, and remove the bar."""
@@ -171,12 +202,14 @@ def describe_groups(groups: list[dict], learning_rate: float) -> list[dict]:
     ]
 
 
-def describe_run(about: dict, how: str, epoch_tokens: int, disk: tuple[int, int, int]) -> str:
+def describe_run(
+    args: argparse.Namespace, about: dict, how: str, epoch_tokens: int, disk: tuple[int, int, int]
+) -> str:
     """Return what a run is about to do, one line per thing that its user may want to change.
 
-    `about` is the record of kind `run`; `disk` comes from `checkpoint_bytes`.
+    `about` is the record of kind `run`; `disk` comes from `disk_usage`.
     """
-    args, hardware, ranks = argparse.Namespace(**about["args"]), about["hardware"], about["world_size"]
+    hardware, ranks = about["hardware"], about["world_size"]
     tokens, micro_batch = args.max_steps * args.total_batch_size, args.batch_size * args.block_size * ranks
     size, needed, free = (tqdm.format_sizeof(n, "B") for n in disk)
     checkpoints = f"{size} each, at most {needed} in {args.out_dir}, where {free} are free"

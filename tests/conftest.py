@@ -59,10 +59,10 @@ MUON = "--optimizer muon --schedule wsd --decay_share 0.5 --min_lr 0"
 @pytest.fixture
 def run_train(shards, monkeypatch):
     """Run train.main on a tiny model in fp32 with a string of options; return the log's records by kind."""
-    draw = records.plot.plot
+    draw = records.Log.draw
 
     def run(options: str = "", out_dir: Path | str = "log", picture: bool = False) -> dict[str, list[dict]]:
-        monkeypatch.setattr(records.plot, "plot", draw if picture else lambda folders, output: None)
+        monkeypatch.setattr(records.Log, "draw", draw if picture else lambda log: log.out_dir / "loss.png")
         train.main(train.parse_args(f"{TINY} --out_dir {out_dir} {options}".split()))
         by_kind: dict[str, list[dict]] = {}
         for line in (Path(out_dir) / "log.jsonl").read_text().splitlines():
@@ -110,6 +110,15 @@ def tiny_gpt(seed: int = 0) -> GPT:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+def token_stream(folder: str | Path) -> list[int]:
+    """Return the tokens of a set of fineweb.py in the order of its documents."""
+    records = json.loads(Path(folder, "manifest.json").read_text())["shards"]
+    shards = [np.load(Path(folder, record["name"])) for record in records]
+    if len(records) > 2 and records[-2]["next"] is None:  # the last shard is the rest of the first
+        shards.insert(1, shards.pop())
+    return np.concatenate(shards).tolist()
 
 
 def wait_until(condition, seconds: float = 60) -> None:

@@ -1,11 +1,14 @@
 """Checkpoints: written in the background, read back after any death, foreign, damaged and hostile ones."""
 
 import argparse
+import errno
+import io
 import os
 import pathlib
 import pickle
 import random
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -106,33 +109,194 @@ def test_disk_that_stays_full_ends_the_run(run_train, disk_full):
         run_train("--val_every 0 --checkpoint_every 2 --max_steps 100")
     assert len(read_losses()) < 100
     disk_full(2)
-    with pytest.raises(ValueError, match="not write .*model_00006.pt .* --resume from .*model_00004.pt"):
+    with pytest.raises(ValueError, match="not write .*model_00006.pt .*--resume .* from .*model_00004.pt"):
         run_train("--val_every 0 --checkpoint_every 2")  # the last one
 
 
-def test_altered_checkpoint_is_skipped(run_train):
-    whole = run_train("--val_every 0")
-    newest = Path("log/model_00006.pt")
-    data = bytearray(newest.read_bytes())
-    data[len(data) // 2] ^= 1
-    newest.write_bytes(data)
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def damage(path, at=0.5):
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * at)] ^= 1
+    path.write_bytes(data)
+
+
+def test_altered_checkpoint_is_skipped_and_nothing_else_is_deleted(run_train):
+    whole = run_train("--val_every 0 --keep 1 --milestone_every 0 --checkpoint_every 1 --max_steps 4")
+    shutil.copytree("log", "earlier")
+    run_train("--val_every 0 --keep 1 --milestone_every 0 --checkpoint_every 1 --resume")
+    shutil.copy("earlier/model_00004.pt", "log")  # which the run has deleted after 5
+    damage(Path("log/model_00006.pt"))
     with pytest.warns(UserWarning, match="skipping .*model_00006.pt .*fails its checksum"):
-        resumed = run_train("--val_every 0 --resume")
-    assert resumed["train"] != whole["train"]  # trained again, from step 3
-    assert read_losses() == [(record["step"], record["loss"]) for record in whole["train"]]
+        run_train("--val_every 0 --keep 1 --milestone_every 0 --checkpoint_every 1 --resume")
+    assert read_losses()[:4] == [(record["step"], record["loss"]) for record in whole["train"]]
+    assert len(read_losses()) == 6
+    names = {path.name for path in Path("log").glob("*.pt")}
+    assert names == {"model_00006.pt"} and load_checkpoint("log")["step"] == 6
+
+
+def test_every_damaged_byte_is_damage_and_never_an_error_of_the_system(tmp_path):
+    path = tmp_path / "model_00001.pt"
+    torch.save({"a": torch.arange(100), "step": 1}, path)
+    data, rng = path.read_bytes(), random.Random(0)
+    for _ in range(300):
+        altered = bytearray(data)
+        altered[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(altered if rng.random() < 0.7 else data[: rng.randrange(len(data))])
+        try:
+            load_checkpoint(path)
+        except ValueError as error:
+            assert "is damaged or not a checkpoint" in str(error) and "\n" not in str(error)
+
+
+class FailingFile(io.FileIO):
+    """A file on a disk that fails after some reads."""
+
+    reads = 3
+
+    def readinto(self, buffer):
+        self.reads -= 1
+        if self.reads < 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().readinto(buffer)
+
+
+def refuse(number):
+    def fail(path, *mode):
+        raise OSError(number, os.strerror(number), str(path))
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "trouble, message",
+    [
+        (refuse(errno.EACCES), "Permission denied"),
+        (refuse(errno.ESTALE), "Stale file handle"),
+        (lambda path, mode: io.BufferedReader(FailingFile(path), 64), "Input/output error"),
+        ("memory", "too little memory to load"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model_00006.pt", "model_best.pt"])
+def test_unreadable_checkpoint_ends_the_command(run_train, monkeypatch, trouble, message, name):
+    run_train()
+    if name == "model_best.pt":  # the newest, as after a kill between two checkpoints
+        Path("log/model_00006.pt").unlink()
+    before, load = contents("log"), torch.load
+
+    def opens(path, mode):
+        return trouble(path, mode) if Path(path).name == name else open(path, mode)
+
+    def allocates(file, **options):
+        if Path(file.name if hasattr(file, "name") else file).name == name and "mmap" not in options:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return load(file, **options)
+
+    if trouble == "memory":
+        monkeypatch.setattr(checkpoint.torch, "load", allocates)
+    else:
+        monkeypatch.setattr(checkpoint, "open", opens, raising=False)
+    with pytest.raises(ValueError, match=message) as caught:
+        run_train("--resume")
+    assert "nothing has been changed" in str(caught.value) and "\n" not in str(caught.value)
+    assert contents("log") == before and not Path("log.1").exists()
+
+
+def test_unreadable_folder_or_step_ends_the_command(run_train, monkeypatch):
+    run_train()
+    before, load, iterdir = contents("log"), torch.load, Path.iterdir
+
+    def loads(file, **options):
+        return refuse(errno.EIO)(file) if options.get("mmap") else load(file, **options)
+
+    def lists(folder):
+        return refuse(errno.EACCES)(folder) if folder.name == "log" else iterdir(folder)
+
+    for owner, name, fails, message in (
+        (torch, "load", loads, "Input/output error: 'log/model_best.pt'"),
+        (Path, "iterdir", lists, "Permission denied: 'log'"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails)
+            with pytest.raises(ValueError, match=message):
+                run_train("--resume")
+        assert contents("log") == before and not Path("log.1").exists()
+
+
+def test_run_with_only_damaged_checkpoints_is_not_started_again(run_train):
+    run_train("--max_steps 3")
+    for name in ("model_00003.pt", "model_best.pt"):
+        Path("log", name).write_bytes(b"damaged")
+    before = contents("log")
+    with pytest.warns(UserWarning, match="skipping a checkpoint"):
+        with pytest.raises(ValueError, match="no checkpoint in log is complete: omit --resume"):
+            run_train("--resume")
+    assert contents("log") == before and not Path("log.1").exists()
+    Path("empty").mkdir()
+    assert len(run_train("--resume", out_dir="empty")["train"]) == 6  # nothing to resume: a new run
 
 
 def test_truncated_checkpoint_is_skipped(tmp_path):
     for step in (9, 10, 100):
-        torch.save(
-            {"model": tiny_gpt().state_dict(), "config": vars(TINY_GPT), "step": step},
-            tmp_path / f"model_{step}.pt",
-        )
+        state = {"model": tiny_gpt().state_dict(), "config": vars(TINY_GPT), "step": step}
+        torch.save(state, tmp_path / f"model_{step}.pt")
+    torch.save({"step": 1000}, tmp_path / "model_01000_mine.pt")  # not a name of the run
     newest = tmp_path / "model_100.pt"
     newest.write_bytes(newest.read_bytes()[:-1000])
     with pytest.warns(UserWarning, match=r"model_100.pt is damaged"):
         assert load_checkpoint(tmp_path)["step"] == 10
     assert "\n" not in str(pytest.raises(ValueError, load_checkpoint, newest).value)
+
+
+def test_writer_deletes_only_what_its_run_has_written(tmp_path):
+    others = ("model_00030.pt", "model_00007.pt", "model_00009_mine.pt", "notes.tmp")
+    for name in (*others, "model_00027.pt", "model_00028.pt.tmp"):
+        (tmp_path / name).touch()
+    writer = CheckpointWriter(tmp_path, 1, 0, lambda step, **values: None, {"model_00027.pt": True})
+    for step in (28, 29):
+        writer.save([f"model_{step:05d}.pt"], {"step": step}, torch.device("cpu"))
+    writer.close()
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "model_00029.pt"}
+
+
+@pytest.mark.parametrize(
+    "first, then, kept",
+    [
+        ("--keep 1 --milestone_every 2", "--keep 1 --milestone_every 0", {2, 4, 6, 9}),
+        ("--keep 1 --milestone_every 2", "--keep 1 --milestone_every 2", {2, 4, 6, 8, 9}),
+        ("--keep 0", "--keep 1 --milestone_every 0", {*range(1, 8), 9}),
+        ("--keep 2 --milestone_every 3", "--keep 1 --milestone_every 3", {3, 6, 9}),
+        ("--keep 1 --milestone_every 0", "--keep 1 --milestone_every 0 --checkpoint_every 2", {9}),
+    ],
+)
+def test_resumed_run_keeps_what_its_first_part_kept_for_good(run_train, first, then, kept):
+    run_train(f"--checkpoint_every 1 {first} --max_steps 7 --learning_rate 1e-9")
+    run_train(f"--checkpoint_every 1 {then} --max_steps 9 --learning_rate 1e-9 --resume")
+    assert {checkpoint.step_of(path) for path in Path("log").glob("model_0*.pt")} == kept
+
+
+def test_resumed_run_has_the_files_of_an_uninterrupted_one(run_train):
+    options = "--checkpoint_every 1 --keep 2 --milestone_every 4"
+    run_train(f"{options} --max_steps 7", out_dir="whole")
+    for steps in (2, 5, 7):
+        run_train(f"{options} --max_steps {steps} --warmup_steps 1 --resume")
+    assert {path.name for path in Path("log").glob("*.pt")} == {p.name for p in Path("whole").glob("*.pt")}
+
+
+def test_disk_check_counts_what_a_resumed_run_has_yet_to_write(run_train, monkeypatch):
+    options = "--checkpoint_every 1 --keep 2 --milestone_every 0"
+    run_train(f"{options} --max_steps 4")
+    size = Path("log/model_00004.pt").stat().st_size
+    usage = checkpoint.shutil._ntuple_diskusage
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(0, 0, int(1.2 * size)))
+    assert len(run_train(f"{options} --max_steps 6 --resume")["train"]) == 6
+    with pytest.raises(ValueError, match="checkpoints in new need 0.0 GB, but only 0.0 GB are free"):
+        run_train(options, out_dir="new")
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(0, 0, int(0.8 * size)))
+    with pytest.raises(ValueError, match="checkpoints in log need"):
+        run_train(f"{options} --max_steps 8 --resume")
 
 
 def test_checkpoint_holds_the_state_at_the_time_of_saving(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Ranges of options, and errors as one line."""
 
 import argparse
-import math
 
 import pytest
 
@@ -15,19 +14,24 @@ def test_options_out_of_range_are_reported_together_defaults_included():
     parser.add_argument("--share", type=cli.Range(float, 0, 1))
     parser.add_argument("--beta", type=cli.Range(float, 0, below=1), default=0.9)
     parser.add_argument("--size", type=cli.Range(lambda text: text if text == "auto" else int(text), 1))
-    assert cli.out_of_range(parser, parser.parse_args("--steps 1 --share 1 --size auto".split())) == []
-    bad = parser.parse_args("--rate 0 --share 1.5 --beta 1 --size 0".split())
-    assert cli.out_of_range(parser, bad) == [
+    cli.check_options(parser, parser.parse_args("--steps 1 --share 1 --size auto --rate inf".split()))
+    with pytest.raises(ValueError) as bad:
+        options = parser.parse_args("--rate 0 --share 1.5 --beta 1 --size 0".split())
+        cli.check_options(parser, options, ["and another problem"])
+    assert str(bad.value).splitlines() == [
         "--steps is 0: use at least 1",
         "--rate is 0.0: use more than 0",
         "--share is 1.5: use at least 0 and at most 1",
         "--beta is 1.0: use at least 0 and less than 1",
         "--size is 0: use at least 1",
+        "and another problem",
     ]
-    assert len(cli.out_of_range(parser, parser.parse_args(["--steps", "1", "--rate", "nan"]))) == 1
+    with pytest.raises(ValueError, match="--rate is nan: use more than 0"):
+        cli.check_options(parser, parser.parse_args(["--steps", "1", "--rate", "nan"]))
     assert [cli.count(text) for text in ("100_000", "1e8")] == [100_000, 10**8]
-    with pytest.raises(ValueError, match="1.5 is not a whole number"):
-        cli.count("1.5")
+    for text in ("1.5", "inf"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is not a whole number"):
+            cli.count(text)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +40,8 @@ def test_options_out_of_range_are_reported_together_defaults_included():
         (None, None),
         (ValueError("one\ntwo"), "script.py: error: one\nscript.py: error: two"),
         (FileNotFoundError("no file"), "script.py: error: no file"),
-        (ConnectionError("no route"), "script.py: error: no route"),
+        (OSError(5, "Input/output error", "log"), "script.py: error: [Errno 5] Input/output error: 'log'"),
+        (MemoryError(), "script.py: error: MemoryError"),
         (RuntimeError("out of memory"), "script.py: error: buy more"),
         (KeyboardInterrupt(), 130),
     ],
@@ -63,4 +68,3 @@ def test_other_errors_keep_their_traceback():
     for error in (RuntimeError("a bug"), ZeroDivisionError()):
         with pytest.raises(type(error)):
             cli.run(lambda args, error=error: (_ for _ in ()).throw(error), lambda: None)
-    assert math.inf not in cli.Range(int, 1, 5)

@@ -101,7 +101,7 @@ def test_signal_saves_and_stops_and_the_run_can_be_resumed(shards, run_train, nu
 
 def test_second_signal_ends_at_once(shards):
     # A step of 2**20 tokens takes minutes: the first signal waits for its end.
-    life = begin(f"{TINY} --total_batch_size 1048576 --max_steps 2 --val_every 0 --checkpoint_every 1")
+    life = begin(f"{TINY} --total_batch_size 1048576 --max_steps 3 --val_every 0 --checkpoint_every 1")
     wait_until(lambda: count_lines("log") == 1)
     time.sleep(0.2)
     for _ in range(2):  # torchrun sends again what Ctrl-C has sent to all: within moments these are one

@@ -3,19 +3,26 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
+from conftest import token_stream
 
 import fineweb
+from runtime.distributed import Distributed
+from train import DataLoaderLite
 
 TEXTS = ["first", "", "a second text\nof two lines", None, "<|endoftext|>", "naïve 漢字 🙂", "tail " * 40]
 EOT = 256
+ALONE = Distributed(0, 1, torch.device("cpu"))
 
 
 def expected_tokens(texts=TEXTS):
@@ -80,7 +87,7 @@ def test_set_of_one_shard_is_split_and_its_last_tenth_is_val():
 
 def test_max_tokens_limits_the_set(files):
     cli("--files", *files, "--tokenizer", "byte", "--shard_size", 20, "--max_tokens", 50, "--out_dir", "out")
-    assert np.concatenate(list(load_shards("out").values())).tolist() == expected_tokens()[:50]
+    assert token_stream("out") == expected_tokens()[:50]
 
 
 def test_dataset_is_resolved_by_the_datasets_library(tmp_path):
@@ -100,7 +107,7 @@ def test_dataset_is_resolved_by_the_datasets_library(tmp_path):
         "--out_dir",
         "out",
     )
-    assert np.concatenate(list(load_shards("out").values())).tolist() == expected_tokens(["one", "two"] * 20)
+    assert token_stream("out") == expected_tokens(["one", "two"] * 20)
 
 
 def test_standard_library_documents_are_python_and_reproducible():
@@ -116,7 +123,7 @@ def modified(folder):
     return {path.name: path.stat().st_mtime_ns for path in Path(folder).glob("*.npy")}
 
 
-@pytest.mark.parametrize("shard_size", [50, 1000])  # 1000: one shard, cut into train and val
+@pytest.mark.parametrize("shard_size", [50, 80, 1000])  # 80: val is cut; 1000: one shard, cut in two
 def test_verify_names_bad_shards_and_same_command_repairs_only_those(files, capsys, shard_size):
     arguments = ("--files", *files, "--tokenizer", "byte", "--shard_size", shard_size, "--out_dir", "out")
     with pytest.raises(ValueError, match="no finished set in out"):
@@ -142,10 +149,10 @@ def test_verify_names_bad_shards_and_same_command_repairs_only_those(files, caps
     assert Path("out", name).read_bytes() == whole[name]
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_any_sequence_of_interruptions_gives_the_same_files(files, monkeypatch, start_method):
+@pytest.mark.parametrize("start_method, shard_size", [("fork", 30), ("spawn", 30), ("fork", 80)])  # 80: cut
+def test_any_sequence_of_interruptions_gives_the_same_files(files, monkeypatch, start_method, shard_size):
     monkeypatch.setattr(fineweb, "DOCUMENTS_PER_CHUNK", 2)
-    arguments = ("--files", *files, "--tokenizer", "byte", "--shard_size", 30, "--out_dir")
+    arguments = ("--files", *files, "--tokenizer", "byte", "--shard_size", shard_size, "--out_dir")
     cli(*arguments, "whole", "--workers", 1)
     whole = {path.name: path.read_bytes() for path in Path("whole").iterdir()}
 
@@ -164,14 +171,14 @@ def test_any_sequence_of_interruptions_gives_the_same_files(files, monkeypatch, 
     while not (done := Path("killed/manifest.json").exists() and
                json.loads(Path("killed/manifest.json").read_text())["complete"]):  # fmt: skip
         # Each life writes one file more than it can keep: a shard, or the manifest that names it.
-        budget = iter([replace] * (1 + lives % 3) + [dies])
+        budget = iter([replace] * (1 + lives % 5) + [dies])
         monkeypatch.setattr(os, "replace", lambda *paths: next(budget)(*paths))  # noqa: B023
         try:
             cli(*arguments, "killed", "--workers", 2 - lives % 2)
         except Killed:
             lives += 1
         assert lives < 100
-    assert done and lives > 5
+    assert done and lives > 3
     assert {path.name: path.read_bytes() for path in Path("killed").iterdir()} == whole
 
 
@@ -240,6 +247,131 @@ def test_continuing_repeats_only_the_shard_in_progress(files, monkeypatch):
         cli(*arguments, "--files", files[0].replace("[1-3]", "[2-3]"), files[1])
 
 
+@pytest.mark.parametrize("tokens, val", [(115, 11), (199, 19), (480, 48), (500, 100), (501, 100)])
+def test_validation_is_at_most_a_fifth_of_a_small_set(tokens, val):
+    Path("input.txt").write_text("".join(chr(ord("a") + i % 26) for i in range(tokens - 1)))
+    arguments = ("--files", "input.txt", "--tokenizer", "byte", "--shard_size", 100, "--out_dir", "out")
+    cli(*arguments)
+    shards = load_shards("out")
+    assert len(shards["edufineweb_val_000000.npy"]) == val
+    assert max(map(len, shards.values())) <= 100
+    assert token_stream("out") == expected_tokens([Path("input.txt").read_text()])
+    loader = DataLoaderLite("out", "train", batch_size=1, block_size=8, vocab_size=257, dist=ALONE)
+    assert loader.windows == sum((len(shard) - 1) // 8 for name, shard in shards.items() if "train" in name)
+
+
+def test_set_of_before_is_verified_repaired_and_continued(files, monkeypatch):
+    """Sets made before small ones were cut differently: validation may be more than a fifth of them."""
+    monkeypatch.setattr(fineweb, "MOST_VALIDATION", 1)
+    arguments = ("--files", *files, "--tokenizer", "byte", "--shard_size", 80, "--out_dir", "out")
+    cli(*arguments)
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    monkeypatch.undo()
+    monkeypatch.chdir(Path(files[0]).parent)
+    cli("--verify", "--out_dir", "out")
+    for name in ("edufineweb_val_000000.npy", "edufineweb_train_000003.npy"):
+        Path("out", name).unlink()
+        cli(*arguments)
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+def test_repair_replaces_nothing_when_the_inputs_have_changed(monkeypatch):
+    Path("input.txt").write_text("x" * 500)
+    arguments = ("--files", "input.txt", "--tokenizer", "byte", "--shard_size", 60, "--out_dir", "out")
+    cli(*arguments)
+    shard = Path("out/edufineweb_train_000003.npy")
+    np.save(shard, np.load(shard)[:-1])
+    damaged = shard.read_bytes()
+    Path("input.txt").write_text("y" * 500)  # of the same size
+    with pytest.raises(ValueError, match="inputs of edufineweb_train_000003.npy have changed: --no-resume"):
+        cli(*arguments)
+    assert shard.read_bytes() == damaged
+
+
+def test_folder_that_holds_anything_else_is_refused_and_left_as_it_is():
+    for i in range(6):
+        Path(f"{i}.txt").write_text(str(i) * (40 + i))
+    common = ("--tokenizer", "byte", "--workers", 1, "--out_dir", "out")
+    shared = ("--files", "[0-5].txt", "--shard_size", 40, "--task_count", 3, "--task_index")
+    tasks = [(*shared, i) for i in range(3)]
+    cases = {
+        "task_count 1, not 3": (tasks[0], (("--files", "[0-5].txt", "--shard_size", 40),)),
+        "task_count 3, not 2": ((*tasks[1][:-3], 2, "--task_index", 1), (tasks[0],)),
+        "files ": ((*tasks[1][:1], "[0-4].txt", *tasks[1][2:]), (tasks[0],)),
+        "shard_size 40, not 41": ((*tasks[1][:3], 41, *tasks[1][4:]), (tasks[0],)),
+        "max_tokens None, not 50": ((*tasks[1], "--max_tokens", 50), (tasks[0],)),
+        "holds edufineweb_train_000900.npy, which no manifest": (tasks[1], (tasks[0],)),
+    }
+    for message, (refused, before) in cases.items():
+        shutil.rmtree("out", ignore_errors=True)
+        for arguments in before:
+            cli(*arguments, *common)
+        if "000900" in message:
+            np.save("out/edufineweb_train_000900.npy", np.zeros(9, dtype=np.uint16))
+        contents = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+        for extra in ((), ("--no-resume",)):
+            refusal = "already holds shards with|which no manifest describes"
+            with pytest.raises(ValueError, match=refusal) as caught:
+                cli(*common, *refused, *extra)
+            assert message in str(caught.value)
+        assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == contents
+
+
+def test_tasks_that_do_not_belong_together_are_not_merged():
+    for i in range(4):
+        Path(f"{i}.txt").write_text(str(i) * 50)
+    options = ("--tokenizer", "byte", "--shard_size", 40, "--task_count", 2, "--task_index")
+    cli("--files", "[0-1].txt", *options, 0, "--out_dir", "a")
+    cli("--files", "[2-3].txt", *options, 1, "--out_dir", "b")
+    shutil.copytree("a", "both")
+    shutil.copytree("b", "both", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=r"tasks in both differ: files \['0.txt', 50\], not \['2.txt', 50\]"):
+        fineweb.read_manifest(Path("both"))
+    cli("--files", "[0-1].txt", *options, 1, "--out_dir", "a")
+    assert len(fineweb.read_manifest(Path("a"))["shards"]) == 4
+    shutil.copy("a/manifest_0000_of_0002.json", "a/manifest_0001_of_0002.json")
+    with pytest.raises(ValueError, match="are incomplete"):  # one task twice
+        fineweb.read_manifest(Path("a"))
+
+
+def test_next_input_is_downloaded_only_when_it_may_be_needed(monkeypatch):
+    table = pyarrow.table({"text": ["x" * 99] * 1000})
+    downloaded, never = [], threading.Event()
+
+    def download(source, folder):
+        downloaded.append(source.path)
+        if source.path == "2":
+            never.wait(60)
+        folder.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(table, folder / f"{source.path}.parquet")
+        return folder / f"{source.path}.parquet"
+
+    monkeypatch.setattr(fineweb, "download", download)
+    inputs = [fineweb.Input(str(i), 1000, None, "repo", "main") for i in range(3)]
+    source = {"text_column": "text"}
+    for max_tokens, expected in ((20_000, ["0"]), (80_000, ["0", "1"]), (180_000, ["0", "1", "2"])):
+        downloaded.clear()
+        options = dict(tokenizer="byte", shard_size=7_000, max_tokens=max_tokens)
+        fineweb.prepare(inputs, f"out{max_tokens}", source=source, **options)  # never waits for input 2
+        assert downloaded == expected
+        assert not list(Path(f"out{max_tokens}").glob("downloads/*.parquet"))
+    never.set()
+
+
+def test_each_task_deletes_only_its_own_downloads(monkeypatch):
+    def download(source, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{source.path}.txt").write_text("text " * 50)
+        return folder / f"{source.path}.txt"
+
+    monkeypatch.setattr(fineweb, "download", download)
+    inputs = [fineweb.Input(str(i), 1000, None, "repo", "main") for i in range(2)]
+    other = download(inputs[1], Path("out/downloads_0001_of_0002"))  # which that task is reading
+    options = dict(source={"text_column": "text"}, tokenizer="byte", shard_size=100, task_count=2)
+    fineweb.prepare(inputs, "out", task_index=0, **options)
+    assert other.exists() and not Path("out/downloads_0000_of_0002").exists()
+
+
 def test_tasks_share_the_inputs_and_their_manifests_are_merged(tmp_path):
     for i in range(5):
         Path(f"{i}.txt").write_text(str(i) * 50)
@@ -277,7 +409,7 @@ def test_odd_documents_are_tokenised_or_counted_as_skipped(tmp_path):
     Path("odd.jsonl").write_text("\r\n".join(json.dumps({"text": text}) for text in rows))
     cli("--files", "odd.jsonl", "--tokenizer", "byte", "--shard_size", 900_000, "--out_dir", "out")
     fixed = [text.replace("\ud800", "\ufffd") for text in odd]
-    assert np.concatenate(list(load_shards("out").values())).tolist() == expected_tokens(fixed)
+    assert token_stream("out") == expected_tokens(fixed)
     assert json.loads(Path("out/manifest.json").read_text())["skipped_documents"] == 4
 
 

@@ -14,7 +14,7 @@ from model import GPT, GPTConfig
 @pytest.mark.parametrize("options", ["--dtype float32", "--dtype bfloat16", "--dropout 0.1"])
 def test_reported_attention_backend_is_the_one_that_runs(run_train, capsys, options):
     with torch.profiler.profile() as profile:
-        run_train(f"{options} --max_steps 1 --val_every 0 --checkpoint_every 0")
+        run_train(f"{options} --warmup_steps 0 --max_steps 1 --val_every 0 --checkpoint_every 0")
     ran = {event.key for event in profile.key_averages()}
     flash = "aten::_scaled_dot_product_flash_attention_for_cpu_backward" in ran
     assert flash != ("aten::_softmax_backward_data" in ran)
@@ -64,7 +64,7 @@ def test_missing_compiler_is_one_warning_and_terminal_shows_a_bar(start, tmp_pat
 
 @pytest.mark.gpu
 def test_gpu_batch_size_auto_trains_within_memory(run_train):
-    options = "--device cuda --vocab_size 50304 --total_batch_size 4194304 --max_steps 1 --val_every 0"
-    (run,) = run_train(f"{options} --batch_size auto --checkpoint_every 0")["run"]
+    options = "--device cuda --vocab_size 50304 --total_batch_size 4194304 --max_steps 1 --warmup_steps 0"
+    (run,) = run_train(f"{options} --batch_size auto --val_every 0 --checkpoint_every 0")["run"]
     # 2 ** 18 windows of 16 tokens would have 2.5 TB of logits, one in fp32 has 10 MB with its gradients.
     assert 16 <= run["args"]["batch_size"] < 2**18

@@ -61,6 +61,38 @@ def test_follow_redraws_until_the_run_ends(tmp_path, monkeypatch, capsys):
     assert len(waits) == 2
 
 
+def test_follow_waits_for_the_first_step_and_for_all_runs(tmp_path, monkeypatch, capsys):
+    def begin():
+        write_log("log", 0)
+
+    def first_steps():
+        write_log("log", 10)
+
+    def early_stop():
+        with open("log/log.jsonl", "a") as log:
+            log.write('{"step": 9, "kind": "end"}\n')
+
+    def other_begins():
+        write_log("other", 0)
+
+    def other_ends():
+        write_log("other", 30)
+
+    events = [begin, first_steps, early_stop, other_begins, other_ends]
+    monkeypatch.setattr(plot.time, "sleep", lambda seconds: events.pop(0)())
+    plot.main(plot.parse_args(["log", "other", "--follow", "7", "--output", "a.png"]))
+    assert capsys.readouterr().out.splitlines() == 2 * ["waiting for the first step"] + 4 * ["wrote a.png"]
+    assert events == []
+
+
+def test_run_stopped_by_a_signal_is_followed_and_an_early_stop_ends(run_train):
+    run_train("--max_steps 200 --val_every 5 --early_stop 2 --learning_rate 3e-2")
+    log = plot.read_log("log")
+    assert plot.has_ended(log) and log["end"][0]["step"] == log["val"][-1]["step"] < 200
+    del log["end"]
+    assert not plot.has_ended(log)
+
+
 def test_references_are_drawn_as_lines(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(Axes, "axhline", lambda axes, y, **style: drawn.append((axes.get_title(), y)))

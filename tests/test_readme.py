@@ -1,5 +1,6 @@
 import contextlib
 import importlib
+import math
 import re
 import shlex
 
@@ -49,6 +50,23 @@ def test_every_command_parses(line):
             helps = pytest.raises(SystemExit, match="^0$")
             with helps if words[-1] == "--help" else contextlib.nullcontext():
                 script.parse_args(words[scripts[0] + 1 :])
+
+
+TRAINING = [line for line in sorted(LINES) if re.search(r"^[^#]* train\.py(?! --help)", line)]
+
+
+@pytest.mark.parametrize("line", TRAINING)
+def test_every_training_command_makes_sense(line):
+    """Its learning rate reaches the peak early and decays, and its batch divides over the ranks."""
+    words = shlex.split(line.split("&&")[-1], comments=True)
+    options = words[words.index("train.py") + 1 :]
+    args = train.parse_args(options)
+    launched = [word for word in words if word.startswith(("--nnodes", "--nproc_per_node"))]
+    ranks = [int(word.partition("=")[2]) for word in launched]
+    train.check_args(args, math.prod(ranks))
+    rates = [train.learning_rate_at(step, args) for step in range(args.max_steps + 1)]
+    assert max(rates) == args.learning_rate and rates.index(max(rates)) <= 0.05 * args.max_steps
+    assert rates[-1] == pytest.approx(args.min_lr) and rates[-1] <= 0.1 * max(rates)
 
 
 def test_table_of_cards_matches_the_formula():

@@ -49,6 +49,29 @@ def test_log_has_rates_and_decay_of_each_group(run_train):
         assert record["lrs"]["embeddings"] == record["lrs"]["gains and biases"] == record["lr"]
 
 
+def test_only_records_that_are_measured_again_are_dropped(run_train):
+    options = "--val_every 4 --checkpoint_every 4 --hellaswag_every 0 --sample_every 3 --sample_tokens 3"
+    first = run_train(f"{options} --max_steps 6")
+    assert [record["step"] for record in first["val"]] == [0, 4, 6]
+    longer = run_train(f"{options} --max_steps 8 --resume")  # from 6, where neither is due again
+    assert longer["val"][:3] == first["val"] and [r["step"] for r in longer["val"]] == [0, 4, 6, 8]
+    assert [record["step"] for record in longer["sample"]] == [0, 3, 6, 8]
+    assert longer["sample"][:2] == first["sample"][:2]
+    assert [record["step"] for record in longer["checkpoint"]] == [0, 4, 6, 8]
+    assert [record["step"] for record in longer["train"]] == list(range(8))
+    again = run_train(f"{options} --max_steps 8 --resume")  # nothing is left to do but the evaluations
+    for kind in ("val", "sample", "train", "checkpoint", "end"):
+        assert [record["step"] for record in again[kind]] == [record["step"] for record in longer[kind]], kind
+
+
+def test_picture_is_drawn_by_another_process_and_its_failure_is_a_warning(run_train, monkeypatch, capsys):
+    run_train(picture=True)
+    assert Path("log/loss.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(records, "PLOT", "nowhere.py")
+    run_train(picture=True)
+    assert re.search("warning: no picture of the loss: .*nowhere.py", capsys.readouterr().out)
+
+
 def test_new_run_renames_the_old_folder(run_train):
     first = run_train("--seed 1")
     second = run_train("--seed 2")
@@ -64,7 +87,7 @@ def test_tensorboard_matches_the_log_and_hides_repeated_steps(run_train):
     run_train("--tensorboard")
     Path("log/model_00006.pt").unlink()
     Path("log/model_best.pt").unlink()
-    hellaswag = f"--hellaswag_every 6 --hellaswag_data {train.DEMO_ITEMS}"
+    hellaswag = f"--max_steps 6 --hellaswag_every 6 --hellaswag_data {train.DEMO_ITEMS}"
     by_kind = run_train(f"--tensorboard --resume {hellaswag}")
     events = event_accumulator.EventAccumulator("log/tensorboard").Reload()
     for tag, kind, name in (

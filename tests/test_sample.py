@@ -100,6 +100,12 @@ def test_samples_follow_the_distribution_of_transformers_processors(options):
     assert ((counts - expected) ** 2 / expected).sum() < freedom + 4 * (2 * freedom) ** 0.5
 
 
+def test_top_k_keeps_exactly_k_of_equal_logits():
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample._draw(torch.zeros(2000, 8), 1.0, 3, None, generator)
+    assert len(drawn.unique()) == 3
+
+
 def test_ids_beyond_the_tokenizer_are_never_drawn(model):
     with torch.no_grad():
         model.transformer.wte.weight[257:] = 50 * model.transformer.wte.weight[:63]  # the likeliest by far
@@ -234,7 +240,7 @@ def test_the_newest_checkpoint_of_a_run_is_sampled(run_train, command):
         ("--model nowhere", "no model at nowhere"),
         ("--num_samples 0 --temperature -1 --top_p 2 --top_k 0 --max_new_tokens 0", "--num_samples is 0: "),
         ("--device cuda:99", "device cuda:99 is not available"),
-        ("--prompt a --prompt_file b", "exclude each other"),
+        ("--prompt a --prompt_file b", "are mutually exclusive"),
         ("--prompt_file none.txt", "cannot read none.txt"),
         ("--prompt_file latin.txt", "latin.txt is not UTF-8"),
         ("--model tiny.pt --export .", ". exists and is not empty"),
@@ -265,16 +271,22 @@ def test_exported_run_works_in_transformers(run_train, command, tmp_path):
         TEXT.replace("<|endoftext|>", "").encode()
     )
     assert hf_tokenizer.eos_token_id == 256 and hf_tokenizer.model_max_length == 16
-    card = Path("exported/README.md").read_text()
+    card, scores = Path("exported/README.md").read_text(), log["hellaswag"][-1]
     best = min(record["loss"] for record in log["val"])
     for fact in (
-        f"| validation loss | {GPT.from_pretrained('log').metadata['val_loss']:.4f} nats per token |",
+        f"| validation loss | {log['val'][-1]['loss']:.4f} nats per token, at step 6 |",
         f"| tokens seen | {64 * GPT.from_pretrained('log').metadata['step']} |",
-        f"acc_norm {log['hellaswag'][-1]['acc_norm']:.2%}",
+        f"acc_norm {scores['acc_norm']:.2%}, acc {scores['acc']:.2%}, 44 items, at step 6",
         "| `--n_layer` | 2 |",
         f"| parameters | {back.num_params():,} |",
     ):
         assert fact in card
+    newest = torch.load("log/model_00006.pt", weights_only=True)
+    torch.save({**newest, "step": 5}, "log/model_00005.pt")  # between two evaluations
+    assert command(["--model", "log/model_00005.pt", "--export", "between"])[1] is None
+    card = Path("between/README.md").read_text()
+    assert f"| training loss | {log['train'][4]['loss']:.4f} nats per token, at step 4 |" in card
+    assert "items, at step 3 |" in card and "nats per token, at step 3 |" in card
     assert best == pytest.approx(GPT.from_pretrained("log/model_best.pt").metadata["val_loss"])
     assert log["sample"][-1]["texts"]
     run_train("--init_from exported", out_dir="tuned")

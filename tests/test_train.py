@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MUON, REPOSITORY, losses, plain_windows
+from conftest import MUON, REPOSITORY, losses, plain_windows, read_losses
 from transformers import GPT2LMHeadModel
 
 import fineweb
@@ -65,7 +65,7 @@ def test_shuffle_permutes_each_epoch_and_seek_reaches_any_step(shards):
     assert epochs[0] != windows and epochs[1] != epochs[0]
     assert all(sorted(epoch) == sorted(windows) for epoch in epochs)
     again = loader(shards, shuffle=True, seed=3)
-    again.seek(77)
+    again.seek(77 * 2)
     x, y = again.next_batch()
     assert torch.cat((x, y[:, -1:]), dim=1).tolist() == seen[77]
 
@@ -89,13 +89,50 @@ def test_bad_shards_are_reported_by_name(shards):
     with pytest.raises(ValueError, match="train_000003.npy is truncated"):
         loader(shards)
     np.save(bad, np.zeros(1000, dtype=np.uint16))
-    manifest = {"complete": True, "shards": [{"name": bad.name, "tokens": 2000}]}
-    (shards / fineweb.MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="has 1000 tokens, but its manifest says 2000"):
+    records = [{"name": path.name, "tokens": len(np.load(path))} for path in shards.glob("*.npy")]
+    cases = [
+        ([{**r, "tokens": 2000} if r["name"] == bad.name else r for r in records], "its manifest says 2000"),
+        (records[1:], f"manifest of .* does not list {records[0]['name']}: move it elsewhere"),
+        ([*records, {"name": "a_train.npy", "tokens": 1}], "1 of the 5 shards .* first is a_train.npy: rep"),
+    ]
+    for listed, message in cases:
+        (shards / fineweb.MANIFEST).write_text(json.dumps({"complete": True, "shards": listed}))
+        with pytest.raises(ValueError, match=message):
+            loader(shards)
+    for text, message in (('{"complete": false}', "are incomplete"), ("{", "manifest.json is damaged")):
+        (shards / fineweb.MANIFEST).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            loader(shards)
+    (shards / fineweb.MANIFEST).unlink()
+    bad.rename(shards / "train_of_validation.npy")
+    with pytest.raises(ValueError, match="train_of_validation.npy has both train and val in its name"):
         loader(shards)
-    (shards / fineweb.MANIFEST).write_text(json.dumps({"complete": False}))
-    with pytest.raises(ValueError, match="are incomplete"):
+
+
+def test_shard_that_cannot_be_read_is_not_called_damaged(shards, monkeypatch):
+    def fails(*args, **options):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(np, "load", fails)
+    with pytest.raises(OSError, match="Input/output error"):
         loader(shards)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 1000])
+def test_shuffled_windows_are_a_permutation(n):
+    for epoch in range(3):
+        assert sorted(train.shuffled(i, n, 7, epoch) for i in range(n)) == list(range(n))
+
+
+def test_shuffled_windows_are_uniform_and_independent_of_the_length_of_the_epoch():
+    # Chi-square with 9 degrees of freedom: mean 9, standard deviation 4.2.
+    for index in (0, 7):
+        counts = np.bincount([train.shuffled(index, 10, seed, 1) for seed in range(2000)], minlength=10)
+        assert ((counts - 200) ** 2 / 200).sum() < 26
+    follows = [(train.shuffled(i + 1, 500, 1, 0) - train.shuffled(i, 500, 1, 0)) % 500 for i in range(499)]
+    assert len(set(follows)) > 250 and max(map(follows.count, follows)) < 10
+    windows = [train.shuffled(i, 10**15, 1, 0) for i in range(1000)]  # at once, whatever the length
+    assert len(set(windows)) == 1000 and abs(np.mean(windows) / 10**15 - 0.5) < 0.05
 
 
 def test_run_writes_log_checkpoints_and_picture(run_train):
@@ -180,9 +217,16 @@ def test_constant_phase_of_wsd_can_be_extended_and_branched(run_train):
     shutil.copy("log/model_00003.pt", "branch")  # before the decay, which starts at 4
     branch = run_train(f"{MUON} --max_steps 12 --resume", out_dir="branch")
     assert losses(branch) == losses(longer)[3:]
+    assert branch["val"] == longer["val"][1:]
     extended = run_train(f"{MUON} --max_steps 12 --resume")  # from the end: the rate rises again
     assert len(losses(extended)) == 12
     assert [record["lr"] for record in extended["train"][8:]] == [r["lr"] for r in longer["train"][8:]]
+    # The evaluation of the short run's end is kept: the longer run has none at that step.
+    assert [record["step"] for record in extended["val"]] == [0, 3, 6, 8, 9, 12]
+    assert [name for r in extended["checkpoint"] for name in r["names"] if name.startswith("model_0")] == [
+        f"model_{step:05d}.pt" for step in (3, 6, 8, 9, 12)
+    ]
+    assert [record["step"] for record in extended["end"]] == [12]
 
 
 def test_speedrun_model_loads_in_transformers(run_train):
@@ -197,11 +241,97 @@ def test_speedrun_model_loads_in_transformers(run_train):
         torch.testing.assert_close(theirs(idx).logits, model(idx)[0][..., :257], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "options, warmup_steps",
+    [
+        ("", 715),
+        ("--max_steps 76292", 715),
+        ("--max_steps 200", 7),
+        ("--max_steps 500 --warmup_steps 100", 100),
+        ("--max_steps 5", 0),
+        ("--preset gpt2-xl", 715),
+        ("--preset speedrun", 250),
+        ("--preset demo --max_steps 400", 12),
+        ("--preset demo --warmup_steps 0", 0),
+    ],
+)
+def test_warmup_is_scaled_to_shorter_runs_unless_it_is_given(options, warmup_steps):
+    assert train.parse_args(options.split()).warmup_steps == warmup_steps
+
+
+@pytest.fixture
+def read_windows(monkeypatch):
+    """The windows that training reads, as (first, count) of each micro-batch in order."""
+    read, seen = DataLoaderLite.next_batch, []
+
+    def next_batch(self):
+        if "train" in self.paths[0].name:
+            seen.append((self.window, self.batch_size))
+        return read(self)
+
+    monkeypatch.setattr(DataLoaderLite, "next_batch", next_batch)
+    return seen
+
+
+@pytest.mark.parametrize("shuffle", ["", "--shuffle"])
+def test_run_resumed_with_another_total_batch_size_reads_every_window_once(
+    run_train, read_windows, capsys, shuffle
+):
+    run_train(f"{shuffle} --max_steps 3")
+    state = torch.load("log/model_00003.pt", weights_only=True)
+    assert (state["windows"], state["epoch_windows"]) == (12, 110)
+    run_train(f"{shuffle} --resume --total_batch_size 96 --max_steps 5 --batch_size 3")
+    windows = [window for first, count in read_windows for window in range(first, first + count)]
+    assert windows == list(range(24))
+    assert "continues at window 12 of epoch 0, the first one that it has not read" in capsys.readouterr().out
+    assert torch.load("log/model_00005.pt", weights_only=True)["windows"] == 24
+
+
+def test_checkpoint_of_an_older_version_continues_at_the_same_window(run_train, read_windows, capsys):
+    whole = run_train()
+    read_windows.clear()
+    older = torch.load("log/model_00003.pt", weights_only=True)
+    for name in ("windows", "epoch_windows", "data", "recent"):
+        del older[name]
+    for path in Path("log").glob("*.pt"):
+        path.unlink()
+    torch.save(older, "log/model_00003.pt")
+    resumed = run_train("--resume")
+    assert losses(resumed) == losses(whole) and read_windows[0] == (12, 2)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_resumed_run_notices_other_data_and_another_order(run_train, shards, capsys):
+    run_train("--max_steps 3 --shuffle")
+    extra = shards / "edufineweb_train_000003.npy"
+    shutil.copy(shards / "edufineweb_train_000002.npy", extra)
+    run_train("--max_steps 6 --shuffle --resume")
+    printed = capsys.readouterr().out
+    assert "warning: the training data have changed: training continues at window 12 of epoch 0" in printed
+    run_train("--max_steps 9 --resume")
+    assert "warning: the order of the data has changed" in capsys.readouterr().out
+    shutil.move("shards", "moved")
+    run_train("--max_steps 12 --resume --data_dir moved")
+    assert "warning" not in capsys.readouterr().out  # the same files in another folder
+
+
+def test_best_loss_counts_only_for_the_same_validation_tokens(run_train, shards, capsys):
+    run_train("--max_steps 3")
+    state = torch.load("log/model_best.pt", weights_only=True)
+    torch.save({**state, "best_val_loss": 0.1}, "log/model_00003.pt")
+    run_train("--resume --max_steps 6")
+    assert torch.load("log/model_best.pt", weights_only=True)["step"] == 3  # nothing was better
+    run_train("--resume --max_steps 9 --val_tokens 320")
+    assert "the validation tokens have changed: earlier losses no longer" in capsys.readouterr().out
+    best = torch.load("log/model_best.pt", weights_only=True)
+    assert best["step"] >= 6 and best["best_val_loss"] > 1
+
+
 def test_dropout_differs_from_step_to_step(run_train):
     with pytest.raises(ValueError, match="one batch still has loss"):
         run_train("--overfit_batch --dropout 0.5 --learning_rate 1e-9 --max_steps 4")
-    records = [json.loads(line) for line in Path("log/log.jsonl").read_text().splitlines()[1:]]
-    assert len({round(record["loss"], 4) for record in records}) == 4  # one batch, one set of weights
+    steps = read_losses()
+    assert len({round(loss, 4) for _, loss in steps}) == 4 == len(steps)  # one batch, one set of weights
 
 
 def test_accumulation_does_not_change_losses(run_train):
@@ -338,6 +468,7 @@ def test_fine_tuning_works_with_shorter_windows(run_train, hf_folder):
         ("--device cuda:99", "device cuda:99 is not available"),
         ("--decay_share 1.5", "--decay_share is 1.5: use at least 0 and at most 1"),
         ("--muon_lr 0", "--muon_lr is 0.0: use more than 0"),
+        ("--warmup_steps 6", "--warmup_steps is 6, but --max_steps is 6: the run would end during warm-up"),
         ("--preset gpt3", "unknown --preset 'gpt3': choose from gpt2, "),
     ],
 )
@@ -362,11 +493,10 @@ def test_resuming_with_another_config_names_option_and_values(run_train):
     with pytest.raises(ValueError, match="--n_layer is 3, but .*log has 2") as caught:
         run_train("--resume --n_layer 3 --block_size 32")
     assert "--block_size is 32, but" in str(caught.value)
-    for name in ("model_00003.pt", "model_best.pt"):
-        Path("log", name).write_bytes(b"damaged")
-    with pytest.warns(UserWarning, match="skipping a checkpoint"):
-        records = run_train("--resume")
-    assert len(records["train"]) == 6 and Path("log.1").exists()  # nothing whole to continue: a new run
+    with pytest.raises(ValueError, match="--max_steps is 2, but the checkpoint in log is at step 3"):
+        run_train("--resume --warmup_steps 0 --max_steps 2")
+    with pytest.raises(ValueError, match="--overfit_batch checks a new model: leave out --resume"):
+        run_train("--resume --overfit_batch")
     weights = torch.load("log/model_best.pt", weights_only=True)
     torch.save({"model": weights["model"], "config": weights["config"]}, "log/model_00009.pt")
     with pytest.raises(ValueError, match="holds only weights: pass it to --init_from"):
