@@ -101,7 +101,7 @@ def bench_hellaswag(args: argparse.Namespace, device: torch.device) -> list[dict
 
 
 def encode_document(text: str, tokenizer_name: str) -> np.ndarray:
-    """Tokenise one document, as a worker of the usual script does."""
+    """Tokenize one document, as a worker of the usual script does."""
     tokenizer = get_tokenizer(tokenizer_name)
     tokens = np.array([tokenizer.eot_token, *tokenizer.encode_ordinary(text)])
     assert tokens.max() < 2**16
@@ -109,7 +109,7 @@ def encode_document(text: str, tokenizer_name: str) -> np.ndarray:
 
 
 def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """MB of text per second: tiktoken on one core, a pool that maps document by document, fineweb.py."""
+    """MB of text per second: tiktoken on one core, a pool mapped over documents, fineweb.py."""
     inputs = fineweb.local_inputs(args.files) if args.files else fineweb.stdlib_inputs()
     chunks = fineweb.read_chunks(fineweb.Fetcher(inputs, Path(), keep=True), "text", (0, 0))
     texts = [text for chunk in chunks for text in fineweb.texts_of(chunk) if text]
@@ -142,13 +142,13 @@ def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
     parent, core = (time.process_time() - start) / tokens, rows[0]["MB/s"] / megabytes * tokens
     print(f"{megabytes:.1f} MB, {tokens:,} tokens, {args.workers} workers")
     print(f"fineweb.py reaches {rows[2]['ratio'] / args.workers:.0%} of workers x tiktoken on one core and")
-    print(f"{rows[2]['ratio'] / rows[1]['ratio']:.2f} times the pool that maps document by document. Its")
+    print(f"{rows[2]['ratio'] / rows[1]['ratio']:.2f} times the pool mapped over documents. Its")
     print(f"parent takes {1e9 * parent:.1f} ns of CPU per token: enough for {1 / parent / core:.0f} workers")
     return rows
 
 
 def bench_generate(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Greedy tokens per second: sample.generate, transformers, no cache, and the limit of the memory."""
+    """Greedy tokens per second: sample.generate, transformers, no cache, and the bandwidth limit."""
     from transformers import GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -252,7 +252,7 @@ def write_shards(folder: Path, tokens: int) -> None:
 
 
 def run_train(options: dict, device: torch.device) -> list[float]:
-    """Run only training steps of train.py on random shards; return the seconds of all but the first ones."""
+    """Run only training steps of train.py on random shards; return the seconds of all but the first few."""
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), 1_000_000)
         options = {"data_dir": folder, "out_dir": f"{folder}/log", "device": device, **options}
@@ -265,7 +265,7 @@ def run_train(options: dict, device: torch.device) -> list[float]:
 
 
 def usual_steps(options: dict, device: torch.device) -> list[float]:
-    """Train as usually done with transformers; return the seconds of all steps but the first ones."""
+    """Run the usual loop with transformers; return the seconds of all steps but the first few."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {name: options[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
@@ -396,7 +396,7 @@ class Rung:
 
 
 def bench_ladder(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Milliseconds per step with one improvement after the other, and finally train.py's own step.
+    """Milliseconds per step with one improvement after another, and finally train.py's own step.
 
     Published for the 124M model on an A100 (build-nanogpt): 1100, 400, 340, 150, 107, 100 ms.
     """
@@ -581,7 +581,7 @@ def bench_optimizer(args: argparse.Namespace, device: torch.device) -> list[dict
     groups = model.optimizer_groups(weight_decay=0.1)
     matrices = [p for group in groups if "parts" in group for p in group["params"]]
     others = [group for group in groups if "parts" not in group]
-    # torch.optim.Muon does not know that c_attn holds three matrices and orthogonalises it as one.
+    # torch.optim.Muon does not know that c_attn holds three matrices and orthogonalizes it as one.
     theirs = [torch.optim.Muon(matrices), torch.optim.AdamW(others, fused=True)]
 
     def ours(name: str) -> torch.optim.Optimizer:
@@ -732,7 +732,7 @@ def alternate(
     unit: str,
     warm_up: bool = True,
 ) -> tuple[list[dict], list]:
-    """Time the ways in alternation, after one warm-up each. A way that returns a float has timed itself.
+    """Time the variants alternately, after one warm-up each. One that returns a float has timed itself.
 
     Returns a row for each way, with its rate in `unit` per second and the median over the rounds of its ratio
     to the first way, and the results of all ways.
@@ -767,7 +767,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--output", help="write the figures to this .json file")
     add = timed.add_argument
-    add("--rounds", type=at_least_1, default=2, help="counted repetitions of each way")
+    add("--rounds", type=at_least_1, default=2, help="timed runs of each variant")
     add = tokenized.add_argument
     add("--tokenizer", choices=NAMES, default="byte", help="gpt2 for real figures; byte needs no download")
     for parent, n_layer, n_head, n_embd in ((sized, 12, 12, 768), (small, 2, 4, 256)):
@@ -793,18 +793,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", default=str(DEMO_ITEMS), help="items to score")
     add("--limit", type=at_least_1, default=20, help="items to score")
     add("--batch_tokens", type=at_least_1, help="tokens per forward pass (None: as hellaswag.py)")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of weights and arithmetic")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="model dtype")
     add = command("data", bench_data, timed, tokenized)
-    add("--files", nargs="+", default=[], help="text to tokenise (default: Python's standard library)")
-    add("--workers", type=at_least_1, default=os.cpu_count(), help="processes that tokenise")
+    add("--files", nargs="+", default=[], help="text to tokenize (default: Python's standard library)")
+    add("--workers", type=at_least_1, default=os.cpu_count(), help="processes that tokenize")
     add = command("generate", bench_generate, timed, sized)
     add("--batch_size", type=at_least_1, default=1, help="sequences")
     add("--prompt_tokens", type=at_least_1, default=8, help="tokens in the prompt")
     add("--max_new_tokens", type=at_least_1, default=256, help="tokens to generate")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and arithmetic")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="model dtype")
     add = command("train", bench_train, timed, small, stepped)
     add("--grow", action="store_true", help="also with half and twice the context, batch and depth")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the matrix products")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="autocast dtype")
     add = command("ladder", bench_ladder, timed, small, stepped)
     add("--trace", help="write a trace of each rung to this folder, for chrome://tracing or Perfetto")
     command("variants", bench_variants, timed, small, stepped)

@@ -77,7 +77,7 @@ class Chunk(NamedTuple):
 
     input: int  # index of the input
     row: int  # of its first document
-    share: float  # of the input that has been read at the chunk's end
+    share: float  # fraction of the input read by the chunk's end
     texts: list[str | None] | None
     rows: tuple[str, str, int, int] | None  # path, column, row group, and first row in it
 
@@ -137,7 +137,7 @@ def hub_inputs(dataset: str, name: str | None) -> list[Input]:
 
 
 def retrying(call: Callable, what: str):
-    """Return what `call` returns; retry with growing delays while the Hub has temporary trouble.
+    """Return what `call` returns; retry temporary errors of the Hub with growing delays.
 
     Raises FileNotFoundError if the Hub refuses the request, and ConnectionError after the last try.
     """
@@ -151,7 +151,7 @@ def retrying(call: Callable, what: str):
             status = getattr(getattr(error, "response", None), "status_code", None)
             if status in (401, 403, 404) or any(name in reason for name in HUB_REFUSALS):
                 raise FileNotFoundError(
-                    f"cannot {what} ({reason}): check its name, HF_TOKEN and HF_HUB_OFFLINE, or give --files"
+                    f"cannot {what} ({reason}): check its name, HF_TOKEN and HF_HUB_OFFLINE, or use --files"
                 ) from error
             if not left:
                 command = f"python {shlex.join(sys.argv)}"
@@ -160,7 +160,7 @@ def retrying(call: Callable, what: str):
 
 
 def download(source: Input, folder: Path) -> Path:
-    """Download a file from the Hub and verify its hash; an interrupted download is continued."""
+    """Download a file from the Hub and verify its hash; resume an interrupted download."""
     from huggingface_hub import hf_hub_download
 
     def fetch() -> Path:
@@ -330,7 +330,7 @@ def encode_chunk(chunk: Chunk, tokenizer_name: str) -> tuple[np.ndarray, int]:
 
 
 def end_with_parent() -> None:
-    """Make this worker exit when its parent is killed; it would wait for work forever."""
+    """Make this worker exit when its parent is killed, instead of waiting for work forever."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()
@@ -341,7 +341,7 @@ def end_with_parent() -> None:
 
 
 def start_workers(workers: int, tokenizer: str) -> ProcessPoolExecutor | None:
-    """Start the processes that tokenise. Returns None for one worker, which is this process.
+    """Start the processes that tokenize. Returns None for one worker: the caller tokenizes.
 
     On Linux they are forked before this process starts any thread, so loaded modules are available at once.
     On other systems forking is not safe.
@@ -396,15 +396,15 @@ class ShardSet:
     def shards(
         self, start: Position, size: int, left: int, done: int = 0, skipped: int = 0
     ) -> Iterator[tuple[np.ndarray, Position | None, int]]:
-        """Yield for each shard its tokens, where the next one begins (None after the last), and the number of
-        documents skipped so far."""
+        """For each shard, yield its tokens, where the next one begins (None after the last), and how many
+        documents have been skipped so far."""
         total = self.manifest["max_tokens"] or sys.maxsize
         chunks = read_chunks(self.fetcher, self.manifest["source"]["text_column"], start[:2])
         stream = encode_chunks(chunks, self.manifest["tokenizer"], self.pool, self.workers)
         buffer, filled, drop = np.empty(size, dtype=np.uint16), 0, start[2]
         unlimited = left > sys.maxsize // 2
         with tqdm(
-            unit="tok", unit_scale=True, desc="tokenising", initial=done, disable=None, leave=False
+            unit="tok", unit_scale=True, desc="tokenizing", initial=done, disable=None, leave=False
         ) as bar:
             for chunk, tokens, skipped_here in stream:
                 if unlimited or chunk.share > 0.5:  # a limited set may end within this input
@@ -490,7 +490,7 @@ class ShardSet:
         return tuple(records[number - 1]["next"] or (0, 0, records[0]["tokens"]))
 
     def repair(self, number: int) -> None:
-        """Make one shard again. Raises ValueError if the inputs no longer give the same tokens."""
+        """Rebuild one shard. Raises ValueError if the inputs no longer give the same tokens."""
         record = self.manifest["shards"][number]
         tokens, _, _ = next(self.shards(self.start(number), record["tokens"], record["tokens"]))
         self.write(number, tokens, record["sha256"])
@@ -543,7 +543,7 @@ def read_task_manifest(out_dir: Path, task_index: int = 0, task_count: int = 1) 
 
 
 def read_manifest(out_dir: Path) -> dict:
-    """Return the manifest of a finished set, that of all tasks merged; without one, `shards` is empty.
+    """Return the manifest of a finished set, merged over all tasks; without one, `shards` is empty.
 
     Raises ValueError if the set is incomplete or its tasks do not belong together.
     """
@@ -579,8 +579,8 @@ def prepare(
 ) -> dict:
     """Write the documents of the inputs to `out_dir` as shards with a manifest, and return the manifest.
 
-    `source` says in plain types where the documents come from. An interrupted set is continued, and damaged
-    shards of a finished one are made again; without `resume`, all shards are. Each of `task_count` tasks
+    `source` says in plain types where the documents come from. Resumes an interrupted set and rebuilds
+    damaged shards of a finished one; without `resume`, rebuilds all. Each of `task_count` tasks
     processes every `task_count`-th input. Raises ValueError if the folder holds a set made with other
     arguments, or other shards.
     """
@@ -626,7 +626,7 @@ def prepare(
             shards.extend()
         else:
             for number in bad:
-                print(f"making {manifest['shards'][number]['name']} again: it is missing or damaged")
+                print(f"rebuilding {manifest['shards'][number]['name']}: it is missing or damaged")
                 shards.repair(number)
     finally:
         if pool:
@@ -710,7 +710,7 @@ def verify(out_dir: Path, task_index: int, task_count: int) -> None:
         raise ValueError(f"no finished set in {out_dir}: make one with the same command without --verify")
     bad = [manifest["shards"][number]["name"] for number in bad_shards(out_dir, manifest)]
     if bad:
-        lines = [f"{name} is missing or damaged: the command that made it repairs it" for name in bad]
+        lines = [f"{name} is missing or damaged: rerun the command that made it" for name in bad]
         raise ValueError("\n".join(lines))
     print(f"all {len(manifest['shards'])} shards in {out_dir} are intact")
 
@@ -739,7 +739,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out_dir", default="edu_fineweb10B", help="folder for the shards")
     add("--shard_size", type=at_least_1, default=100_000_000, help="tokens per shard")
     add("--max_tokens", type=at_least_1, help="stop after this many tokens per task (None: no limit)")
-    add("--workers", type=at_least_1, default=os.cpu_count(), help="processes that tokenise")
+    add("--workers", type=at_least_1, default=os.cpu_count(), help="processes that tokenize")
     add("--task_index", type=Range(int, 0), default=0, help="index of this machine, from 0")
     add("--task_count", type=at_least_1, default=1, help="machines that share the inputs, file by file")
     add("--keep_downloads", action="store_true", help="keep the Hub's files in --out_dir/downloads")
@@ -796,7 +796,7 @@ def explain_interruption(error: BaseException, args: argparse.Namespace) -> str 
     """Return what to do after Ctrl-C or when a worker was killed, or None for any other error."""
     if isinstance(error, BrokenProcessPool):
         return "a worker was killed, perhaps for lack of memory: lower --workers"
-    return "interrupted: the same command continues" if isinstance(error, KeyboardInterrupt) else None
+    return "interrupted: rerun the same command to continue" if isinstance(error, KeyboardInterrupt) else None
 
 
 if __name__ == "__main__":

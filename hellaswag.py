@@ -52,9 +52,9 @@ PUBLISHED = {"completion": "GPT-2 28.59 / 29.55, GPT-2 XL 38.42 / 48.93, GPT-3 1
 
 
 def download(url: str = URL, path: str | Path = DATA, sha256: str = SHA256) -> Path:
-    """Download the validation set unless it is there, with retries, and verify its hash.
+    """Download the validation set if it is missing, with retries, and verify its hash.
 
-    An interrupted download is continued. Raises FileNotFoundError after the last try.
+    An interrupted download is resumed. Raises FileNotFoundError after the last try.
     """
     import requests
 
@@ -145,7 +145,7 @@ def _check_item(item: dict) -> dict:
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised item. For `acc_norm`, an ending's loss is divided by its entry in `lengths` or, if that is
+    """A tokenized item. For `acc_norm`, an ending's loss is divided by its entry in `lengths` or, if that is
     None, by its number of scored tokens."""
 
     ind: int
@@ -156,8 +156,8 @@ class Example:
 
 
 def render(items: list[dict], tokenizer: tiktoken.Encoding) -> list[Example]:
-    """Tokenise items as the public GPT-2 reproductions do: the context and, with a leading space, the ending
-    are tokenised separately."""
+    """Tokenize items as the public GPT-2 reproductions do: the context and, with a leading space, the ending
+    are tokenized separately."""
     return [
         Example(
             item["ind"],
@@ -170,7 +170,7 @@ def render(items: list[dict], tokenizer: tiktoken.Encoding) -> list[Example]:
 
 
 def render_lm_eval(items: list[dict], tokenizer: tiktoken.Encoding) -> list[Example]:
-    """Tokenise items as lm-evaluation-harness does (task `hellaswag`, version 1.0, zero-shot).
+    """Tokenize items as lm-evaluation-harness does (task `hellaswag`, version 1.0, zero-shot).
 
     WikiHow markup is removed, the activity label comes first, and an ending's tokens are those that it adds
     to the tokens of its context.
@@ -218,7 +218,7 @@ def to_sequences(examples: list[Example], limit: int) -> list[Sequence]:
             continue
         for place, ending in zip(places, example.endings, strict=True):
             row = (example.context + ending)[-limit:]
-            cut = max(len(row) - len(ending), 1)  # nothing precedes the first token of a row to predict it
+            cut = max(len(row) - len(ending), 1)  # the first token of a row has nothing to predict it from
             sequences.append(Sequence(row[:cut], [row[cut:]], [place]))
     return sequences
 
@@ -340,7 +340,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=Range(int, 1), help="score only the first N items (None: all)")
     add("--lm_eval", action="store_true", help="also score as lm-evaluation-harness does; doubles the time")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of all arithmetic")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="model dtype")
     add("--batch_tokens", type=Range(int, 1), help="tokens per forward pass (None: 512 on CPUs, else 16384)")
     add("--output", help="write the result to this .json file")
     args = parser.parse_args(argv)

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from runtime import checkpoint
 
 GPT2_VOCAB_SIZE = 50257
-PADDED_VOCAB_SIZE = 50304  # the next multiple of 128, so that matmuls tile evenly; never a target
+PADDED_VOCAB_SIZE = 50304  # the next multiple of 128, for even tiles; the extra ids are never targets
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class GPTConfig:
 class KVCache:
     """The keys and values of one attention layer, in memory allocated once for `max_length` tokens.
 
-    The first `write` fixes batch size and device. On CPUs the cache is always fp32, where attention for a
-    single query is up to seven times as fast as in bf16 (LOG.md).
+    The first `write` fixes batch size and device. On CPUs the cache is always fp32, in which attention for
+    a single query is up to seven times as fast as in bf16 (LOG.md).
     """
 
     def __init__(self, max_length: int):
@@ -261,10 +261,10 @@ class GPT(nn.Module):
         """Return the peak memory of an uncompiled training step, reached when the backward pass starts.
 
         Each weight takes 16 bytes in fp32: the weight, its gradient and AdamW's two moments. Autocast adds a
-        copy of a = 2 bytes. Each token takes, per block, two fp32 inputs of LayerNorm and 14 n_embd values of
-        a bytes, and in the head three fp32 tensors of the size of the logits. With `recompute`, every block
-        keeps only its fp32 input, one block at a time has its activations, and only the head's copy is alive.
-        The formula assumes that attention stores no scores, which holds except for bf16 on CPUs.
+        copy of a = 2 bytes. Each token takes, per block, two fp32 inputs of LayerNorm and 14 * n_embd values
+        of a bytes each, and in the head three fp32 tensors of the size of the logits. With `recompute`, every
+        block keeps only its fp32 input, one block at a time has its activations, and only the head's copy is
+        alive. The formula assumes that attention stores no scores, which holds except for bf16 on CPUs.
         """
         P, V, C, L = self.num_params(), self.config.vocab_size, self.config.n_embd, self.config.n_layer
         a = dtype.itemsize

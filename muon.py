@@ -5,7 +5,7 @@
 
 Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". The update rule and its
 constants are those of `torch.optim.Muon`. In addition, matrices that are stacked in one weight are treated
-separately, matrices of the same shape are orthogonalised together, and the ranks share that work.
+separately, matrices of the same shape are orthogonalized together, and the ranks share that work.
 """
 
 import math
@@ -18,7 +18,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at zero, Jordan et al. 202
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Replace the singular values of (n, rows, columns) matrices by values between about 0.7 and 1.2.
+    """Map the singular values of (n, rows, columns) matrices to between about 0.7 and 1.2.
 
     Computes in `dtype`. Fastest for matrices with no more rows than columns.
     """
@@ -81,7 +81,7 @@ class Muon(torch.optim.AdamW):
         return super().step(closure)
 
     def _orthogonalize(self, updates: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Orthogonalise n matrices of one shape, a share on each rank. Returns at least n matrices."""
+        """Orthogonalize n matrices of one shape, a share on each rank. Returns at least n matrices."""
         share = math.ceil(len(updates) / self.world_size)
         mine = updates[self.rank * share :][:share]
         mine += (torch.zeros_like(updates[0]),) * (share - len(mine))

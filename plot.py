@@ -2,7 +2,7 @@
 
     python plot.py log                                            # writes log/loss.png
     python plot.py log --follow 30 --references                   # again every 30 s until the run has ended
-    python plot.py log log.1 --against minutes --output runs.png  # compares runs, one colour per run
+    python plot.py log log.1 --against minutes --output runs.png  # compares runs, one color per run
 
 Panels: training and validation loss, learning rate, gradient norm, tokens/s, and HellaSwag if a run has
 scored it. The loss panel cuts off the high losses of the first tenth of a run.
@@ -40,7 +40,7 @@ def read_log(source: str | Path) -> dict[str, list[dict]]:
     path = Path(source)
     path = path / "log.jsonl" if path.is_dir() else path
     if not path.exists():
-        raise FileNotFoundError(f"no log at {path}: give a folder that train.py wrote")
+        raise FileNotFoundError(f"no log at {path}: use a folder that train.py wrote")
     records: dict[str, list[dict]] = {}
     for line in path.read_text().splitlines():
         try:

@@ -6,7 +6,7 @@
     python sample.py --model log --interactive                           # ask for prompts until Ctrl-D
     python sample.py --model log --export my-gpt2                        # a folder for the Hugging Face tools
 
-Prints to standard output; the first text appears while it is generated. The same seed gives the same text on
+Prints to standard output and streams the first text. The same seed gives the same text on
 the same machine.
 """
 
@@ -69,10 +69,10 @@ def stream(
     rows have. Random numbers come from `generator`, which has to be on the model's device.
 
     The model sees the last block_size tokens of a prompt. When the longest row fills the context, all rows
-    are processed again from their last block_size // 2 tokens: each new token of a long text costs the
-    forward pass of two.
+    are processed again from their last block_size // 2 tokens: a new token of a long text costs a forward
+    pass over two.
 
-    `compiled` decodes with torch.compile and CUDA graphs: a slow start, and faster tokens after it.
+    `compiled` decodes with torch.compile and CUDA graphs: slow to start, then faster per token.
     """
     B, T = idx.shape
     lengths = torch.full((B,), T) if lengths is None else lengths
@@ -286,8 +286,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--model", default="log", help="checkpoint, run folder, Hugging Face folder, or gpt2 … gpt2-xl")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of all arithmetic")
-    add("--compile", action="store_true", help="CUDA graphs on GPUs: a slow start, for long texts")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="model dtype")
+    add("--compile", action="store_true", help="CUDA graphs on GPUs: slow to start, fast for long texts")
     add("--export", metavar="DIR", help="write a Hugging Face folder instead of text")
     add = parser.add_argument_group("text").add_argument
     add("--prompt", nargs="+", default=[""], help="texts to continue; an empty one starts a new document")

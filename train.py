@@ -252,7 +252,7 @@ def option_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("optimizer").add_argument
     add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the blocks' matrices")
     add("--schedule", choices=("cosine", "wsd"), default="cosine", help="wsd: constant, then linear decay")
-    add("--decay_share", type=FRACTION, default=0.2, help="share of the steps in which wsd decays (0: none)")
+    add("--decay_share", type=FRACTION, default=0.2, help="share of the steps in which wsd decays (0: never)")
     add("--muon_lr", type=POSITIVE, default=0.02, help="peak learning rate of muon")
     add("--momentum", type=BELOW_1, default=0.95, help="muon: decay rate of the gradient mean")
     add("--learning_rate", type=POSITIVE, default=6e-4, help="peak learning rate")
@@ -260,7 +260,7 @@ def option_parser() -> argparse.ArgumentParser:
     warmup = f"{CLASSIC_WARMUP_STEPS} or the preset's, fewer in proportion for a shorter run"
     add("--warmup_steps", type=AT_LEAST_0, help=f"steps of linear warm-up (None: {warmup}; 0: disabled)")
     add("--max_steps", type=AT_LEAST_1, default=CLASSIC_STEPS, help="steps to train for")
-    add("--weight_decay", type=NOT_NEGATIVE, default=0.1, help="of matrices and embeddings (0: none)")
+    add("--weight_decay", type=NOT_NEGATIVE, default=0.1, help="of matrices and embeddings (0: disabled)")
     add("--beta1", type=BELOW_1, default=0.9, help="decay rate of the gradient mean")
     add("--beta2", type=BELOW_1, default=0.95, help="decay rate of the mean of squared gradients")
     add("--grad_clip", type=NOT_NEGATIVE, default=1.0, help="maximum gradient norm (0: disabled)")

@@ -85,7 +85,7 @@ def read_losses(folder: str | Path = "log", kind: str = "train") -> list[tuple[i
 
 
 def assert_close(ours: list[tuple[int, float]], theirs: list[tuple[int, float]]) -> None:
-    """Check for the same steps, and losses that differ only by the order of additions."""
+    """Check that steps match and losses differ only by summation order."""
     assert ours == [(step, pytest.approx(loss, abs=1e-4)) for step, loss in theirs]
 
 
@@ -124,7 +124,7 @@ def token_stream(folder: str | Path) -> list[int]:
 def wait_until(condition, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.005)
 
 

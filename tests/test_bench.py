@@ -78,7 +78,7 @@ def test_sweep_runs_what_is_missing_and_compares_all_runs(monkeypatch, tmp_path,
     assert "a,learning_rate=0.1,seed=3: train.py: error: no shards\n" in capsys.readouterr().out
     rows = sweep("--name b --baseline a,learning_rate=0.5 --seeds 1 -- --shuffle --learning_rate 1 0.5")
     sweep("--name b --seeds 1 -- --shuffle --learning_rate 1 0.5")
-    assert seen[4:] == [(1, 1), (0.5, 1)]  # what is there is not run again
+    assert seen[4:] == [(1, 1), (0.5, 1)]  # finished runs are skipped
     assert rows.keys() == {"a,learning_rate=0.5", "b,learning_rate=0.5", "b,learning_rate=1"}
     base, better = rows["a,learning_rate=0.5"], rows["b,learning_rate=1"]
     assert base["seeds"] == 2 and base["val loss"] == pytest.approx(2.7)

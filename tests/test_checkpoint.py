@@ -1,4 +1,4 @@
-"""Checkpoints: written in the background, read back after any death, foreign, damaged and hostile ones."""
+"""Checkpoints: background writes, recovery from any crash; foreign, damaged and malicious files."""
 
 import argparse
 import errno
@@ -48,7 +48,7 @@ def test_run_killed_at_random_instants_loses_nothing(shards):
         def wait(condition, life=life):
             wait_until(lambda: condition() or not life.is_alive())
 
-        wait(lambda before=before: inode("killed/log.jsonl") != before)  # a run writes its log anew
+        wait(lambda before=before: inode("killed/log.jsonl") != before)  # a run rewrites its log
         enough = count_lines("killed") + rng.randint(0, 6)
         wait(lambda enough=enough: count_lines("killed") >= enough)
         time.sleep(rng.uniform(0, 0.02))
@@ -73,7 +73,7 @@ def test_run_killed_at_random_instants_loses_nothing(shards):
 
 @pytest.fixture
 def disk_full(monkeypatch):
-    """Let the writes of these checkpoints (counted from 0) hit a limit of the system after 50 kB."""
+    """Make the writes of these checkpoints (counted from 0) fail after 50 kB."""
     write = torch.save
 
     def limit(*failing: int) -> None:
@@ -350,7 +350,7 @@ def test_padding_of_gpt2_is_trimmed_by_default(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").transformer.wte.weight.shape == (50257, 4)
 
 
-def test_bad_sources_are_one_line(tmp_path, hf_folder):
+def test_load_errors_are_one_line(tmp_path, hf_folder):
     with pytest.raises(FileNotFoundError, match="no model at lgo: use a checkpoint"):
         GPT.from_pretrained("lgo")
     (tmp_path / "empty").mkdir()

@@ -1,4 +1,4 @@
-"""Ranges of options, and errors as one line."""
+"""Option ranges and one-line errors."""
 
 import argparse
 
@@ -46,7 +46,7 @@ def test_options_out_of_range_are_reported_together_defaults_included():
         (KeyboardInterrupt(), 130),
     ],
 )
-def test_errors_that_a_user_can_fix_are_lines(monkeypatch, error, ending):
+def test_user_errors_exit_without_a_traceback(monkeypatch, error, ending):
     def main(args):
         assert args == "options"
         if error:

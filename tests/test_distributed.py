@@ -104,7 +104,7 @@ def test_second_signal_ends_at_once(shards):
     life = begin(f"{TINY} --total_batch_size 1048576 --max_steps 3 --val_every 0 --checkpoint_every 1")
     wait_until(lambda: count_lines("log") == 1)
     time.sleep(0.2)
-    for _ in range(2):  # torchrun sends again what Ctrl-C has sent to all: within moments these are one
+    for _ in range(2):  # torchrun repeats the signal of Ctrl-C: two in quick succession count as one
         os.kill(life.pid, signal.SIGINT)
         time.sleep(0.05)
     time.sleep(SAME_SIGNAL_S)

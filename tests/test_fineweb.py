@@ -170,7 +170,7 @@ def test_any_sequence_of_interruptions_gives_the_same_files(files, monkeypatch, 
 
     while not (done := Path("killed/manifest.json").exists() and
                json.loads(Path("killed/manifest.json").read_text())["complete"]):  # fmt: skip
-        # Each life writes one file more than it can keep: a shard, or the manifest that names it.
+        # Each run dies while writing a file: a shard, or the manifest that names it.
         budget = iter([replace] * (1 + lives % 5) + [dies])
         monkeypatch.setattr(os, "replace", lambda *paths: next(budget)(*paths))  # noqa: B023
         try:
@@ -201,7 +201,7 @@ def test_first_shard_that_is_not_in_the_manifest_yet_is_accepted(files, monkeypa
     cli(*arguments, "--out_dir", "out")
     out, whole = ({path.name: path.read_bytes() for path in Path(f).iterdir()} for f in ("out", "whole"))
     assert out == whole
-    if shard_size == 30:  # --no-resume takes away also the shard that was not in the manifest yet
+    if shard_size == 30:  # --no-resume also deletes the shard that is not in the manifest yet
         manifest = json.loads(Path("out/manifest.json").read_text())
         last = manifest["shards"].pop()
         Path("out/manifest.json").write_text(json.dumps({**manifest, "complete": False}))
@@ -403,7 +403,7 @@ def test_tasks_share_the_inputs_and_their_manifests_are_merged(tmp_path):
         fineweb.parse_args(["--task_index", "3", "--task_count", "3"])
 
 
-def test_odd_documents_are_tokenised_or_counted_as_skipped(tmp_path):
+def test_odd_documents_are_tokenized_or_counted_as_skipped(tmp_path):
     odd = ["x" * 1_000_000, "\ud800 half a pair", "<|endoftext|>", "one\r\ntwo\rthree\n", "\0", "\ufeff"]
     rows = [*odd, "", None, 5, ["list"]]
     Path("odd.jsonl").write_text("\r\n".join(json.dumps({"text": text}) for text in rows))

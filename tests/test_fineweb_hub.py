@@ -1,4 +1,4 @@
-"""fineweb.py against a Hub that has every kind of trouble, with the real client library in between."""
+"""fineweb.py against a faulty Hub, through the real client library."""
 
 import hashlib
 import http.server
@@ -27,7 +27,7 @@ configs:
   data_files: [{split: train, path: "sample/*"}]
 ---
 """
-# Waits are noted, not waited for; the client takes 10 MB at a time, and would have nothing to continue with.
+# Waits are printed, not slept. With the client's chunks of 10 MB there would be nothing to resume.
 CLIENT = """
 import sys, time
 time.sleep = lambda seconds: print("wait", seconds)
@@ -144,7 +144,7 @@ def prepare(hub, *options: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
-def test_temporary_trouble_of_any_kind_is_survived(hub):
+def test_temporary_hub_errors_are_retried(hub):
     hub.faults = {
         ("GET", "/tree/"): [429, 503],
         ("HEAD", "sample/0"): [502],
@@ -166,7 +166,7 @@ def test_temporary_trouble_of_any_kind_is_survived(hub):
     assert {path.suffix for path in Path("out").iterdir()} == {".npy", ".json"}  # no copies of the inputs
 
 
-def test_permanent_trouble_is_one_line_and_same_command_continues(hub):
+def test_permanent_error_is_one_line_and_a_rerun_resumes(hub):
     hub.faults = {("GET", "sample/2"): ["always"]}
     result = prepare(hub)
     assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
@@ -185,9 +185,9 @@ def test_permanent_trouble_is_one_line_and_same_command_continues(hub):
     assert {path.name for path in Path("out/downloads/sample").iterdir()} == {"1.parquet", "2.parquet"}
 
 
-def test_offline_mode_and_unknown_names_are_one_line(hub):
+def test_offline_and_unknown_name_print_one_line(hub):
     result = prepare(hub, HF_HUB_OFFLINE="1")
-    assert result.returncode == 1 and "HF_HUB_OFFLINE, or give --files" in result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and "HF_HUB_OFFLINE, or use --files" in result.stderr.splitlines()[-1]
     assert hub.seen == [] and not Path("out").exists()
     result = prepare(hub, "--name", "none")
     assert result.returncode == 1 and "small" in result.stderr.splitlines()[-1]

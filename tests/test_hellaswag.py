@@ -54,7 +54,7 @@ def test_scores_match_the_slow_plain_loop(block_size):
     assert result["acc"] == pytest.approx((sums.argmin(dim=1) == labels).float().mean().item())
     assert result["acc_norm"] == pytest.approx((means.argmin(dim=1) == labels).float().mean().item())
     assert result["n"] == len(items) >= 40
-    if block_size > 12:  # there all endings are cut to one length, and the two rules are one
+    if block_size > 12:  # at 12, all endings are cut to one length, so both rules agree
         assert (sums.argmin(dim=1) != means.argmin(dim=1)).any()
 
 
@@ -126,7 +126,7 @@ def test_lm_eval_style_divides_by_characters():
 
 
 def test_lm_evaluation_harness_agrees_item_for_item(tmp_path):
-    """Opt-in: `pip install lm-eval`, with GPT-2's vocabulary at hand. The harness is no dependency."""
+    """Opt-in: `pip install lm-eval`, with GPT-2's vocabulary cached. The harness is not a dependency."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     try:
         gpt2 = get_tokenizer("gpt2")
@@ -208,7 +208,7 @@ def test_bad_items_are_reported_with_their_line(change, message):
 
 
 class FaultyServer(http.server.BaseHTTPRequestHandler):
-    """Serves `data`, after the faults that stand in `faults`, and notes the ranges asked for."""
+    """Serves `data` after the faults in `faults`, and records the requested ranges."""
 
     data, faults, asked = b"", [], []
 
@@ -247,7 +247,7 @@ def test_download_survives_faults_and_continues(server):
     path = hellaswag.download(server, "items.jsonl", hashlib.sha256(data).hexdigest())
     assert path.read_bytes() == data and list(Path().iterdir()) == [path]
     first, second, *resumed, last = FaultyServer.asked
-    assert first is second is last is None  # nothing there yet; and anew after the wrong hash
+    assert first is second is last is None  # nothing there yet; restarted after a bad hash
     starts = [int(asked.removeprefix("bytes=").rstrip("-")) for asked in resumed]
     assert len(starts) == 2 and 0 < starts[0] < starts[1] < len(data)
     FaultyServer.faults = ["busy"] * 9

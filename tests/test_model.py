@@ -20,7 +20,7 @@ def test_gpt2_has_its_published_number_of_parameters():
     assert padded.lm_head.weight is padded.transformer.wte.weight
 
 
-def test_initialisation():
+def test_initialization_matches_gpt2():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=512, n_layer=6, n_head=4, n_embd=128))
     for name, parameter in model.named_parameters():
@@ -108,5 +108,5 @@ def test_training_bytes_counts_what_a_block_saves(recompute):
         return sum(sizes.values()), model.training_bytes(8, 16, torch.float32) - 16 * model.num_params()
 
     (one, formula_one), (three, formula_three) = saved(1), saved(3)
-    # LayerNorm's mean and deviation and the softmax' normaliser are small beside the rest.
+    # LayerNorm's mean and deviation and the softmax normalizer are small beside the rest.
     assert three - one == pytest.approx(formula_three - formula_one, rel=0.05)

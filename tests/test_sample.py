@@ -64,7 +64,7 @@ def test_long_text_continues_from_the_last_half_of_the_context(model):
             text, window = torch.cat((text, new), dim=1), torch.cat((window, new), dim=1)
     assert torch.equal(out, text)
     assert generate(model, torch.randint(0, 320, (1, 99)), 2, temperature=0).shape == (1, 101)
-    # Shorter rows are read anew with the longest one; these, below half a context, lose nothing.
+    # Shorter rows are re-read with the longest one; these, below half a context, lose nothing.
     short = torch.zeros(9, 15, dtype=torch.long)
     short[0], short[1:, -1] = 1, torch.arange(100, 108)
     out = generate(model, short, 6, lengths=torch.tensor([15] + [1] * 8), temperature=0)
@@ -187,7 +187,7 @@ def test_bytes_are_held_back_until_they_form_a_character(model, monkeypatch):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Run sample.py on a tiny model: options and standard input; what it prints, and its error or None."""
+    """Run sample.py on a tiny model with options and stdin; return its output, and its error or None."""
     torch.manual_seed(0)
     tiny = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
     torch.save({"model": tiny.state_dict(), "config": vars(tiny.config)}, "tiny.pt")
@@ -246,7 +246,7 @@ def test_the_newest_checkpoint_of_a_run_is_sampled(run_train, command):
         ("--model tiny.pt --export .", ". exists and is not empty"),
     ],
 )
-def test_bad_input_is_one_line_per_problem(command, options, message):
+def test_each_problem_is_one_error_line(command, options, message):
     Path("latin.txt").write_bytes(b"caf\xe9")
     _, error = command(options.split())
     assert message in error and error.count("\n") == (4 if "top_p" in options else 0)
@@ -294,7 +294,7 @@ def test_exported_run_works_in_transformers(run_train, command, tmp_path):
 
 
 def test_exported_tokenizer_makes_the_same_tokens(tmp_path):
-    """A small vocabulary learnt from the project's source, with GPT-2's pattern, stands in for GPT-2's."""
+    """Uses GPT-2's pattern with a small vocabulary learned from the project's source."""
     from tiktoken._educational import bpe_train
 
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""

@@ -401,7 +401,7 @@ def test_early_stop_keeps_the_best_checkpoint(run_train):
     assert (checkpoint["step"], checkpoint["val_loss"]) == (best["step"], best["loss"])
     for path in Path("log").glob("model_0*.pt"):
         path.unlink()
-    resumed = run_train(f"{options} --resume")  # from the best: it knows when that was
+    resumed = run_train(f"{options} --resume")  # from the best, which stores its step
     assert [r["loss"] for r in resumed["val"]] == [r["loss"] for r in validations]
 
 
@@ -472,7 +472,7 @@ def test_fine_tuning_works_with_shorter_windows(run_train, hf_folder):
         ("--preset gpt3", "unknown --preset 'gpt3': choose from gpt2, "),
     ],
 )
-def test_bad_options_are_one_line_with_a_fix(run_train, shards, hf_folder, options, message):
+def test_option_errors_are_one_line_with_a_fix(run_train, shards, hf_folder, options, message):
     manifest = {"complete": True, "tokenizer": "byte", "vocab_size": 257, "shards": []}
     (shards / fineweb.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
@@ -531,7 +531,7 @@ def test_importing_has_no_effect_and_loads_no_heavy_packages():
 
 
 def test_compiled_training_matches_eager_and_compiles_once(run_train, monkeypatch):
-    # Without inductor, whose C++ takes long: what is ours is the graph, its names and its fixed shapes.
+    # Skips inductor, whose C++ takes long: this tests our graph, its names and its fixed shapes.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.utils.counters.clear()
     options = f"--n_layer 1 --sample_every 3 --hellaswag_every 3 --hellaswag_data {train.DEMO_ITEMS}"
