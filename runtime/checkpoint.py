@@ -222,13 +222,14 @@ def restore(
         split: "data_dir" in changed if older else resumed["data"][split] != loader.description
         for split, loader in loaders.items()
     }
-    lines = [f"resuming at step {progress.step}; changed options: {', '.join(sorted(changed)) or 'none'}"]
+    lines = [f"resuming {args.out_dir} at step {progress.step}; changed options: {', '.join(sorted(changed)) or 'none'}"]
     epoch, window = divmod(progress.windows, loaders["train"].windows)
     at = f"training continues at window {window:,} of epoch {epoch}"
     if "total_batch_size" in changed:
         lines.append(f"--total_batch_size has changed: {at}, the first one that it has not read")
     if other_data["train"]:
-        lines.append(f"warning: the training data have changed: {at} of the new data")
+        have = "may have" if older else "have"
+        lines.append(f"warning: the training data {have} changed: {at} of the new data")
     if "shuffle" in changed or (args.shuffle and ("seed" in changed or older)):
         lines.append(f"warning: the order of the data has changed: {at}, which may repeat and skip windows")
     if other_data["val"] or "val_tokens" in changed:
