@@ -28,6 +28,7 @@ import sys
 import sysconfig
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -235,7 +236,7 @@ def read_chunks(fetcher: Fetcher, text_column: str, start: tuple[int, int]) -> I
                 skip += len(batch)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error}): convert it with iconv") from error
-        except (ValueError, OSError, EOFError) as error:
+        except (ValueError, OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: {error}") from error
 
 
@@ -472,8 +473,10 @@ class ShardSet:
         total = sum(record["tokens"] for record in records)
         if records[0]["tokens"] <= MOST_VALIDATION * total or size < 2:
             return
-        tokens = np.load(self.out_dir / records[0]["name"])
-        if len(tokens) < size:  # a command that was killed here has cut it already
+        path = self.out_dir / records[0]["name"]
+        if path.exists() and file_hash(path) == records[0]["sha256"]:
+            tokens = np.load(path)
+        else:  # damaged, or cut already by a command that was killed then
             tokens, _, _ = next(self.shards((0, 0, 0), size, size))
         kept = max(total // 10, 1)
         records.append({**self.write(len(records), tokens[kept:]), "next": None})
@@ -529,9 +532,13 @@ def read_manifests(out_dir: Path) -> list[dict]:
     for path in sorted(out_dir.glob("manifest*.json")):
         try:
             manifest = json.loads(path.read_text())
-            manifests.append({**manifest, **{k: manifest.get(k, v) for k, v in SINGLE_TASK.items()}})
+            manifest |= {name: manifest.get(name, value) for name, value in SINGLE_TASK.items()}
+            if not manifest.keys() >= {"complete", "shards"}:
+                raise ValueError("it does not describe shards")
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): make the set again in another folder") from error
+            reason = f"is damaged or not a manifest of shards ({error})"
+            raise ValueError(f"{path} {reason}: make the set again in another folder") from error
+        manifests.append(manifest)
     return manifests
 
 
@@ -673,6 +680,20 @@ def open_shard(path: Path) -> np.ndarray:
     if tokens.dtype != np.uint16 or tokens.ndim != 1:
         raise ValueError(f"{path} is {tokens.ndim}-dimensional {tokens.dtype}, not 1-dimensional uint16")
     return tokens
+
+
+def fingerprint(paths: list[Path]) -> str:
+    """Return a hash of the shards' names and lengths and of a few blocks of their tokens.
+
+    It tells data sets apart without reading all of them, and needs no manifest.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        tokens = open_shard(path)
+        digest.update(f"{path.name} {len(tokens)}".encode())
+        for start in np.linspace(0, max(len(tokens) - 1024, 0), 8).astype(int):
+            digest.update(tokens[start : start + 1024].tobytes())
+    return digest.hexdigest()[:12]
 
 
 def difference(name: str, found: object, wanted: object) -> str:

@@ -17,7 +17,7 @@ from bisect import bisect_left
 from itertools import accumulate
 from pathlib import Path
 
-from runtime.cli import run
+from runtime.cli import Range, check_options, run
 from runtime.files import write_atomically
 
 SMOOTHING_POINTS = 200  # a training curve is averaged down to about this many points
@@ -124,7 +124,7 @@ def plot(
             axes.margins(y=0.12)
         if title in ("tokens/s", "gradient norm"):
             axes.set_ylim(bottom=0)
-        if title == "loss":
+        if title == "loss" and late:
             room = 0.05 * (max(late) - min(late)) or 0.05
             axes.set_ylim(min(late) - room, max(late) + room)
             axes.legend(fontsize="small")
@@ -133,9 +133,7 @@ def plot(
 
 def has_ended(log: dict[str, list[dict]]) -> bool:
     """Return whether a run has ended; one that died or was stopped by a signal may still be resumed."""
-    # Older logs have no record of the end.
-    done = log["train"][-1]["step"] + 1 if "train" in log else 0
-    return "end" in log or ("run" in log and done >= log["run"][-1]["args"]["max_steps"])
+    return "end" in log
 
 
 def has_begun(source: str | Path) -> bool:
@@ -153,8 +151,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", help="PNG to write (default: loss.png in the first folder)")
     add("--against", choices=AXES, default="step", help="horizontal axis; minutes exclude evaluations")
     add("--references", action="store_true", help="draw published values of the 124M model as lines")
-    add("--follow", type=float, default=0, help="redraw every N seconds until all runs end (0: once)")
-    return parser.parse_args(argv)
+    add("--follow", type=Range(float, 0), default=0, help="redraw every N seconds until all end (0: once)")
+    args = parser.parse_args(argv)
+    check_options(parser, args)
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
@@ -163,10 +163,11 @@ def main(args: argparse.Namespace) -> None:
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             begun = [folder for folder in args.runs if not args.follow or has_begun(folder)]
+            all_ended = begun == args.runs and all(has_ended(read_log(folder)) for folder in begun)
             if begun:
                 plot(begun, output, args.against, args.references)
             print(f"wrote {output}" if begun else "waiting for the first step", flush=True)
-            if begun == args.runs and (not args.follow or all(has_ended(read_log(each)) for each in begun)):
+            if all_ended or not args.follow:
                 break
             time.sleep(args.follow)
 

@@ -120,16 +120,15 @@ class DataLoaderLite:
         self.dist, self.shuffle, self.seed = dist, shuffle, seed
         data_dir = Path(data_dir)
         self.paths = fineweb.find_shards(data_dir, split)
-        listed = {shard["name"]: shard for shard in fineweb.read_manifest(data_dir)["shards"]}
-        windows, shards = [], []
+        listed = {shard["name"]: shard["tokens"] for shard in fineweb.read_manifest(data_dir)["shards"]}
+        windows = []
         for path in self.paths:
-            tokens, record = len(fineweb.open_shard(path)), listed.get(path.name, {})
-            if tokens != record.get("tokens", tokens):
+            tokens = len(fineweb.open_shard(path))
+            if tokens != listed.get(path.name, tokens):
                 raise ValueError(
-                    f"{path} has {tokens} tokens, but its manifest says {record['tokens']}: make it again"
+                    f"{path} has {tokens} tokens, but its manifest says {listed[path.name]}: make it again"
                 )
             windows.append(max(tokens - 1, 0) // block_size)
-            shards.append((path.name, tokens, record.get("sha256")))
         self.first_windows = np.cumsum([0, *windows])  # index of each shard's first window in the epoch
         self.windows = int(self.first_windows[-1])
         if self.windows == 0:
@@ -137,8 +136,7 @@ class DataLoaderLite:
                 f"no {split} shard in {data_dir}/ holds a window of {block_size} + 1 tokens: "
                 "lower --block_size or give fineweb.py more text"
             )
-        digest = hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:12]
-        self.description = f"{self.windows:,} windows, shards {digest}"
+        self.description = f"{self.windows:,} windows, shards {fineweb.fingerprint(self.paths)}"
         self.cached_shard = lru_cache(maxsize=256)(fineweb.open_shard)  # each holds a file descriptor
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{split}-loader")
         self.seek(0)
@@ -324,8 +322,12 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
         problems.append("--overfit_batch checks a new model: leave out --resume")
     if args.early_stop and not args.val_every:
         problems.append("--early_stop counts validations, but --val_every is 0: set both or neither")
-    if Path(args.out_dir).absolute() in (Path.cwd(), *Path.cwd().parents):
-        problems.append(f"--out_dir {args.out_dir} contains the working directory: use a folder inside it")
+    # A new run renames the folder of an old one, with all that it contains.
+    out_dir = Path(args.out_dir).resolve()
+    if Path.cwd().is_relative_to(out_dir):
+        problems.append(f"--out_dir {args.out_dir} contains the working directory: use another folder")
+    elif args.data_dir and Path(args.data_dir).resolve().is_relative_to(out_dir):
+        problems.append(f"--out_dir {args.out_dir} contains --data_dir: use another folder")
     # Sizes may still have to come from --init_from, and out of range they are reported below.
     if (args.n_embd or 0) > 0 and (args.n_head or 0) > 0 and args.n_embd % args.n_head:
         problems.append(
@@ -452,7 +454,7 @@ def prepare(
         model = model.to(dist.device)
         model.recompute = args.recompute
         problems.call(check_args, args, dist.world_size)  # again, with the architecture of --init_from
-        problems.call(check_disk, args, model.optimizer_groups(args.weight_decay), resumed is not None)
+        problems.call(check_disk, args, model.optimizer_groups(args.weight_decay), resumed)
     if problems.none_on_any_rank():
         with problems.collect():
             if args.batch_size == "auto":
@@ -486,6 +488,12 @@ def build_optimizer(model: GPT, args: argparse.Namespace, dist: Distributed) -> 
     return Muon(groups, rank=dist.rank, world_size=dist.world_size, **options)
 
 
+def is_last_step(args: argparse.Namespace, progress: Progress) -> bool:
+    """Return whether the run ends at its present step, as planned or early."""
+    patience = args.early_stop * args.val_every
+    return progress.step == args.max_steps or 0 < patience <= progress.step - progress.best_step
+
+
 def main(args: argparse.Namespace) -> None:
     dist = setup_distributed(args.device)
     raw_model, dtype, loaders, examples, resumed = prepare(args, dist)
@@ -515,7 +523,7 @@ def main(args: argparse.Namespace) -> None:
     del resumed  # its memory is needed
     log, writer = lambda step, kind, **values: None, None
     if dist.is_main:
-        log = Log(out_dir, args, progress.step)
+        log = Log(out_dir, args, progress.step, is_last_step(args, progress))
         milestone_steps = args.milestone_every * args.checkpoint_every
         writer = CheckpointWriter(out_dir, args.keep, milestone_steps, log.checkpoint, recent)
         with attention():
@@ -541,7 +549,7 @@ def main(args: argparse.Namespace) -> None:
             if progress.val_loss < progress.best_val_loss:
                 progress.best_val_loss, progress.best_step = progress.val_loss, step
                 due.append("model_best.pt")
-            elif args.early_stop and step - progress.best_step >= args.early_stop * args.val_every:
+            elif is_last_step(args, progress) and not last_step:
                 since = f"no better validation loss since step {progress.best_step}"
                 dist.say(f"step {step:5d} | {since}: stopping early")
                 last_step = True

@@ -47,23 +47,30 @@ def is_damage(error: Exception) -> bool:
     return not is_out_of_memory(error)
 
 
-def step_of(path: Path) -> int:
-    """Return the step of model_00250.pt or model_best.pt, or -1 for a damaged model_best.pt."""
+def step_of(path: Path) -> float:
+    """Return the step of model_00250.pt or model_best.pt; that of a damaged model_best.pt is infinite."""
     if number := NUMBERED.fullmatch(path.name):
         return int(number[1])
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
     except Exception as error:
         if not is_damage(error):
-            raise
-        return -1  # reported when the file is loaded
+            raise system_error(path, error) from error
+        return math.inf  # it may be the newest, so loading reports it
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Return the checkpoints of a run folder, oldest first. Files with other names are not the run's."""
     # Path.glob would hide that a folder cannot be read.
     paths = [path for path in folder.iterdir() if NUMBERED.fullmatch(path.name) or path.name == BEST]
-    return sorted(paths, key=lambda path: (step_of(path), path.name != BEST))
+    return sorted(filter(Path.is_file, paths), key=lambda path: (step_of(path), path.name != BEST))
+
+
+def system_error(path: Path, error: Exception) -> Exception:
+    """Return the one-line error for a file that the system could not read."""
+    if is_out_of_memory(error):
+        return MemoryError(f"too little memory to load {path}: nothing has been changed")
+    return OSError(f"cannot read {path} ({error.strerror or error}): nothing has been changed, try again")
 
 
 class _Inert:
@@ -96,36 +103,43 @@ def load_checkpoint(source: str | Path) -> dict:
             f"or one of {', '.join(HUB_NAMES)}"
         )
     if source.is_dir():
-        for path in reversed(checkpoints_in(source)):
-            try:
-                return load_checkpoint(path)
-            except ValueError as error:
-                warnings.warn(f"skipping a checkpoint: {error}", stacklevel=2)
-        raise FileNotFoundError(f"no complete checkpoint in {source}: train a model with `python train.py`")
+        if (checkpoint := load_newest(source)) is None:
+            raise FileNotFoundError(f"no complete checkpoint in {source}: train one with `python train.py`")
+        return checkpoint
     try:
         # Reading through Python's file keeps errors of the system apart: torch turns its own into
         # RuntimeError.
         with open(source, "rb") as file:
             with contextlib.suppress(zipfile.BadZipFile):  # formats of older versions of torch
-                if broken := zipfile.ZipFile(file).testzip():  # torch.load does not verify checksums
+                archive = zipfile.ZipFile(file)
+                if broken := archive.testzip():  # torch.load does not verify checksums
                     raise ValueError(f"{broken} fails its checksum")
+                if any(entry.external_attr & 0x10 for entry in archive.infolist()):  # and skips folders
+                    raise ValueError("it has an entry that claims to be a folder")
             file.seek(0)
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
             file.seek(0)
             with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
                 checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        if is_out_of_memory(error):
-            raise MemoryError(f"too little memory to load {source}: nothing has been changed") from error
         if not is_damage(error):
-            reason = error.strerror or error
-            raise OSError(f"cannot read {source} ({reason}): nothing has been changed, try again") from error
+            raise system_error(source, error) from error
         lines = str(error).splitlines() or ["unexpected end of file"]
         reason = next((line for line in lines if "Trying to" in line), lines[0].split(". ")[0])
         raise ValueError(f"{source} is damaged or not a checkpoint ({reason}): use an older one") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{source} is not a checkpoint: it holds a {type(checkpoint).__name__}")
     return checkpoint
+
+
+def load_newest(folder: Path) -> dict | None:
+    """Load the newest complete checkpoint of a run folder, or return None if there is none."""
+    for path in reversed(checkpoints_in(folder)):
+        try:
+            return load_checkpoint(path)
+        except ValueError as error:
+            warnings.warn(f"skipping a checkpoint: {error}", stacklevel=2)
+    return None
 
 
 def load_training_state(out_dir: str | Path, optimizer: str, max_steps: int) -> dict | None:
@@ -136,12 +150,8 @@ def load_training_state(out_dir: str | Path, optimizer: str, max_steps: int) -> 
     """
     if not Path(out_dir).exists() or not checkpoints_in(Path(out_dir)):
         return None
-    try:
-        checkpoint = load_checkpoint(out_dir)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"no checkpoint in {out_dir} is complete: omit --resume to start a new run"
-        ) from error
+    if (checkpoint := load_newest(Path(out_dir))) is None:
+        raise ValueError(f"no checkpoint in {out_dir} is complete: omit --resume to start a new run")
     if not checkpoint.keys() >= TRAINING_STATE:
         raise ValueError(f"the checkpoint in {out_dir} holds only weights: pass it to --init_from")
     if (saved := checkpoint["args"]["optimizer"]) != optimizer:
@@ -222,7 +232,8 @@ def restore(
         split: "data_dir" in changed if older else resumed["data"][split] != loader.description
         for split, loader in loaders.items()
     }
-    lines = [f"resuming {args.out_dir} at step {progress.step}; changed options: {', '.join(sorted(changed)) or 'none'}"]
+    names = ", ".join(sorted(changed)) or "none"
+    lines = [f"resuming {args.out_dir} at step {progress.step}; changed options: {names}"]
     epoch, window = divmod(progress.windows, loaders["train"].windows)
     at = f"training continues at window {window:,} of epoch {epoch}"
     if "total_batch_size" in changed:
@@ -232,7 +243,9 @@ def restore(
         lines.append(f"warning: the training data {have} changed: {at} of the new data")
     if "shuffle" in changed or (args.shuffle and ("seed" in changed or older)):
         lines.append(f"warning: the order of the data has changed: {at}, which may repeat and skip windows")
-    if other_data["val"] or "val_tokens" in changed:
+    windows = [max(n // args.block_size, 1) for n in (before["val_tokens"], args.val_tokens)]
+    windows = {min(n, loaders["val"].windows) for n in windows}
+    if other_data["val"] or len(windows) > 1:
         lines.append("the validation tokens have changed: earlier losses no longer count as the best")
         progress.val_loss, progress.best_val_loss, progress.best_step = None, math.inf, progress.step
     return progress, lines
@@ -367,15 +380,19 @@ def disk_usage(args: argparse.Namespace, groups: list[dict]) -> tuple[int, int, 
     return size, number * size, shutil.disk_usage(existing).free
 
 
-def check_disk(args: argparse.Namespace, groups: list[dict], resumed: bool) -> None:
+def check_disk(args: argparse.Namespace, groups: list[dict], resumed: dict | None) -> None:
     """Raise ValueError if the checkpoints that the run has yet to write will not fit on the disk.
 
-    Those that a resumed run has written already take no more space; a new run renames an old folder.
+    Those that a resumed run has written, and counts among those it keeps, take no more space.
     """
     size, needed, free = disk_usage(args, groups)
     if resumed:
-        written = sum(path.stat().st_size for path in checkpoints_in(Path(args.out_dir)))
-        needed = min(needed, max(needed - written, size))
+        grid, recent = args.milestone_every * args.checkpoint_every, resumed.get("recent", {})
+        for path in checkpoints_in(Path(args.out_dir)):
+            is_milestone = path.name != BEST and grid and step_of(path) % grid == 0
+            if path.name == BEST or path.name in recent or is_milestone or args.keep == 0:
+                needed -= path.stat().st_size
+        needed = max(needed, size)
     if free < needed:
         sizes = f"{needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free"
         raise ValueError(f"checkpoints in {args.out_dir} need {sizes}: lower --keep or use another --out_dir")
@@ -443,12 +460,13 @@ class CheckpointWriter:
         if self.keep:
             is_milestone = self.milestone_steps and checkpoint["step"] % self.milestone_steps == 0
             recent |= {name: not is_milestone for name in names if NUMBERED.fullmatch(name)}
-        dropped = list(recent)[: -self.keep] if self.keep else list(recent)
-        kept = {name: deletable for name, deletable in recent.items() if name not in dropped}
+        else:
+            recent = {}
+        # Includes what is deleted next: a run that is killed before that deletes it when it is resumed.
+        checkpoint = {**checkpoint, "recent": recent}
         try:
-            for name in names:
-                whole = {**checkpoint, "recent": kept}
-                write_atomically(self.out_dir / name, lambda file, whole=whole: torch.save(whole, file))
+            for name in sorted(names, key=lambda name: name == BEST):
+                write_atomically(self.out_dir / name, lambda file: torch.save(checkpoint, file))
         except (OSError, RuntimeError) as error:
             # torch.save replaces the error of the file with one of its own.
             reason = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -460,12 +478,13 @@ class CheckpointWriter:
                 ) from error
             tqdm.write(f"warning: {self.failure}; training continues and retries at the next checkpoint")
             return
-        self.failure, self.recent = "", kept
+        self.failure = ""
         write_ms = 1000 * (time.perf_counter() - started)
-        self.on_written(checkpoint["step"], names=names, held_ms=held_ms, write_ms=write_ms)
-        for name in dropped:
-            if recent[name] and self.keep:
+        for name in list(recent)[: -self.keep]:
+            if recent.pop(name):
                 self._delete(name)
+        self.recent = recent
+        self.on_written(checkpoint["step"], names=names, held_ms=held_ms, write_ms=write_ms)
 
     def _delete(self, name: str) -> None:
         try:

@@ -1,6 +1,6 @@
 """What a run leaves behind besides checkpoints: log.jsonl, TensorBoard, Weights & Biases, console, picture.
 
-    log = Log(out_dir, args, start_step)
+    log = Log(out_dir, args, start_step=0, last_step=False)
     log(step, "val", loss=3.05)             # a record in log.jsonl, and a line on the console
 """
 
@@ -23,6 +23,7 @@ from runtime.files import write_atomically
 
 PLOT = Path(__file__).parent.parent / "plot.py"
 
+PICTURE_TIMEOUT_S = 120.0
 PICTURE_EVERY_S = 30.0  # drawing takes half a second, and small models write checkpoints more often than this
 
 
@@ -46,20 +47,20 @@ def make_run_folder(out_dir: Path) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
 
 
-def is_measured_again(record: dict, args: argparse.Namespace, start_step: int) -> bool:
+def is_measured_again(record: dict, args: argparse.Namespace, start_step: int, last_step: bool) -> bool:
     """Return whether a run that is resumed at `start_step` replaces this record of its log.
 
     It repeats every step from `start_step` on. At that step itself, it repeats only the evaluations that its
-    options ask for, and writes a checkpoint only if the step is the last one.
+    options ask for, or all of them if it is the `last_step`, which also gets another checkpoint.
     """
-    step, kind, last_step = record["step"], record["kind"], start_step == args.max_steps
+    step, kind = record["step"], record["kind"]
     if kind in ("run", "end"):
         return kind == "end"
     if step != start_step or kind == "train":
         return step >= start_step
     if kind == "checkpoint":
         return last_step
-    every = getattr(args, f"{kind}_every")
+    every = getattr(args, f"{kind}_every", 0)
     return every > 0 and (step % every == 0 or last_step)
 
 
@@ -72,14 +73,15 @@ class Log:
     Raises ValueError if Weights & Biases refuses to start.
     """
 
-    def __init__(self, out_dir: Path, args: argparse.Namespace, start_step: int):
+    def __init__(self, out_dir: Path, args: argparse.Namespace, start_step: int, last_step: bool):
         self.out_dir, self.args, self.start_step = out_dir, args, start_step
         self.path, self.lock = out_dir / "log.jsonl", threading.Lock()
         kept, wandb_id = [], None
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+        text = self.path.read_text(errors="replace") if self.path.exists() else ""
+        for line in text.splitlines():
             with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
                 record = json.loads(line)
-                if not is_measured_again(record, args, start_step):
+                if not is_measured_again(record, args, start_step, last_step):
                     kept.append(record)
                     wandb_id = record.get("wandb") or wandb_id
         lines = "".join(json.dumps(record) + "\n" for record in kept)
@@ -172,9 +174,11 @@ class Log:
 
         A long log takes seconds and a gigabyte to draw, which should not be those of the training process.
         """
-        drawn = subprocess.run([sys.executable, PLOT, self.out_dir], capture_output=True, text=True)
-        if drawn.returncode:
-            reason = (drawn.stderr.strip() or "plot.py was killed").splitlines()[-1]
+        try:
+            command = [sys.executable, PLOT, self.out_dir]
+            subprocess.run(command, capture_output=True, text=True, timeout=PICTURE_TIMEOUT_S, check=True)
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
             tqdm.write(f"warning: no picture of the loss: {reason}")
         return self.out_dir / "loss.png"
 

@@ -204,6 +204,45 @@ def test_unreadable_checkpoint_ends_the_command(run_train, monkeypatch, trouble,
     assert contents("log") == before and not Path("log.1").exists()
 
 
+def test_damaged_best_checkpoint_is_reported_even_if_it_is_not_the_newest(run_train):
+    run_train()
+    damage(Path("log/model_best.pt"), 0.05)
+    Path("log/model_best.pt").write_bytes(Path("log/model_best.pt").read_bytes()[:-500])
+    with pytest.warns(UserWarning, match="skipping a checkpoint: .*model_best.pt is damaged"):
+        assert load_checkpoint("log")["step"] == 6
+
+
+def test_links_and_folders_with_the_name_of_a_checkpoint_are_not_loaded(run_train):
+    run_train()
+    Path("log/model_00009.pt").symlink_to("nowhere.pt")
+    Path("log/model_00010.pt").mkdir()
+    assert load_checkpoint("log")["step"] == 6 and len(run_train("--max_steps 8 --resume")["train"]) == 8
+
+
+def test_entry_that_claims_to_be_a_folder_is_damage(tmp_path):
+    path = tmp_path / "model_00001.pt"
+    torch.save({"a": torch.arange(100), "step": 1}, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 38] |= 0x10  # of the first entry in the directory of the file
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged or not a checkpoint .*claims to be a folder"):
+        load_checkpoint(path)
+
+
+def test_too_little_memory_for_a_step_is_one_line_about_memory(run_train, monkeypatch):
+    run_train()
+    load = torch.load
+
+    def loads(file, **options):
+        if options.get("mmap"):
+            raise RuntimeError("unable to mmap 9 bytes from file <log>: Cannot allocate memory (12)")
+        return load(file, **options)
+
+    monkeypatch.setattr(torch, "load", loads)
+    with pytest.raises(ValueError, match="too little memory to load log/model_best.pt: nothing has been"):
+        run_train("--resume")
+
+
 def test_unreadable_folder_or_step_ends_the_command(run_train, monkeypatch):
     run_train()
     before, load, iterdir = contents("log"), torch.load, Path.iterdir
@@ -215,7 +254,7 @@ def test_unreadable_folder_or_step_ends_the_command(run_train, monkeypatch):
         return refuse(errno.EACCES)(folder) if folder.name == "log" else iterdir(folder)
 
     for owner, name, fails, message in (
-        (torch, "load", loads, "Input/output error: 'log/model_best.pt'"),
+        (torch, "load", loads, "cannot read log/model_best.pt .Input/output error.: nothing has been"),
         (Path, "iterdir", lists, "Permission denied: 'log'"),
     ):
         with monkeypatch.context() as patch:
@@ -277,6 +316,23 @@ def test_resumed_run_keeps_what_its_first_part_kept_for_good(run_train, first, t
     assert {checkpoint.step_of(path) for path in Path("log").glob("model_0*.pt")} == kept
 
 
+def test_run_that_is_killed_before_it_deletes_does_so_when_it_is_resumed(run_train, monkeypatch):
+    options = "--checkpoint_every 1 --keep 1 --milestone_every 0 --val_every 0"
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "_delete", lambda writer, name: None)
+        run_train(f"{options} --max_steps 3")
+    assert {path.name for path in Path("log").glob("*.pt")} == {f"model_0000{i}.pt" for i in (1, 2, 3)}
+    run_train(f"{options} --max_steps 4 --resume")
+    assert "model_00002.pt" not in {path.name for path in Path("log").glob("*.pt")}
+
+
+def test_numbered_checkpoint_is_written_before_the_best(run_train, disk_full):
+    disk_full(1)
+    with pytest.raises(ValueError, match="model_00006.pt"):
+        run_train("--val_every 6 --checkpoint_every 6 --max_steps 6")
+    assert load_checkpoint("log/model_best.pt")["step"] == 0  # that of step 6 came second
+
+
 def test_resumed_run_has_the_files_of_an_uninterrupted_one(run_train):
     options = "--checkpoint_every 1 --keep 2 --milestone_every 4"
     run_train(f"{options} --max_steps 7", out_dir="whole")
@@ -294,8 +350,13 @@ def test_disk_check_counts_what_a_resumed_run_has_yet_to_write(run_train, monkey
     assert len(run_train(f"{options} --max_steps 6 --resume")["train"]) == 6
     with pytest.raises(ValueError, match="checkpoints in new need 0.0 GB, but only 0.0 GB are free"):
         run_train(options, out_dir="new")
+    for step in range(100, 120):  # another run's, which this one will not delete
+        shutil.copy("log/model_best.pt", f"log/model_{step:05d}.pt")
+        torch.save({**torch.load("log/model_00006.pt", weights_only=True), "step": 5}, "log/model_00005.pt")
+    for path in Path("log").glob("model_001*.pt"):
+        path.write_bytes(b"")
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(0, 0, int(0.8 * size)))
-    with pytest.raises(ValueError, match="checkpoints in log need"):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="checkpoints in log need"):
         run_train(f"{options} --max_steps 8 --resume")
 
 

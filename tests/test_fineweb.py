@@ -275,6 +275,30 @@ def test_set_of_before_is_verified_repaired_and_continued(files, monkeypatch):
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
+@pytest.mark.parametrize("trouble", ["damaged", "missing"])
+def test_first_shard_that_was_damaged_before_validation_is_cut_is_made_again(monkeypatch, trouble):
+    Path("input.txt").write_text("".join(chr(97 + i % 26) for i in range(399)))
+    arguments = ("--files", "input.txt", "--tokenizer", "byte", "--shard_size", 150, "--out_dir")
+    cli(*arguments, "whole")
+    write = fineweb.ShardSet.write
+
+    def dies(self, number, tokens, sha256=None):
+        if number == 2:
+            raise KeyboardInterrupt
+        return write(self, number, tokens, sha256)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fineweb.ShardSet, "write", dies)
+        cli(*arguments, "out")
+    first = Path("out/edufineweb_val_000000.npy")
+    data = bytearray(first.read_bytes())
+    data[-5] ^= 1
+    first.write_bytes(data) if trouble == "damaged" else first.unlink()
+    cli(*arguments, "out")
+    out, whole = ({path.name: path.read_bytes() for path in Path(f).iterdir()} for f in ("out", "whole"))
+    assert out == whole
+
+
 def test_repair_replaces_nothing_when_the_inputs_have_changed(monkeypatch):
     Path("input.txt").write_text("x" * 500)
     arguments = ("--files", "input.txt", "--tokenizer", "byte", "--shard_size", 60, "--out_dir", "out")
@@ -378,7 +402,7 @@ def test_tasks_share_the_inputs_and_their_manifests_are_merged(tmp_path):
     for task in (2, 0, 1):
         with pytest.raises(ValueError, match="are incomplete"):
             Path("out").mkdir(exist_ok=True)
-            Path("out/manifest_9999_of_0003.json").write_text('{"complete": false}')
+            Path("out/manifest_9999_of_0003.json").write_text('{"complete": false, "shards": []}')
             fineweb.read_manifest(Path("out"))
         Path("out/manifest_9999_of_0003.json").unlink()
         cli(
@@ -426,6 +450,7 @@ def test_bad_input_names_a_fix_and_leaves_nothing_behind(files, tmp_path):
         ),
         (("--files", "cut.parquet"), ValueError, "cut.parquet: "),
         (("--files", "cut.jsonl.gz"), ValueError, "cut.jsonl.gz: "),
+        (("--files", "damaged.jsonl.gz"), ValueError, "damaged.jsonl.gz: Error -3"),
         (("--files", "tiny.txt"), ValueError, "too few for a val and a train shard"),
     ]
     Path("a.csv").write_text("x")
@@ -433,6 +458,9 @@ def test_bad_input_names_a_fix_and_leaves_nothing_behind(files, tmp_path):
     Path("latin.txt").write_bytes("naïve".encode("latin-1"))
     Path("cut.parquet").write_bytes((tmp_path / "4.parquet").read_bytes()[:-9])
     Path("cut.jsonl.gz").write_bytes((tmp_path / "3.jsonl.gz").read_bytes()[:-9])
+    damaged = bytearray((tmp_path / "3.jsonl.gz").read_bytes())
+    damaged[len(damaged) // 2] ^= 0xFF
+    Path("damaged.jsonl.gz").write_bytes(damaged)
     Path("tiny.txt").write_text("")
     for argv, error, message in cases:
         with pytest.raises(error, match=message) as caught:

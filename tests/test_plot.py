@@ -20,6 +20,7 @@ def write_log(folder, steps, cut=False, max_steps=30):
         records.append({"step": step, "kind": "train", **values})
     records += [{"step": step, "kind": "val", "loss": 4.0 - step / 100} for step in range(0, steps, 10)]
     records += [{"step": 0, "kind": "hellaswag", "acc_norm": 0.25}]
+    records += [{"step": steps, "kind": "end"}] * (steps >= max_steps)
     lines = "".join(json.dumps(record) + "\n" for record in records)
     Path(folder, "log.jsonl").write_text(lines + '{"step": 9, "ki' * cut)
 
@@ -59,6 +60,8 @@ def test_follow_redraws_until_the_run_ends(tmp_path, monkeypatch, capsys):
     assert waits == [7, 7] and capsys.readouterr().out == 3 * f"wrote {Path('log/loss.png')}\n"
     plot.main(plot.parse_args(["log"]))
     assert len(waits) == 2
+    with pytest.raises(ValueError, match="--follow is -1.0: use at least 0"):
+        plot.parse_args(["log", "--follow", "-1"])
 
 
 def test_follow_waits_for_the_first_step_and_for_all_runs(tmp_path, monkeypatch, capsys):
@@ -120,3 +123,6 @@ def test_missing_and_empty_runs_are_reported_by_name(tmp_path):
     write_log("log", 0)
     with pytest.raises(ValueError, match="no training steps in log: train first"):
         plot.plot(["log"], "a.png")
+    record = {"step": 0, "kind": "train", "loss": None, "lr": 1, "norm": None, "tokens_per_s": 8, "dt_ms": 1}
+    Path("log/log.jsonl").write_text(json.dumps(record) + "\n")
+    plot.plot(["log"], "a.png")  # every step was skipped: there is no loss to draw

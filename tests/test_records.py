@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -64,9 +65,40 @@ def test_only_records_that_are_measured_again_are_dropped(run_train):
         assert [record["step"] for record in again[kind]] == [record["step"] for record in longer[kind]], kind
 
 
+def test_run_that_stopped_early_has_each_record_once_after_resuming(run_train):
+    options = "--early_stop 1 --val_every 3 --checkpoint_every 7 --sample_every 5 --sample_tokens 3"
+    run_train(f"{options} --max_steps 40 --learning_rate 9")  # which diverges
+    first = run_train(f"{options} --max_steps 40 --learning_rate 9", out_dir="log")
+    stopped = first["end"][0]["step"]
+    again = run_train(f"{options} --max_steps 40 --learning_rate 9 --resume")
+    assert 0 < stopped < 40 and again["end"] == first["end"]
+    for kind in ("val", "sample", "train"):
+        assert [record["step"] for record in again[kind]] == [record["step"] for record in first[kind]], kind
+    assert [r["names"] for r in again["checkpoint"]] == [r["names"] for r in first["checkpoint"]]
+
+
+def test_lines_that_are_not_records_do_not_stop_a_resumed_run(run_train):
+    run_train("--max_steps 3")
+    with open("log/log.jsonl", "ab") as log:
+        log.write(b'{"step": 3, "kind": "note"}\n{"step": 3}\n[]\n\xff\xfe\n')
+    assert len(run_train("--max_steps 6 --resume")["train"]) == 6
+
+
 def test_picture_is_drawn_by_another_process_and_its_failure_is_a_warning(run_train, monkeypatch, capsys):
     run_train(picture=True)
     assert Path("log/loss.png").read_bytes().startswith(b"\x89PNG")
+    again = subprocess.run
+    for error in (BlockingIOError(11, "Resource unavailable"), subprocess.TimeoutExpired("plot.py", 1)):
+
+        def fails(command, error=error, **options):
+            if "plot.py" in str(command[1]):
+                raise error
+            return again(command, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(records.subprocess, "run", fails)
+            run_train(picture=True)
+        assert "warning: no picture of the loss: " in capsys.readouterr().out
     monkeypatch.setattr(records, "PLOT", "nowhere.py")
     run_train(picture=True)
     assert re.search("warning: no picture of the loss: .*nowhere.py", capsys.readouterr().out)

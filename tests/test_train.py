@@ -99,7 +99,9 @@ def test_bad_shards_are_reported_by_name(shards):
         (shards / fineweb.MANIFEST).write_text(json.dumps({"complete": True, "shards": listed}))
         with pytest.raises(ValueError, match=message):
             loader(shards)
-    for text, message in (('{"complete": false}', "are incomplete"), ("{", "manifest.json is damaged")):
+    incomplete = '{"complete": false, "shards": []}'
+    cases = ((incomplete, "are incomplete"), ("{", "json is damaged"), ("[]", "json is damaged"))
+    for text, message in cases:
         (shards / fineweb.MANIFEST).write_text(text)
         with pytest.raises(ValueError, match=message):
             loader(shards)
@@ -325,6 +327,28 @@ def test_best_loss_counts_only_for_the_same_validation_tokens(run_train, shards,
     assert "the validation tokens have changed: earlier losses no longer" in capsys.readouterr().out
     best = torch.load("log/model_best.pt", weights_only=True)
     assert best["step"] >= 6 and best["best_val_loss"] > 1
+    torch.save({**best, "best_val_loss": 0.1}, "log/model_00009.pt")
+    run_train("--resume --max_steps 12 --val_tokens 335")  # the same 20 windows
+    assert "validation tokens" not in capsys.readouterr().out
+
+
+def test_data_are_told_apart_without_a_manifest(run_train, shards, capsys):
+    run_train("--max_steps 3")
+    manifest = {"complete": True, "tokenizer": "byte", "vocab_size": 257}
+    listed = [{"name": path.name, "tokens": len(np.load(path))} for path in shards.glob("*.npy")]
+    (shards / fineweb.MANIFEST).write_text(json.dumps({**manifest, "shards": listed}))
+    run_train("--max_steps 6 --resume")
+    assert "warning" not in capsys.readouterr().out  # the same tokens, now with a manifest
+    path = shards / "edufineweb_train_000001.npy"
+    np.save(path, np.roll(np.load(path), 1))
+    run_train("--max_steps 9 --resume")
+    assert "warning: the training data have changed" in capsys.readouterr().out
+
+
+def test_run_folder_that_contains_the_data_is_refused(run_train):
+    with pytest.raises(ValueError, match="--out_dir shards contains --data_dir: use another folder"):
+        run_train("--max_steps 3", out_dir="shards")
+    assert sorted(path.suffix for path in Path("shards").iterdir()) == [".npy"] * 3
 
 
 def test_dropout_differs_from_step_to_step(run_train):
