@@ -139,6 +139,69 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class HeadLoss(torch.autograd.Function):
+    """The summed cross-entropy of the logits `hidden @ weight.T`, without the logits of all tokens in memory.
+
+    `hidden` is (N, C), `weight` (V, C), and `targets` (N,) int64, where -100 is ignored. A few tokens at a
+    time go through the head, in `dtype`. The gradients follow from their logits at once, so with `needs_grad`
+    the forward pass sums them up in fp32, and no product is computed twice. They are gradients of the sum:
+    softmax minus one-hot, divided by the number of tokens, would underflow in fp16.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        dtype: torch.dtype,
+        needs_grad: bool,
+    ) -> torch.Tensor:
+        rows = head_rows(hidden.device)
+        loss, grad_hidden, grad_weight = torch.zeros((), device=hidden.device), None, None
+        if needs_grad:
+            grad_hidden = torch.empty_like(hidden, dtype=dtype)
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            w = weight.to(dtype)
+            for start in range(0, len(hidden), rows):
+                part = slice(start, start + rows)
+                loss_part, *grads = head_loss(hidden[part].to(dtype), w, targets[part, None], needs_grad)
+                loss += loss_part
+                if needs_grad:
+                    grad_hidden[part] = grads[0]
+                    grad_weight += grads[1]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden = grad_hidden.to(ctx.hidden_dtype) * grad
+        return grad_hidden, grad_weight.mul_(grad).to(ctx.weight_dtype), None, None, None
+
+
+def head_rows(device: torch.device) -> int:
+    """Return how many tokens go through the head at a time: on CPUs their logits stay in the cache."""
+    return 512 if device.type == "cpu" else 2048
+
+
+def head_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, needs_grad: bool
+) -> tuple[torch.Tensor, ...]:
+    """Return the summed loss of hidden states (n, C) and targets (n, 1) and, if needed, its gradients."""
+    counted, targets = targets != -100, targets.clamp(min=0)
+    log_probs = F.linear(hidden, weight).log_softmax(dim=1, dtype=torch.float32)  # (n, V)
+    loss = -log_probs.gather(1, targets).masked_fill(~counted, 0.0).sum()
+    if not needs_grad:
+        return (loss,)
+    one_hot = torch.ones_like(targets, dtype=torch.float32)
+    error = log_probs.exp_().scatter_add_(1, targets, -one_hot).to(hidden.dtype)  # softmax minus one-hot
+    return loss, (error @ weight) * counted, error.t() @ (hidden * counted)
+
+
 class GPT(nn.Module):
     """The language model.
 
@@ -203,15 +266,20 @@ class GPT(nn.Module):
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, reduction: str = "mean"
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return logits (B, T, vocab_size) and, given `targets` (B, T), the cross-entropy in nats per token.
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return logits (B, T, vocab_size) and None or, given `targets` (B, T), None and the loss.
 
-        Targets of -100 are ignored; `reduction` is that of `F.cross_entropy`.
+        The loss is the cross-entropy in nats, of which `reduction` takes the mean or the sum. Targets of -100
+        are ignored.
         """
-        logits = self.lm_head(self.trunk(idx))
+        hidden, weight = self.trunk(idx), self.lm_head.weight
         if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+            return self.lm_head(hidden), None
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        targets = targets.flatten()
+        loss = HeadLoss.apply(hidden.flatten(0, 1), weight, targets, dtype, torch.is_grad_enabled())
+        return None, loss if reduction == "sum" else loss / (targets != -100).sum()
 
     def new_cache(self, max_length: int) -> list[KVCache]:
         """Return an empty key/value cache for up to `max_length` tokens, one entry per layer."""
@@ -258,20 +326,25 @@ class GPT(nn.Module):
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * (T or self.config.block_size)
 
     def training_bytes(self, batch_size: int, T: int, dtype: torch.dtype) -> int:
-        """Return the peak memory of an uncompiled training step, reached when the backward pass starts.
+        """Return the peak memory in bytes of an uncompiled training step.
 
         Each weight takes 16 bytes in fp32: the weight, its gradient and AdamW's two moments. Autocast adds a
         copy of a = 2 bytes. Each token takes, per block, two fp32 inputs of LayerNorm and 14 * n_embd values
-        of a bytes each, and in the head three fp32 tensors of the size of the logits. With `recompute`, every
-        block keeps only its fp32 input, one block at a time has its activations, and only the head's copy is
-        alive. The formula assumes that attention stores no scores, which holds except for bf16 on CPUs.
+        of a bytes each; with `recompute`, only the fp32 input of the block. The peak is reached in the head,
+        which holds the fp32 gradient of its weight, up to three times the logits of a few tokens (or twice,
+        and a product of the size of the weight), and the last hidden states with their gradient. With
+        `recompute`, it may be reached in a backward pass instead, where one block has all its activations and
+        gradients. Attention is assumed to store no scores, which holds except for bf16 on CPUs.
         """
         P, V, C, L = self.num_params(), self.config.vocab_size, self.config.n_embd, self.config.n_layer
-        a = dtype.itemsize
-        block, head = (8 + 14 * a) * C, 12 * V
-        copies = 0 if dtype == torch.float32 else a * V * C if self.recompute else a * P
-        blocks = 4 * C * L + block if self.recompute else block * L
-        return 16 * P + copies + batch_size * T * (blocks + head)
+        a, half, tokens = dtype.itemsize, dtype != torch.float32, batch_size * T
+        logits = min(tokens, head_rows(self.lm_head.weight.device)) * V
+        block = (8 + 14 * a) * C
+        head = max((8 + a * half) * logits, (4 + a * half) * logits + a * V * C)
+        head += a * P * half + 4 * V * C + tokens * (4 + a) * C
+        if not self.recompute:
+            return 16 * P + tokens * block * L + head
+        return 16 * P + tokens * 4 * C * L + max(head, 4 * V * C + tokens * (block + (4 + 12 * a) * C))
 
     def optimizer_groups(self, weight_decay: float) -> list[dict]:
         """Return named parameter groups: matrices and embeddings decay, biases and LayerNorm gains do not.

@@ -510,36 +510,32 @@ def main(args: argparse.Namespace) -> None:
     compiled = wanted and hardware.can_compile(device, dist.say)
     model = torch.compile(parallel) if compiled else parallel
     accum = args.total_batch_size // (args.batch_size * args.block_size * dist.world_size)
-    flops_per_token = raw_model.flops_per_token(args.block_size)
-    peak = hardware.peak_flops(device, dtype)
+    flops_per_token, peak = raw_model.flops_per_token(args.block_size), hardware.peak_flops(device, dtype)
 
-    progress, recent = Progress(), {}
+    progress = Progress()
     if resumed:
         progress, differences = restore(resumed, optimizer, scaler, args, loaders)
-        recent = resumed.get("recent", {})
         dist.say("\n".join(differences))
     elif dist.is_main:
         make_run_folder(out_dir)
-    del resumed  # its memory is needed
     log, writer = lambda step, kind, **values: None, None
     if dist.is_main:
         log = Log(out_dir, args, progress.step, is_last_step(args, progress))
         milestone_steps = args.milestone_every * args.checkpoint_every
+        recent = (resumed or {}).get("recent", {})
         writer = CheckpointWriter(out_dir, args.keep, milestone_steps, log.checkpoint, recent)
         with attention():
             how = hardware.describe_compute(args, dtype, device, compiled)
-        epoch_tokens = loaders["train"].windows * args.block_size
-        machine = hardware.describe_machine(device)
-        log.start(dist.world_size, optimizer.param_groups, epoch_tokens, how, machine)
+        log.start(dist.world_size, optimizer.param_groups, loaders["train"].windows, how, device)
+    del resumed  # its memory is needed
 
     raw_model.train()
     loaders["train"].seek(progress.windows)
     start_step, skipped, skipped_in_row = progress.step, 0, 0
     stop, stopping = StopSignal(), False
     for step in range(start_step, args.max_steps + 1):
-        progress.step = step
+        progress.step, due = step, []
         last_step = step == args.max_steps
-        due = []
         if dist.is_main:
             writer.check()
 
@@ -629,12 +625,10 @@ def main(args: argparse.Namespace) -> None:
 
     stop.restore()
     if dist.is_main:
-        try:
+        with contextlib.closing(log):
             writer.close()
             if not stopping:
                 log(step, "end")
-        finally:
-            log.close()
     if stopping:
         dist.say(f"stopped by a signal after step {step}: the same command with --resume continues")
     elif args.overfit_batch and train_loss >= OVERFIT_LOSS:

@@ -16,10 +16,12 @@ import threading
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from runtime.checkpoint import disk_usage
 from runtime.files import write_atomically
+from runtime.hardware import describe_machine
 
 PLOT = Path(__file__).parent.parent / "plot.py"
 
@@ -110,17 +112,20 @@ class Log:
         self.first_step_began: float | None = None
         self.drawn = time.monotonic()
 
-    def start(self, world_size: int, groups: list[dict], epoch_tokens: int, how: str, machine: dict) -> None:
+    def start(
+        self, world_size: int, groups: list[dict], epoch_windows: int, how: str, device: torch.device
+    ) -> None:
         """Record what the run is about to do, and print it.
 
-        `groups` are those of the optimizer, `how` names dtype and kernels, and `machine` is the result of
-        `describe_machine`.
+        `groups` are those of the optimizer, and `how` names dtype and kernels.
         """
         disk = disk_usage(self.args, groups)
         groups = describe_groups(groups, self.args.learning_rate)
         params = sum(group["params"] for group in groups)
-        about = dict(args=vars(self.args), world_size=world_size, params=params, groups=groups, **machine)
+        about = dict(args=vars(self.args), world_size=world_size, params=params, groups=groups)
+        about |= describe_machine(device)
         self(self.start_step, "run", **about)
+        epoch_tokens = epoch_windows * self.args.block_size
         tqdm.write(describe_run(self.args, about, how, epoch_tokens, disk))
 
     def __call__(self, step: int, kind: str, **values) -> None:

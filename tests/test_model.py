@@ -5,10 +5,14 @@ import math
 import pytest
 import torch
 from conftest import tiny_gpt
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2LMHeadModel
 
-from model import GPT, GPTConfig
+import model as model_module
+from model import GPT, GPTConfig, HeadLoss
+from runtime.checkpoint import TRANSPOSED
 
 
 def test_gpt2_has_its_published_number_of_parameters():
@@ -39,11 +43,110 @@ def test_initialization_matches_gpt2():
 def test_logits_and_loss_match_transformers(hf_folder):
     ours, theirs = GPT.from_pretrained(hf_folder).eval(), GPT2LMHeadModel.from_pretrained(hf_folder).eval()
     idx = torch.randint(0, 320, (3, 16))
-    with torch.no_grad():
-        logits, loss = ours(idx[:, :-1], idx[:, 1:])
-        expected = theirs(idx, labels=idx)
+    (logits, no_loss), (no_logits, loss) = ours(idx[:, :-1]), ours(idx[:, :-1], idx[:, 1:])
+    assert no_loss is None and no_logits is None
+    expected = theirs(idx, labels=idx)
     torch.testing.assert_close(logits, expected.logits[:, :-1], atol=1e-4, rtol=0)
     assert loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
+    loss.backward()
+    expected.loss.backward()
+    for name, parameter in theirs.named_parameters():
+        grad = ours.get_parameter(name).grad
+        grad = grad.t() if name.endswith(TRANSPOSED) else grad
+        torch.testing.assert_close(grad, parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def loss_and_grads(forward, model, idx, targets, dtype=torch.float32, reduction="mean"):
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        loss = forward(model, idx, targets, reduction)
+    loss.backward()
+    return [loss.detach().double(), *(parameter.grad.double() for parameter in model.parameters())]
+
+
+def full_logits(model, idx, targets, reduction):
+    return F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten(), reduction=reduction)
+
+
+def head_loss(model, idx, targets, reduction):
+    return model(idx, targets, reduction)[1]
+
+
+def errors(ours, exact):
+    return [((a - b).norm() / b.norm()).item() for a, b in zip(ours, exact, strict=True)]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("rows", [1, 7, 80, 1000])
+def test_loss_and_gradients_match_full_logits_for_any_number_of_rows(monkeypatch, rows, reduction):
+    monkeypatch.setattr(model_module, "head_rows", lambda device: rows)
+    model, idx, targets = tiny_gpt(), torch.randint(320, (5, 16)), torch.randint(320, (5, 16))
+    targets[1, 3:9], targets[4] = -100, -100
+    exact = loss_and_grads(full_logits, tiny_gpt().double(), idx, targets, reduction=reduction)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        full = loss_and_grads(full_logits, model, idx, targets, dtype, reduction)
+        ours = loss_and_grads(head_loss, model, idx, targets, dtype, reduction)
+        if dtype == torch.float32:
+            assert max(errors(ours, full)) < 1e-6
+            continue
+        # The rounding of single tensors is random.
+        for error, usual in zip(errors(ours, exact), errors(full, exact), strict=True):
+            assert error < 1.5 * usual + 1e-6
+        assert sum(errors(ours, exact)) < 1.1 * sum(errors(full, exact)) + 1e-6
+
+
+def test_gradients_of_many_tokens_do_not_underflow_in_fp16():
+    random = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 32, generator=random, requires_grad=True) for n in (4096, 320))
+    targets = torch.randint(320, (4096,), generator=random)
+    F.cross_entropy(hidden @ weight.t(), targets).backward()
+    exact, hidden.grad, weight.grad = (hidden.grad, weight.grad), None, None
+    many = 1e6  # as if there were that many times more tokens
+    loss = HeadLoss.apply(hidden, weight, targets, torch.float16, True)
+    (loss / len(hidden) / many).backward()
+    for ours, expected in zip((hidden.grad, weight.grad), exact, strict=True):
+        assert ((many * ours - expected).norm() / expected.norm()).item() < 0.01
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_logits_of_all_tokens_are_never_in_memory(monkeypatch, grad):
+    monkeypatch.setattr(model_module, "head_rows", lambda device: 24)
+
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for each in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(each, torch.Tensor):
+                    self.largest = max(self.largest, each.untyped_storage().nbytes())
+            return result
+
+    model, idx = tiny_gpt().train(), torch.randint(320, (60, 16))
+    with Sizes() as sizes, torch.set_grad_enabled(grad):
+        loss = model(idx, idx)[1]
+        if grad:
+            loss.backward()
+    assert 4 * 320 * 32 <= sizes.largest < 4 * 60 * 16 * 320 / 2
+
+
+def test_second_backward_pass_is_an_error_not_a_wrong_gradient():
+    model, idx = tiny_gpt(), torch.randint(320, (2, 16))
+    loss = model(idx, idx)[1]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_compiled_loss_is_one_graph_with_the_same_gradients():
+    model, idx = tiny_gpt(), torch.randint(320, (2, 16))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        eager, other = (
+            loss_and_grads(lambda _, *args, each=each: each(*args)[1], model, idx, idx, dtype)
+            for each in (model, compiled)
+        )
+        assert max(errors(other, eager)) < 1e-6
 
 
 @pytest.mark.parametrize("pieces", [(16,), (1,) * 16, (5, 1, 7, 3)])
