@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2LMHeadModel
 
 import model as model_module
-from model import GPT, GPTConfig, HeadLoss
+from model import GPT, GPTConfig, HeadLoss, head_rows
 from runtime.checkpoint import TRANSPOSED
 
 
@@ -106,6 +106,10 @@ def test_gradients_of_many_tokens_do_not_underflow_in_fp16():
     (loss / len(hidden) / many).backward()
     for ours, expected in zip((hidden.grad, weight.grad), exact, strict=True):
         assert ((many * ours - expected).norm() / expected.norm()).item() < 0.01
+
+
+def test_few_tokens_go_through_the_head_at_a_time():
+    assert head_rows(torch.device("cpu")) < 1000 < head_rows(torch.device("cuda")) < 5000
 
 
 @pytest.mark.parametrize("grad", [True, False])
