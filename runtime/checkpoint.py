@@ -161,7 +161,8 @@ def load_training_state(out_dir: str | Path, optimizer: str, max_steps: int) -> 
         )
     if (step := checkpoint["step"]) > max_steps:
         raise ValueError(
-            f"--max_steps is {max_steps}, but the checkpoint in {out_dir} is at step {step}: use more"
+            f"--max_steps is {max_steps}, but the checkpoint in {out_dir} is at step {step}: "
+            f"use at least {step}"
         )
     return checkpoint
 
