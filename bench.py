@@ -513,27 +513,27 @@ def bench_startup(args: argparse.Namespace, device: torch.device) -> list[dict]:
         return eager + rows("--compile", "compiled, cold cache", "compiled, warm cache")
 
 
-def usual_quickstart(data_dir: str) -> float:
-    """Run the usual CPU quick start for Tiny Shakespeare; return the validation loss after 2,000 steps.
+def usual_quickstart(data_dir: str, steps: int = 2000) -> float:
+    """Run the usual CPU quick start for Tiny Shakespeare; return the validation loss after its steps.
 
     The settings are those of nanoGPT's README for CPUs: 4 layers of width 128, 64 tokens of context, 12
     sequences, and AdamW at 1e-3 with warm-up and cosine.
     """
     torch.manual_seed(1337)
-    tokens = {}
+    tokens, manifest = {}, fineweb.read_manifest(Path(data_dir))
     for split in ("train", "val"):
-        shards = [np.load(path) for path in train.find_shards(Path(data_dir), split)]
+        shards = [np.load(path) for path in fineweb.find_shards(Path(data_dir), split, manifest)]
         tokens[split] = torch.from_numpy(np.concatenate(shards).astype(np.int64))
     model = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=4, n_head=4, n_embd=128)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
-    rates = dict(learning_rate=1e-3, min_lr=1e-4, warmup_steps=100, max_steps=2000, schedule="cosine")
+    rates = dict(learning_rate=1e-3, min_lr=1e-4, warmup_steps=100, max_steps=steps, schedule="cosine")
 
     def loss_of(split: str) -> torch.Tensor:
         starts = torch.randint(len(tokens[split]) - 64, (12, 1))
         rows = tokens[split][starts + torch.arange(65)]
         return model(rows[:, :-1], rows[:, 1:])[1]
 
-    for step in range(2001):
+    for step in range(steps + 1):
         if step % 250 == 0:
             with torch.no_grad():
                 train_loss, val_loss = (statistics.mean(loss_of(s).item() for _ in range(20)) for s in tokens)

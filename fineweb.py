@@ -454,7 +454,7 @@ class ShardSet:
             self.fetcher.release(following[0] if following else len(self.fetcher.inputs))
 
     def write(self, number: int, tokens: np.ndarray, sha256: str | None = None) -> dict:
-        """Write a shard and return its record. Raises ValueError, before, if it lacks the hash `sha256`."""
+        """Write a shard and return its record. If its hash is not `sha256`, raises ValueError instead."""
         name, data = shard_name(number, self.manifest), io.BytesIO()
         np.save(data, tokens)
         digest = hashlib.sha256(data.getbuffer()).hexdigest()
@@ -607,12 +607,13 @@ def prepare(
         "complete": False,
     }
     found = read_task_manifest(out_dir, task_index, task_count)
-    check_same_set(out_dir, manifest, ignored=None if resume and found and found["shards"] else found)
-    if found and not resume:
+    is_continued = resume and found and found["shards"]
+    check_same_set(out_dir, manifest, replaced=None if is_continued else found)
+    if is_continued:
+        manifest = found
+    elif found and not resume:
         for name in shard_names(found):
             (out_dir / name).unlink(missing_ok=True)
-    elif found and found["shards"]:
-        manifest = found
     inputs = inputs[task_index::task_count]
     if not inputs:
         raise ValueError(f"there are fewer inputs than tasks: lower --task_count {task_count}")
@@ -643,18 +644,18 @@ def prepare(
     return manifest
 
 
-def find_shards(data_dir: Path, split: str) -> list[Path]:
-    """Return the shards of a split, sorted by name.
+def find_shards(data_dir: Path, split: str, manifest: dict) -> list[Path]:
+    """Return the shards of a split, sorted by name; `manifest` is the result of `read_manifest`.
 
-    With a manifest, the .npy files of the folder have to be exactly those that it lists. Without one, they
-    are all those with the split in their name. Raises FileNotFoundError if there are none, and ValueError if
+    If it lists shards, the .npy files of the folder have to be exactly those. If not, they are all those with
+    the split in their name. Raises FileNotFoundError if there are none, and ValueError if
     files are missing, not listed, or named after both splits.
     """
     paths = sorted(data_dir.iterdir()) if data_dir.exists() else []
     names = [path.name for path in paths if path.suffix == ".npy"]
     if both := [name for name in names if "train" in name and "val" in name]:
         raise ValueError(f"{data_dir / both[0]} has both train and val in its name: rename it")
-    if listed := {shard["name"] for shard in read_manifest(data_dir)["shards"]}:
+    if listed := {shard["name"] for shard in manifest["shards"]}:
         if missing := sorted(listed - set(names)):
             raise ValueError(
                 f"{len(missing)} of the {len(listed)} shards in the manifest of {data_dir} are missing, the "
@@ -682,18 +683,15 @@ def open_shard(path: Path) -> np.ndarray:
     return tokens
 
 
-def fingerprint(paths: list[Path]) -> str:
-    """Return a hash of the shards' names and lengths and of a few blocks of their tokens.
+def fingerprint(tokens: np.ndarray) -> bytes:
+    """Return a hash of a shard's length and of a few blocks of its tokens.
 
-    It tells data sets apart without reading all of them, and needs no manifest.
+    It tells shards apart without reading all of them, and needs no manifest.
     """
-    digest = hashlib.sha256()
-    for path in paths:
-        tokens = open_shard(path)
-        digest.update(f"{path.name} {len(tokens)}".encode())
-        for start in np.linspace(0, max(len(tokens) - 1024, 0), 8).astype(int):
-            digest.update(tokens[start : start + 1024].tobytes())
-    return digest.hexdigest()[:12]
+    digest = hashlib.sha256(str(len(tokens)).encode())
+    for start in np.linspace(0, max(len(tokens) - 1024, 0), 8).astype(int):
+        digest.update(tokens[start : start + 1024].tobytes())
+    return digest.digest()
 
 
 def difference(name: str, found: object, wanted: object) -> str:
@@ -707,8 +705,8 @@ def difference(name: str, found: object, wanted: object) -> str:
     return f"{name} {found}, not {wanted}"
 
 
-def check_same_set(out_dir: Path, wanted: dict, ignored: dict | None) -> None:
-    """Raise ValueError if a folder holds anything but tasks of the wanted set, except for an ignored task.
+def check_same_set(out_dir: Path, wanted: dict, replaced: dict | None) -> None:
+    """Raise ValueError if a folder holds anything but tasks of the wanted set and one that is replaced.
 
     The tasks of a set agree in SAME_IN_ALL_TASKS. Every .npy file has to belong to one of them.
     """
@@ -717,7 +715,7 @@ def check_same_set(out_dir: Path, wanted: dict, ignored: dict | None) -> None:
     manifests = read_manifests(out_dir)
     for manifest in manifests:
         for name in SAME_IN_ALL_TASKS:
-            if manifest != ignored and manifest.get(name) != wanted[name]:
+            if manifest != replaced and manifest.get(name) != wanted[name]:
                 found = difference(name, manifest.get(name), wanted[name])
                 raise ValueError(f"{out_dir} already holds shards with {found}: use another --out_dir")
     if foreign := sorted(names - {name for manifest in manifests for name in shard_names(manifest)}):

@@ -166,7 +166,7 @@ class HeadLoss(torch.autograd.Function):
             w = weight.to(dtype)
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
-                loss_part, *grads = head_loss(hidden[part].to(dtype), w, targets[part, None], needs_grad)
+                loss_part, *grads = chunk_loss(hidden[part].to(dtype), w, targets[part, None], needs_grad)
                 loss += loss_part
                 if needs_grad:
                     grad_hidden[part] = grads[0]
@@ -184,11 +184,15 @@ class HeadLoss(torch.autograd.Function):
 
 
 def head_rows(device: torch.device) -> int:
-    """Return how many tokens go through the head at a time: on CPUs their logits stay in the cache."""
+    """Return how many tokens go through the head at a time.
+
+    With fewer, adding up the gradient of the weight takes more of the time (LOG.md); with more, the logits
+    take more memory.
+    """
     return 512 if device.type == "cpu" else 2048
 
 
-def head_loss(
+def chunk_loss(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, needs_grad: bool
 ) -> tuple[torch.Tensor, ...]:
     """Return the summed loss of hidden states (n, C) and targets (n, 1) and, if needed, its gradients."""

@@ -119,11 +119,14 @@ class DataLoaderLite:
         self.batch_size, self.block_size, self.vocab_size = batch_size, block_size, vocab_size
         self.dist, self.shuffle, self.seed = dist, shuffle, seed
         data_dir = Path(data_dir)
-        self.paths = fineweb.find_shards(data_dir, split)
-        listed = {shard["name"]: shard["tokens"] for shard in fineweb.read_manifest(data_dir)["shards"]}
-        windows = []
+        manifest = fineweb.read_manifest(data_dir)
+        self.paths = fineweb.find_shards(data_dir, split, manifest)
+        listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
+        windows, digest = [], hashlib.sha256()
         for path in self.paths:
-            tokens = len(fineweb.open_shard(path))
+            shard = fineweb.open_shard(path)
+            tokens = len(shard)
+            digest.update(path.name.encode() + fineweb.fingerprint(shard))
             if tokens != listed.get(path.name, tokens):
                 raise ValueError(
                     f"{path} has {tokens} tokens, but its manifest says {listed[path.name]}: make it again"
@@ -136,7 +139,7 @@ class DataLoaderLite:
                 f"no {split} shard in {data_dir}/ holds a window of {block_size} + 1 tokens: "
                 "lower --block_size or give fineweb.py more text"
             )
-        self.description = f"{self.windows:,} windows, shards {fineweb.fingerprint(self.paths)}"
+        self.description = f"{self.windows:,} windows, shards {digest.hexdigest()[:12]}"
         self.cached_shard = lru_cache(maxsize=256)(fineweb.open_shard)  # each holds a file descriptor
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{split}-loader")
         self.seek(0)
@@ -348,9 +351,9 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
 def read_data_set(args: argparse.Namespace) -> dict:
     """Check that --data_dir holds shards, fill in --tokenizer and return the manifest."""
     data_dir = Path(args.data_dir)
-    for split in ("val", "train"):
-        fineweb.find_shards(data_dir, split)
     manifest = fineweb.read_manifest(data_dir)
+    for split in ("val", "train"):
+        fineweb.find_shards(data_dir, split, manifest)
     made_with = manifest.get("tokenizer", args.tokenizer or "gpt2")
     if args.tokenizer not in (None, made_with):
         raise ValueError(
@@ -585,7 +588,7 @@ def main(args: argparse.Namespace) -> None:
             sync_now = dist.world_size == 1 or micro_step == accum - 1
             with contextlib.nullcontext() if sync_now else model.no_sync():
                 with autocast, attention():
-                    loss = model(x, y)[1]  # the logits are freed before the backward pass
+                    loss = model(x, y)[1]
                 scaler.scale(loss / accum).backward()
             loss_sum += loss.detach() / accum
         scaler.unscale_(optimizer)

@@ -34,7 +34,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")
 NUMBERED = re.compile(r"model_(\d+)\.pt")  # the names of a run's checkpoints, besides BEST
 BEST = "model_best.pt"
-TRAINING_STATE = {"optimizer", "scaler", "step", "best_step", "args"}
+TRAINING_STATE = {"optimizer", "scaler", "step", "val_loss", "best_val_loss", "best_step", "args"}
 
 
 def is_damage(error: Exception) -> bool:
@@ -103,7 +103,7 @@ def load_checkpoint(source: str | Path) -> dict:
             f"or one of {', '.join(HUB_NAMES)}"
         )
     if source.is_dir():
-        if (checkpoint := load_newest(source)) is None:
+        if (checkpoint := load_newest(checkpoints_in(source))) is None:
             raise FileNotFoundError(f"no complete checkpoint in {source}: train one with `python train.py`")
         return checkpoint
     try:
@@ -132,9 +132,9 @@ def load_checkpoint(source: str | Path) -> dict:
     return checkpoint
 
 
-def load_newest(folder: Path) -> dict | None:
-    """Load the newest complete checkpoint of a run folder, or return None if there is none."""
-    for path in reversed(checkpoints_in(folder)):
+def load_newest(paths: list[Path]) -> dict | None:
+    """Load the last checkpoint that is complete, or return None if there is none."""
+    for path in reversed(paths):
         try:
             return load_checkpoint(path)
         except ValueError as error:
@@ -148,9 +148,10 @@ def load_training_state(out_dir: str | Path, optimizer: str, max_steps: int) -> 
     Raises ValueError if there are checkpoints but none is complete, and for one that holds only weights, has
     the state of another optimizer or is past `max_steps`.
     """
-    if not Path(out_dir).exists() or not checkpoints_in(Path(out_dir)):
+    paths = checkpoints_in(Path(out_dir)) if Path(out_dir).exists() else []
+    if not paths:
         return None
-    if (checkpoint := load_newest(Path(out_dir))) is None:
+    if (checkpoint := load_newest(paths)) is None:
         raise ValueError(f"no checkpoint in {out_dir} is complete: omit --resume to start a new run")
     if not checkpoint.keys() >= TRAINING_STATE:
         raise ValueError(f"the checkpoint in {out_dir} holds only weights: pass it to --init_from")
@@ -227,7 +228,8 @@ def restore(
     changed = {name for name, value in vars(args).items() if before.get(name) != value} - {"resume"}
     # Checkpoints of older versions lack `windows` and `data`, and shuffled in another order.
     consumed = resumed["step"] * before["total_batch_size"] // before["block_size"]
-    progress = Progress(**{field.name: resumed.get(field.name, consumed) for field in fields(Progress)})
+    known = {"windows": consumed, **resumed}
+    progress = Progress(**{field.name: known[field.name] for field in fields(Progress)})
     older = "data" not in resumed
     other_data = {
         split: "data_dir" in changed if older else resumed["data"][split] != loader.description

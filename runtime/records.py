@@ -24,9 +24,8 @@ from runtime.files import write_atomically
 from runtime.hardware import describe_machine
 
 PLOT = Path(__file__).parent.parent / "plot.py"
-
-PICTURE_TIMEOUT_S = 120.0
-PICTURE_EVERY_S = 30.0  # drawing takes half a second, and small models write checkpoints more often than this
+PICTURE_EVERY_S = 30.0  # drawing takes a second, and small models write checkpoints more often than this
+PICTURE_TIMEOUT_S = 120.0  # the next checkpoint waits for a picture that hangs
 
 
 def check_packages(args: argparse.Namespace) -> None:

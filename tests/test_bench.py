@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -38,6 +39,10 @@ def test_subcommand_writes_its_figures(command, ways, tmp_path, capsys):
         assert row["way"].startswith(way)
     assert all(row["way"] in printed and list(row.values())[1] > 0 for row in record["rows"])
     assert record["versions"]["torch"] == torch.__version__ and record["args"]["device"] == "cpu"
+
+
+def test_usual_quick_start_trains_on_the_shards(shards):
+    assert bench.usual_quickstart("shards", steps=1) == pytest.approx(math.log(257), abs=0.3)
 
 
 def test_steps_to_a_loss_are_interpolated_between_validations():
