@@ -167,7 +167,7 @@ class HeadLoss(torch.autograd.Function):
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 loss_part, *grads = chunk_loss(hidden[part].to(dtype), w, targets[part, None], needs_grad)
-                loss += loss_part
+                loss = loss + loss_part  # in place, torch 2.11 compiles this to gradients of zero
                 if needs_grad:
                     grad_hidden[part] = grads[0]
                     grad_weight += grads[1]
