@@ -9,7 +9,7 @@
     python bench.py memory --n_layer 6 --n_embd 1600 --n_head 25 --output memory.json
     python bench.py optimizer
     python bench.py sweep --name adamw -- --preset demo --learning_rate 3e-3 6e-3    # three seeds each
-    python bench.py all --output measured           # everything, for a GPU that is rented for half an hour
+    python bench.py gpu --output measured           # what to run on a GPU that is rented for ten minutes
 
 Every subcommand prints a table and, with --output, writes it as JSON with machine, versions and commit. The
 ways that are compared alternate within one run. Quote their ratios: absolute times drift with the machine.
@@ -18,26 +18,26 @@ ways that are compared alternate within one run. Quote their ratios: absolute ti
 import argparse
 import contextlib
 import functools
+import itertools
+import json
 import math
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import fields
-from itertools import product
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fineweb
 import hellaswag
@@ -53,6 +53,7 @@ from sample import generate
 from tokenizer import NAMES, get_tokenizer
 from train import DEMO_ITEMS
 
+PUBLISHED = "llm.c 468,000 tokens/s per H100 (40 % of peak) and 218,000 per A100 (60 %), discussion 481"
 WARM_UP_STEPS = 3  # until code is compiled and memory allocated
 
 
@@ -84,7 +85,8 @@ def score_padded(model: GPT, examples: list[hellaswag.Example]) -> list[int]:
 def bench_hellaswag(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Items per second: hellaswag.evaluate against the reference, on the same items."""
     tokenizer = get_tokenizer(args.tokenizer)
-    examples = hellaswag.render(hellaswag.load_items(args.data)[: args.limit], tokenizer)
+    items = itertools.islice(itertools.cycle(hellaswag.load_items(args.data)), args.limit)
+    examples = hellaswag.render(list(items), tokenizer)
     torch.manual_seed(0)
     config = config_of(args)
     model = GPT(config).eval().to(device=device, dtype=getattr(torch, args.dtype))
@@ -94,9 +96,12 @@ def bench_hellaswag(args: argparse.Namespace, device: torch.device) -> list[dict
         return [item["pred_norm"] for item in items]
 
     ways = {"padded rows, all logits": lambda: score_padded(model, examples), "hellaswag.evaluate": packed}
+    if args.alone:
+        del ways["padded rows, all logits"]
     rows, chosen = alternate(ways, args.rounds, device, len(examples), "items")
-    same = sum(map(int.__eq__, *chosen))
-    print(f"both choose the same ending for {same} of {len(examples)} items")
+    if not args.alone:
+        same = sum(map(int.__eq__, *chosen))
+        print(f"both choose the same ending for {same} of {len(examples)} items")
     return rows
 
 
@@ -251,21 +256,68 @@ def write_shards(folder: Path, tokens: int) -> None:
         np.save(folder / f"edufineweb_{name}.npy", ids)
 
 
-def run_train(options: dict, device: torch.device) -> list[float]:
-    """Run only training steps of train.py on random shards; return the seconds of all but the first few."""
+def run_train(options: dict, device: torch.device, patch: str = "", ranks: int = 1) -> tuple[float, float]:
+    """Run only training steps of train.py on random shards, after a line of Python that may patch torch.
+
+    Returns the median seconds of all steps but the first few, and the peak memory in bytes.
+    """
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), 1_000_000)
         options = {"data_dir": folder, "out_dir": f"{folder}/log", "device": device, **options}
-        options["total_batch_size"] = options["batch_size"] * options["block_size"]
+        options["total_batch_size"] = options["batch_size"] * options["block_size"] * ranks
         options |= {f"{name}_every": 0 for name in ("val", "hellaswag", "sample", "checkpoint")}
         options |= {"warmup_steps": 0, "tokenizer": "byte"}  # the byte tokenizer needs no download
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        subprocess.run([sys.executable, train.__file__, *words], check=True, stdout=subprocess.DEVNULL)
-        return [record["dt_ms"] / 1000 for record in read_log(f"{folder}/log")["train"]][WARM_UP_STEPS:]
+        script = Path(folder, "patched.py")
+        run = f"runpy.run_path({train.__file__!r}, run_name='__main__')"
+        script.write_text(f"import runpy, torch\n{patch}\n{run}")
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [sys.executable, *(launcher if ranks > 1 else []), str(script), *words]
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error:" in line.lower()]
+            raise RuntimeError(errors[0] if errors else f"train.py ended with {done.returncode}")
+        log = read_log(f"{folder}/log")
+        return median_step([step["dt_ms"] / 1000 for step in log["train"]]), log["end"][-1]["peak_bytes"]
 
 
-def usual_steps(options: dict, device: torch.device) -> list[float]:
-    """Run the usual loop with transformers; return the seconds of all steps but the first few."""
+def median_step(seconds: list[float]) -> float:
+    """Return the median of all steps but the first few."""
+    return statistics.median(seconds[WARM_UP_STEPS:])
+
+
+def in_process(function: Callable, *args):
+    """Return what a function returns in a process of its own, with its own memory and compiled code."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def train_in_turn(ways: dict[str, Callable], rounds: int, device: torch.device, tokens: int) -> list[dict]:
+    """Time ways to train on `tokens` a step, each of which returns seconds and bytes, alternately.
+
+    The rows add the peak memory in GB. That of a way that fails says so and has no figures.
+    """
+    peaks: dict[str, float] = {}
+
+    def timed(name: str) -> float:
+        if math.isnan(peaks.get(name, 0.0)):
+            return math.nan
+        try:
+            seconds, peaks[name] = ways[name]()
+            return seconds
+        except (RuntimeError, BrokenExecutor) as error:  # out of memory is one of them
+            print(f"{name}: {' '.join(str(error).split())[:200]}", flush=True)
+            peaks[name] = math.nan
+            return math.nan
+
+    calls = {name: functools.partial(timed, name) for name in ways}
+    rows, _ = alternate(calls, rounds, device, tokens, "tokens", warm_up=False)
+    return [{**row, "GB": peaks[row["way"]] / 1e9} for row in rows]
+
+
+def usual_steps(options: dict, device: torch.device) -> tuple[float, float]:
+    """Run the usual loop with transformers; return the median seconds of a step, and the peak memory."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {name: options[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
@@ -287,7 +339,11 @@ def usual_steps(options: dict, device: torch.device) -> list[float]:
         optimizer.zero_grad()
         loss.item()
         seconds.append(time.perf_counter() - start)
-    return seconds[WARM_UP_STEPS:]
+    return median_step(seconds), peak_bytes(device)
+
+
+def peak_bytes(device: torch.device) -> float:
+    return memory[0] if (memory := hardware.memory(device)) else math.nan
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -305,38 +361,42 @@ def training_options(args: argparse.Namespace) -> dict:
     return options | {"vocab_size": PADDED_VOCAB_SIZE, "max_steps": args.steps + WARM_UP_STEPS}
 
 
-def bench_train(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Tokens per second: train.py's step against the usual loop with transformers, in separate processes."""
-    options = training_options(args) | {"dtype": args.dtype}
+def add_shares(
+    rows: list[dict], config: GPTConfig, device: torch.device, dtype: torch.dtype, ranks: int = 1
+) -> None:
+    """Add to rows of training their share of a matrix product's FLOP/s and, if it is known, of the peak's."""
     with torch.device("meta"):
-        flops = GPT(config_of(args)).flops_per_token()
-    rate = matmul_rate(device, getattr(torch, args.dtype))
+        flops = GPT(config).flops_per_token()
+    rate, peak = matmul_rate(device, dtype), hardware.peak_flops(device, dtype)
+    print(f"{str(dtype).removeprefix('torch.')} matrix product: {rate / 1e12:.2f} TFLOP/s")
+    for row in rows:
+        row["of matmul"] = row["tokens/s"] * flops / ranks / rate
+        if peak:
+            row["mfu"] = row["tokens/s"] * flops / ranks / peak
 
-    def usual() -> float:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return statistics.median(pool.apply(usual_steps, (options, device)))
 
-    def ours(**changes: int) -> float:
-        return statistics.median(run_train(options | changes, device))
-
-    tokens = args.batch_size * args.block_size
-    ways = {"transformers": usual, "train.py": ours}
-    rows, _ = alternate(ways, args.rounds, device, tokens, "tokens", warm_up=False)
-    if args.grow:
-        for name in ("block_size", "batch_size", "n_layer"):
-            for factor in (1, 2, 4):
-                value = max(options[name] * factor // 2, 1)
-                (row,), _ = alternate(
-                    {f"train.py, {name} {value}": functools.partial(ours, **{name: value})},
-                    args.rounds,
-                    device,
-                    tokens * (factor / 2 if name != "n_layer" else 1),
-                    "tokens",
-                    warm_up=False,
-                )
-                rows.append({**row, "ratio": row["tokens/s"] / rows[0]["tokens/s"]})
-    share = rows[1]["tokens/s"] * flops / rate
-    print(f"{args.dtype} matrix product: {rate / 1e12:.2f} TFLOP/s; train.py reaches {share:.0%} of it")
+def bench_train(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Tokens per second and memory of train.py's step, with its variants, and of the usual loop."""
+    options = training_options(args) | {"dtype": args.dtype}
+    ranks = torch.cuda.device_count() if device.type == "cuda" else 1
+    ours = functools.partial(run_train, device=device, ranks=ranks)
+    muon = options | {"optimizer": "muon"}
+    ways = {
+        "train.py": lambda: ours(options),
+        "train.py, muon": lambda: ours(muon),
+    }
+    if ranks == 1:
+        ways = {"transformers": lambda: in_process(usual_steps, options, device), **ways}
+    if device.type == "cuda":
+        for kernel in ("flash", "cudnn"):
+            patch = f"torch.backends.cuda.enable_{kernel}_sdp(False)"
+            ways[f"train.py, no {kernel}"] = functools.partial(ours, options, patch=patch)
+    if ranks > 1:
+        patch = "torch._dynamo.config.optimize_ddp = False"
+        ways["train.py, no optimize_ddp"] = lambda: ours(options, patch=patch)
+    tokens = args.batch_size * args.block_size * ranks
+    rows = train_in_turn(ways, args.rounds, device, tokens)
+    add_shares(rows, config_of(args, vocab_size=PADDED_VOCAB_SIZE), device, getattr(torch, args.dtype), ranks)
     return rows
 
 
@@ -347,52 +407,34 @@ def attention_written_out(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=Fals
     return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
-class Rung:
-    """One rung of the ladder: a model with its optimizer, built on the first call and trained on one batch.
-
-    `backend` is the attention kernel (None: PyTorch's choice); `options` are those of torch.compile.
-    """
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        device: torch.device,
-        settings: set[str],
-        backend: SDPBackend | None = None,
-        **options,
-    ):
-        self.args, self.device, self.settings, self.model = args, device, settings, None
-        self.backend, self.options = backend, options
-
-    def __call__(self) -> None:
-        args, settings, device = self.args, self.settings, self.device
-        torch.set_float32_matmul_precision("high" if "TF32" in settings else "highest")
-        attention = F.scaled_dot_product_attention if "flash attention" in settings else attention_written_out
-        kernel = sdpa_kernel(self.backend) if self.backend else contextlib.nullcontext()
-        with kernel, mock.patch.object(F, "scaled_dot_product_attention", attention):
-            if self.model is None:
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated()
-                vocab_size = PADDED_VOCAB_SIZE if "vocabulary 50,304" in settings else GPT2_VOCAB_SIZE
-                self.model = GPT(config_of(args, vocab_size=vocab_size)).to(device).train()
-                fused = "fused AdamW" in settings
-                self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=fused, foreach=False)
-                compiled = "torch.compile" in settings
-                self.step_model = torch.compile(self.model, **self.options) if compiled else self.model
-                shape = (args.batch_size, args.block_size + 1)
-                self.idx = torch.randint(GPT2_VOCAB_SIZE, shape, device=device)
-            for _ in range(args.steps):
-                enabled = "bf16" in settings
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
-                    loss = self.step_model(self.idx[:, :-1], self.idx[:, 1:])[1]
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.item()
-        if device.type == "cuda" and not hasattr(self, "peak_bytes"):
-            self.peak_bytes = torch.cuda.max_memory_allocated() - before
+def ladder_steps(
+    args: argparse.Namespace, device: torch.device, settings: set[str], trace: str | None
+) -> tuple[float, float]:
+    """Train on one batch with some of the ladder's improvements; return seconds of a step and peak memory."""
+    torch.set_float32_matmul_precision("high" if "TF32" in settings else "highest")
+    if "flash attention" not in settings:
+        F.scaled_dot_product_attention = attention_written_out
+    vocab_size = PADDED_VOCAB_SIZE if "vocabulary 50,304" in settings else GPT2_VOCAB_SIZE
+    model = GPT(config_of(args, vocab_size=vocab_size)).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused="fused AdamW" in settings, foreach=False)
+    step_model = torch.compile(model) if "torch.compile" in settings else model
+    idx = torch.randint(GPT2_VOCAB_SIZE, (args.batch_size, args.block_size + 1), device=device)
+    seconds = []
+    profile = torch.profiler.profile() if trace else contextlib.nullcontext()
+    for step in range(WARM_UP_STEPS + args.steps):
+        start = time.perf_counter()
+        with profile if step == WARM_UP_STEPS else contextlib.nullcontext():
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled="bf16" in settings):
+                loss = step_model(idx[:, :-1], idx[:, 1:])[1]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss.item()
+        seconds.append(time.perf_counter() - start)
+    if trace:
+        profile.export_chrome_trace(trace)
+    return median_step(seconds), peak_bytes(device)
 
 
 def bench_ladder(args: argparse.Namespace, device: torch.device) -> list[dict]:
@@ -405,52 +447,20 @@ def bench_ladder(args: argparse.Namespace, device: torch.device) -> list[dict]:
         names.remove("TF32")
     if not hardware.can_compile(device, print):
         names.remove("torch.compile")
-    rungs = {"fp32, attention written out": Rung(args, device, set())}
-    for i, name in enumerate(names):
-        rungs[f"+ {name}"] = Rung(args, device, set(names[: i + 1]))
-    options = training_options(args) | {"dtype": "bfloat16"}
-    ways = {**rungs, "train.py": lambda: args.steps * statistics.median(run_train(options, device))}
-    tokens = args.batch_size * args.block_size
-    rows, _ = alternate(ways, args.rounds, device, args.steps * tokens, "tokens")
-    rate, peak = matmul_rate(device, torch.bfloat16), hardware.peak_flops(device, torch.bfloat16)
-    flops = rungs["fp32, attention written out"].model.flops_per_token()
-    for row in rows:
-        row["ms"] = 1000 * tokens / row["tokens/s"]
-        row["of matmul"] = row["tokens/s"] * flops / rate
-        if peak:
-            row["mfu"] = row["tokens/s"] * flops / peak
-        if device.type == "cuda":
-            row["GB"] = getattr(ways[row["way"]], "peak_bytes", float("nan")) / 1e9
-    print(f"bf16 matrix product: {rate / 1e12:.2f} TFLOP/s")
+    ways = {}
+    for i, name in enumerate(["fp32, attention written out", *(f"+ {name}" for name in names)]):
+        trace = args.trace and f"{args.trace}/{i}_{name.strip('+ ').replace(' ', '_')}.json"
+        ways[name] = functools.partial(in_process, ladder_steps, args, device, set(names[:i]), trace)
     if args.trace:
         Path(args.trace).mkdir(parents=True, exist_ok=True)
-        for number, (name, rung) in enumerate(rungs.items()):
-            with torch.profiler.profile() as profile:
-                rung()
-            profile.export_chrome_trace(f"{args.trace}/{number}_{name.strip('+ ').replace(' ', '_')}.json")
+    options = training_options(args) | {"dtype": "bfloat16"}
+    ways["train.py"] = lambda: run_train(options, device)
+    tokens = args.batch_size * args.block_size
+    rows = train_in_turn(ways, args.rounds, device, tokens)
+    for row in rows:
+        row["ms"] = 1000 * tokens / row["tokens/s"]
+    add_shares(rows, config_of(args), device, torch.bfloat16)
     return rows
-
-
-def bench_variants(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Tokens per second of the ladder's last rung with each attention kernel and compiler setting."""
-    if device.type == "cpu":  # as train.py does
-        hardware.keep_freed_memory()
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    settings = {"TF32", "bf16", "flash attention", "vocabulary 50,304", "fused AdamW"}
-    kernels = ["FLASH_ATTENTION", "MATH"]
-    kernels += ["CUDNN_ATTENTION", "EFFICIENT_ATTENTION"] if device.type == "cuda" else []
-    ways = {f"eager, {name}": Rung(args, device, settings, SDPBackend.__members__[name]) for name in kernels}
-    if hardware.can_compile(device, print):
-        settings |= {"torch.compile"}
-        for name in kernels:
-            ways[f"compiled, {name}"] = Rung(args, device, settings, SDPBackend.__members__[name])
-        if device.type == "cuda":
-            tuned = {"coordinate_descent_tuning": True}
-            ways["compiled, dynamic=False"] = Rung(args, device, settings, dynamic=False)
-            ways["compiled, coordinate descent"] = Rung(args, device, settings, options=tuned)
-            ways["compiled, max-autotune"] = Rung(args, device, settings, mode="max-autotune-no-cudagraphs")
-    tokens = args.steps * args.batch_size * args.block_size
-    return alternate(ways, args.rounds, device, tokens, "tokens")[0]
 
 
 def bench_loader(args: argparse.Namespace, device: torch.device) -> list[dict]:
@@ -659,7 +669,7 @@ def bench_sweep(args: argparse.Namespace, device: torch.device) -> list[dict]:
         print(f"{out_dir.name}: {' '.join(outcome)}", flush=True)
 
     # Seeds are the outer loop, so that a change in the speed of the machine affects all settings.
-    runs = [(each, seed) for seed in args.seeds for each in product(*grid)]
+    runs = [(each, seed) for seed in args.seeds for each in itertools.product(*grid)]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda each: train_once(*each), runs))
     return compare_runs(folder, args.baseline)
@@ -700,28 +710,64 @@ def compare_runs(folder: Path, baseline: str | None) -> list[dict]:
     return rows
 
 
-def bench_all(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Run every subcommand in its own process; --output is a folder for their figures."""
-    runs = [["ladder"], ["variants"], ["train"], ["loader", "--steps", "20"], ["memory"]]
-    if device.type == "cuda":
-        full = "--n_layer 12 --n_head 12 --n_embd 768 --block_size 1024 --steps 20".split()
-        runs = [["ladder", *full, "--batch_size", str(size)] for size in (16, 32, 64)]
-        runs += [[name, *full, "--batch_size", "64"] for name in ("variants", "train", "loader")]
-        runs += [["memory", "--block_size", "1024", "--batch_size", "16"]]
-    rows = []
-    others = [["startup"], ["hellaswag"], ["generate"], ["generate", "--dtype", "bfloat16"], ["data"]]
-    others += [["optimizer"]]
-    for words in runs + others:
-        print("bench.py", *words, flush=True)
-        command = [sys.executable, __file__, *words, "--device", str(device)]
-        if args.output:
-            Path(args.output).mkdir(parents=True, exist_ok=True)
-            command += ["--output", f"{args.output}/{len(rows):02d}_{words[0]}.json"]
+def gpu_parts(on_gpu: bool) -> dict[str, int]:
+    """Return the commands of `bench.py gpu` in order of worth, and the seconds that each may take."""
+    size = "--n_layer 12 --n_head 12 --n_embd 768" if on_gpu else "--n_layer 1 --n_head 2 --n_embd 16"
+    steps = "--batch_size 64 --block_size 1024 --steps 20" if on_gpu else "--block_size 32 --steps 1"
+    items, tokens, dtype = (10042, 256, "bfloat16") if on_gpu else (4, 4, "float32")
+    text = f"generate {size} --rounds 1 --dtype {dtype} --max_new_tokens {tokens}"
+    return {
+        f"train {size} {steps} --rounds 1": 400,
+        f"hellaswag {size} --dtype {dtype} --limit {items} --rounds 1 --alone": 120,
+        text: 120,
+        f"{text} --batch_size 8": 120,
+        f"ladder {size} {steps} --rounds 1": 400,
+        f"optimizer {size}": 60,
+        f"memory {size} --batch_size {16 if on_gpu else 1} --block_size {1024 if on_gpu else 32}": 120,
+    }
+
+
+def bench_gpu(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Measure what is worth most on a rented GPU, each part in a process of its own with a time limit.
+
+    Each part is written to the folder --output as soon as it ends. Prints the rows for the README's table.
+    """
+    folder = Path(args.output or "measured")
+    folder.mkdir(parents=True, exist_ok=True)
+    args.output, outcomes = f"{folder}/gpu.json", []
+    for number, (words, limit_s) in enumerate(gpu_parts(device.type == "cuda").items()):
+        print(f"\nbench.py {words}", flush=True)
+        path = folder / f"{number}_{words.split()[0]}.json"
+        command = [sys.executable, __file__, *words.split(), "--device", str(device), "--output", str(path)]
         start = time.perf_counter()
-        failed = subprocess.run(command).returncode != 0
-        rows.append({"way": " ".join(words), "s": time.perf_counter() - start, "failed": float(failed)})
-    args.output = args.output and f"{args.output}/all.json"
-    return rows
+        process = subprocess.Popen(command, start_new_session=True)
+        try:
+            failed = process.wait(limit_s) != 0
+        except subprocess.TimeoutExpired:
+            failed = True
+            print(f"stopped after {limit_s} s", flush=True)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+                process.wait()
+        outcomes.append({"way": words, "s": time.perf_counter() - start, "failed": float(failed)})
+        if path.exists() and words.startswith("train"):
+            print_for_readme(json.loads(path.read_text()))
+    print(f"\nPublished for GPT-2 (124M), 1,024 tokens of context: {PUBLISHED}\n")
+    return outcomes
+
+
+def print_for_readme(record: dict) -> None:
+    """Print a benchmark of training as rows of the table at the top of the README."""
+    hardware, options = record["hardware"], record["args"]
+    device = hardware["cpu"] if hardware["device"] == "cpu" else hardware["device"]
+    size = f"{options['n_layer']} x {options['n_embd']}, "
+    size += f"{options['batch_size']} x {options['block_size']} tokens"
+    for row in record["rows"]:
+        shares = [f"{row['mfu']:.1%} mfu"] if "mfu" in row else []
+        shares += [f"{row['of matmul']:.0%} of a matrix product", f"{row['GB']:.1f} GB"]
+        what = f"{row['way']}: {size}, {options['dtype']}; {', '.join(shares)}"
+        print(f"| {what} | | | {row['tokens/s']:,.0f} | | {device} | {record['commit']} |")
 
 
 def alternate(
@@ -791,7 +837,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = command("hellaswag", bench_hellaswag, timed, tokenized, sized)
     add("--data", default=str(DEMO_ITEMS), help="items to score")
-    add("--limit", type=at_least_1, default=20, help="items to score")
+    add("--limit", type=at_least_1, default=20, help="items to score; if there are fewer, they repeat")
+    add("--alone", action="store_true", help="leave out the reference")
     add("--batch_tokens", type=at_least_1, help="tokens per forward pass (None: as hellaswag.py)")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="model dtype")
     add = command("data", bench_data, timed, tokenized)
@@ -803,11 +850,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=at_least_1, default=256, help="tokens to generate")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="model dtype")
     add = command("train", bench_train, timed, small, stepped)
-    add("--grow", action="store_true", help="also with half and twice the context, batch and depth")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="autocast dtype")
     add = command("ladder", bench_ladder, timed, small, stepped)
     add("--trace", help="write a trace of each rung to this folder, for chrome://tracing or Perfetto")
-    command("variants", bench_variants, timed, small, stepped)
     command("loader", bench_loader, small, stepped)
     command("startup", bench_startup, timed)
     command("optimizer", bench_optimizer, timed, sized)
@@ -820,7 +865,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = command("quickstart", bench_quickstart)
     add("--data_dir", required=True, help="Tiny Shakespeare: fineweb.py --files input.txt --tokenizer byte")
     add("--steps", type=at_least_1, default=400, help="training steps of train.py")
-    command("all", bench_all)
+    command("gpu", bench_gpu)
     add = command("memory", bench_memory, sized)
     add("--vocab_size", type=int, default=PADDED_VOCAB_SIZE, help="token ids")
     add("--block_size", type=int, default=256, help="context in tokens")

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from model import GPT
 from runtime.cli import Range, check_options, run
 from runtime.files import file_hash, write_json
-from runtime.hardware import choose_device
+from runtime.hardware import choose_device, masked_attention
 from sample import tokenizer_for
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -266,7 +266,8 @@ def score_batch(model: GPT, batch: list[Sequence]) -> tuple[list[int], torch.Ten
     sources, targets = (torch.tensor(numbers, device=device) for numbers in (sources, targets))
     same = segments[:, None, :] == segments[:, :, None]  # (B, T, T), query before key
     mask = (same | (segments[:, None, :] == 0)).tril()[:, None]  # (B, 1, T, T)
-    hidden = model.trunk(idx, positions=positions, mask=mask).flatten(0, 1)
+    with masked_attention():
+        hidden = model.trunk(idx, positions=positions, mask=mask).flatten(0, 1)
     hidden = hidden[sources]  # (ending tokens, n_embd)
     losses = [
         F.cross_entropy(model.lm_head(rows).float(), wanted, reduction="none")
@@ -284,7 +285,7 @@ def evaluate(
 
     The HellaSwag validation set has 10,042 items; GPT-2 (124M) scores 28.59 % and 29.55 %. Under
     torch.distributed, every rank has to call this. Each scores its share of the batches and returns the whole
-    result, which does not depend on the number of ranks.
+    result, which does not depend on the number of ranks. Raises ValueError if a loss is not finite.
     """
     start = time.perf_counter()
     dist = torch.distributed if torch.distributed.is_initialized() else None
@@ -309,6 +310,12 @@ def evaluate(
         total = torch.from_numpy(np.stack((sums, counts))).to(model.transformer.wte.weight.device)
         dist.all_reduce(total)
         sums, counts = total.cpu().numpy()
+    if not np.isfinite(sums).all():
+        ind = examples[int(np.isfinite(sums).argmin()) // 4].ind
+        raise ValueError(
+            f"the loss of HellaSwag item {ind} is not finite: the weights have diverged, use an older "
+            "checkpoint and a lower learning rate"
+        )
     lengths = counts
     if examples[0].lengths is not None:
         lengths = np.concatenate([example.lengths for example in examples])

@@ -299,13 +299,12 @@ class GPT(nn.Module):
         devices this does nothing.
         """
         weight = self.lm_head.weight
-        supported = weight.dtype == torch.float32 or (
-            weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
         is_x86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
-        linears = [each for each in self.modules() if isinstance(each, nn.Linear)]
-        if weight.device.type != "cpu" or not is_x86 or not supported:
-            linears = []
+        linears = []
+        if weight.device.type == "cpu" and is_x86:  # builds without oneDNN lack the operators
+            fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and weight.dtype == torch.bfloat16
+            if fast or weight.dtype == torch.float32:
+                linears = [each for each in self.modules() if isinstance(each, nn.Linear)]
         try:
             for linear in linears:
                 # The layout for 8 rows is also the fastest one for a single row (LOG.md).

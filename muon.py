@@ -54,8 +54,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Take a step. Afterwards the gradients of Muon's weights are None."""
-        same_shape = defaultdict(list)
+        same_shape, hidden = defaultdict(list), []
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None] if "momentum" in group else []
             for weight in weights:
@@ -66,7 +65,7 @@ class Muon(torch.optim.AdamW):
                 average = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
                 nesterov = weight.grad.lerp(average, group["momentum"])
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.grad = None  # so that AdamW skips it below
+                hidden.append((weight, weight.grad))
                 parts = (each.chunk(group["parts"]) for each in (weight, nesterov))
                 for part, update in zip(*parts, strict=True):
                     rows, columns = part.shape
@@ -78,7 +77,12 @@ class Muon(torch.optim.AdamW):
             parts, updates, rates = zip(*members, strict=True)
             for part, update, rate in zip(parts, self._orthogonalize(updates), rates, strict=False):
                 part.add_(update, alpha=-rate)
-        return super().step(closure)
+        for weight, _ in hidden:
+            weight.grad = None  # AdamW skips it
+        loss = super().step(closure)
+        for weight, gradient in hidden:
+            weight.grad = gradient
+        return loss
 
     def _orthogonalize(self, updates: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Orthogonalize n matrices of one shape, a share on each rank. Returns at least n matrices."""

@@ -16,17 +16,18 @@ import contextlib
 import functools
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tiktoken
 import torch
 
-from model import GPT
+from model import GPT, KVCache
 from plot import read_log
 from runtime.cli import Range, check_options, run
 from runtime.files import whole_folder
-from runtime.hardware import choose_device
+from runtime.hardware import choose_device, masked_attention
 from tokenizer import get_tokenizer, to_hugging_face
 
 SEPARATOR = "\n\n---\n\n"  # between texts
@@ -39,7 +40,28 @@ def _logits(model: GPT, idx: torch.Tensor, *where) -> torch.Tensor:
 
 @functools.cache
 def _compiled_logits() -> Callable:
-    return torch.compile(_logits, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    # One graph for each batch size. After eight of them PyTorch warns, and decodes others in eager mode.
+    return torch.compile(_logits, mode="reduce-overhead", dynamic=False)
+
+
+# Caches of each model for compiled decoding that no text is using now, by shape, dtype and device.
+_unused_caches: weakref.WeakKeyDictionary[GPT, dict[tuple, list]] = weakref.WeakKeyDictionary()
+
+
+def _unused(model: GPT, cache: list[KVCache]) -> list[list[KVCache]]:
+    k = cache[0].k
+    return _unused_caches.setdefault(model, {}).setdefault((k.shape, k.dtype, k.device), [])
+
+
+def _static_cache(model: GPT, cache: list[KVCache]) -> list[KVCache]:
+    """Move a cache to memory that is not in use. CUDA graphs are recorded for its addresses."""
+    unused = _unused(model, cache)
+    static = unused.pop() if unused else cache
+    for old, new in zip(static, cache, strict=True):
+        for mine, theirs in ((old.k, new.k), (old.v, new.v)):
+            mine.copy_(theirs)
+            torch._dynamo.mark_static_address(mine, guard=False)
+    return static
 
 
 @torch.no_grad()
@@ -84,21 +106,21 @@ def stream(
     block_size, device = model.config.block_size, idx.device
     filled = min(T, block_size)  # slots of the cache
     max_length = block_size if compiled else min(block_size, filled + max_new_tokens)
-    # CUDA graphs need fixed shapes: the number of keys is rounded up, and those beyond the end are masked.
-    granularity = 128 if compiled else 1
-    cache = model.new_cache(max_length)
+    cache, static = model.new_cache(max_length), None
     starts = (filled - lengths.to(device)).clamp(min=0)  # (B,): the slots before are padding
 
     def read(idx: torch.Tensor, first: int) -> torch.Tensor:
         """Return the logits (B, vocab_size) after ids (B, T), which go to the slots from `first` on."""
         end = first + idx.size(1)
         slots = torch.arange(first, end, device=device)
-        keys = torch.arange(min(-(-end // granularity) * granularity, max_length), device=device)
+        # CUDA graphs need fixed shapes: all of the cache is visible, and the mask hides what is still empty.
+        keys = torch.arange(max_length if compiled and first else end, device=device)
         mask = (keys <= slots[:, None]) & (keys >= starts[:, None, None])  # (B, T, keys)
         mask |= keys == slots[:, None]  # padding sees itself: a softmax over nothing is not defined
         positions = (slots - starts[:, None]).clamp(min=0)  # (B, T)
         run = _compiled_logits() if compiled and first else _logits
-        return run(model, idx, positions, mask[:, None], cache, slots)[:, :vocab_size].float()
+        with masked_attention():
+            return run(model, idx, positions, mask[:, None], cache, slots)[:, :vocab_size].float()
 
     was_training = model.training
     model.eval()
@@ -107,9 +129,8 @@ def stream(
             logits = read(idx[:, -filled:], 0)
             for layer in cache:
                 layer.repeat(num_samples)
-                if compiled:
-                    torch._dynamo.mark_static_address(layer.k, guard=False)
-                    torch._dynamo.mark_static_address(layer.v, guard=False)
+            if compiled:
+                cache = static = _static_cache(model, cache)
             idx, starts, logits = (each.repeat_interleave(num_samples, 0) for each in (idx, starts, logits))
             ended = torch.zeros(len(idx), dtype=torch.bool, device=device)
             for left in reversed(range(max_new_tokens)):
@@ -130,6 +151,8 @@ def stream(
                     logits, filled = read(idx[:, -kept:], 0), kept
     finally:
         model.train(was_training)
+        if static:
+            _unused(model, static).append(static)
 
 
 def generate(

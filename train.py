@@ -3,6 +3,7 @@
     python train.py --preset demo                        # a laptop: no GPU, no network, one minute
     python train.py                                      # GPT-2 (124M) on edu_fineweb10B/, one GPU
     torchrun --standalone --nproc_per_node=8 train.py    # the same run, step for step, on eight GPUs
+    python train.py --dry_run                            # is this machine right for it, and how long?
 
 Writes to --out_dir: log.jsonl (one record per step and evaluation), checkpoints (model_XXXXX.pt and
 model_best.pt), loss.png, and tensorboard/ and wandb/ if asked for. Expect a first loss close to
@@ -17,9 +18,10 @@ import json
 import math
 import struct
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,18 +33,19 @@ import hellaswag
 import sample
 from model import GPT, GPTConfig
 from muon import Muon
-from runtime import hardware
+from runtime import dry_run, hardware
 from runtime.checkpoint import (
     CheckpointWriter,
     Progress,
     check_disk,
+    disk_usage,
     load_training_state,
     restore,
     training_state,
 )
 from runtime.cli import Range, check_options, run
 from runtime.distributed import Distributed, Problems, StopSignal, setup_distributed
-from runtime.records import Log, check_packages, make_run_folder
+from runtime.records import Log, about_run, check_packages, describe_run, make_run_folder
 from tokenizer import NAMES, get_tokenizer
 
 DEMO_DATA_DIR = "demo_data"
@@ -98,7 +101,8 @@ class DataLoaderLite:
     A shard holds (len - 1) // block_size windows. An epoch goes through the windows in file order or, with
     `shuffle`, in an order drawn from (seed, epoch). Each step takes the next windows, and each micro-step on
     each rank takes its slice of them. Therefore any number of ranks and any batch size train on the same
-    windows, and resuming is just a `seek`. `description` tells data sets apart.
+    windows, and resuming is just a `seek`. `description` tells data sets apart, and `waited_s` is how long
+    `next_batch` has waited for data.
 
     Raises FileNotFoundError if there are no shards, and ValueError for a shard that is damaged, too short or
     holds ids outside a vocabulary of `vocab_size`.
@@ -117,7 +121,7 @@ class DataLoaderLite:
         seed: int = 0,
     ):
         self.batch_size, self.block_size, self.vocab_size = batch_size, block_size, vocab_size
-        self.dist, self.shuffle, self.seed = dist, shuffle, seed
+        self.dist, self.shuffle, self.seed, self.waited_s = dist, shuffle, seed, 0.0
         data_dir = Path(data_dir)
         manifest = fineweb.read_manifest(data_dir)
         self.paths = fineweb.find_shards(data_dir, split, manifest)
@@ -170,7 +174,9 @@ class DataLoaderLite:
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs and targets, both (batch_size, block_size) int64 on the device."""
+        started = time.perf_counter()
         rows = self.pending.result()
+        self.waited_s += time.perf_counter() - started
         self.seek(self.window + self.dist.world_size * self.batch_size)
         rows = rows.to(self.dist.device, non_blocking=True)
         return rows[:, :-1], rows[:, 1:]
@@ -178,7 +184,7 @@ class DataLoaderLite:
 
 @torch.no_grad()
 def validate(
-    model: torch.nn.Module, loader: DataLoaderLite, val_tokens: int, autocast: torch.autocast
+    model: torch.nn.Module, loader: DataLoaderLite, autocast: torch.autocast, val_tokens: int
 ) -> float:
     """Return the mean loss in nats per token over the first `val_tokens` of the split.
 
@@ -237,6 +243,10 @@ def option_parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="continue the run in --out_dir if there is one")
     add("--tokenizer", choices=NAMES, help="tokenizer of the shards (None: from their manifest, or gpt2)")
     add("--seed", type=AT_LEAST_0, default=1337, help="seed of weights, dropout, samples and --shuffle")
+    add = parser.add_argument_group("checks").add_argument
+    add("--dry_run", action="store_true", help="check gradients and forecast the run; writes nothing")
+    add("--price", type=NOT_NEGATIVE, default=0.0, help="price of a GPU-hour, for the forecast of --dry_run")
+    add("--overfit_batch", action="store_true", help="fit one batch to a loss near zero")
     add = parser.add_argument_group("model (None: from the preset or --init_from)").add_argument
     add("--block_size", type=AT_LEAST_1, help="context in tokens")
     add("--vocab_size", type=AT_LEAST_1, help="token ids (None: the tokenizer's, padded to a multiple of 64)")
@@ -249,7 +259,6 @@ def option_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=batch_size, default=64, help="sequences per rank and micro-step, or auto")
     add("--total_batch_size", type=AT_LEAST_1, default=524288, help="tokens per step, over all ranks")
     add("--shuffle", action=argparse.BooleanOptionalAction, default=False, help="permute every epoch")
-    add("--overfit_batch", action="store_true", help="sanity check: fit one batch to a loss near zero")
     add = parser.add_argument_group("optimizer").add_argument
     add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the blocks' matrices")
     add("--schedule", choices=("cosine", "wsd"), default="cosine", help="wsd: constant, then linear decay")
@@ -323,6 +332,8 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
         )
     if args.overfit_batch and args.resume:
         problems.append("--overfit_batch checks a new model: leave out --resume")
+    if args.overfit_batch and args.dry_run:
+        problems.append("--overfit_batch and --dry_run are different checks: use one of them")
     if args.early_stop and not args.val_every:
         problems.append("--early_stop counts validations, but --val_every is 0: set both or neither")
     # A new run renames the folder of an old one, with all that it contains.
@@ -397,22 +408,6 @@ def load_model(args: argparse.Namespace, n_vocab: int, resumed: dict | None) -> 
     return model
 
 
-def find_batch_size(model: GPT, args: argparse.Namespace, dtype: torch.dtype, dist: Distributed) -> int:
-    """Return the largest --batch_size that fits on every rank and divides the tokens of a step.
-
-    Raises ValueError if not even 1 fits. A collective.
-    """
-    most = args.total_batch_size // (args.block_size * dist.world_size)
-    for batch_size in (n for n in range(most, 0, -1) if most % n == 0):
-        fits_here = hardware.fits(model, batch_size, args.block_size, dtype, dist.device, dist.world_size)
-        (misfits,) = dist.sum(not fits_here)
-        if dist.device.type == "cuda":
-            torch.cuda.empty_cache()
-        if not misfits:
-            return batch_size
-    raise ValueError("not even --batch_size 1 fits into memory: use --recompute or a smaller --block_size")
-
-
 def prepare(
     args: argparse.Namespace, dist: Distributed
 ) -> tuple[GPT, torch.dtype, dict[str, DataLoaderLite], list[hellaswag.Example], dict | None]:
@@ -461,7 +456,8 @@ def prepare(
     if problems.none_on_any_rank():
         with problems.collect():
             if args.batch_size == "auto":
-                args.batch_size = find_batch_size(model, args, dtype, dist)
+                sizes = (args.total_batch_size, args.block_size)
+                args.batch_size = hardware.find_batch_size(model, *sizes, dtype, dist)
             sizes = {name: getattr(args, name) for name in ("batch_size", "block_size", "vocab_size")}
             order = {"shuffle": args.shuffle, "seed": args.seed}
             loaders["val"] = DataLoaderLite(args.data_dir, "val", dist=dist, **sizes)
@@ -487,7 +483,8 @@ def build_optimizer(model: GPT, args: argparse.Namespace, dist: Distributed) -> 
     options = dict(lr=args.learning_rate, betas=(args.beta1, args.beta2), eps=1e-8, fused=True)
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options)
-    options["dtype"] = torch.bfloat16 if hardware.has_bf16(dist.device) else torch.float32
+    fast = hardware.computes_in(torch.bfloat16, dist.device)
+    options["dtype"] = torch.bfloat16 if fast else torch.float32
     return Muon(groups, rank=dist.rank, world_size=dist.world_size, **options)
 
 
@@ -497,8 +494,52 @@ def is_last_step(args: argparse.Namespace, progress: Progress) -> bool:
     return progress.step == args.max_steps or 0 < patience <= progress.step - progress.best_step
 
 
+def train_step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    loader: DataLoaderLite,
+    autocast: torch.autocast,
+    attention: Callable[[], contextlib.AbstractContextManager],
+    args: argparse.Namespace,
+    step: int,
+    accum: int,
+) -> tuple[float, float]:
+    """Train on the next `accum` micro-batches; return this rank's mean loss and the norm of the gradient.
+
+    `attention` is the context that selects its kernel. If the norm is not finite, the weights stay the same.
+    """
+    dist = loader.dist
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(step, args) * group["lr_scale"]
+    # Dropout draws the same numbers when a resumed run repeats this step.
+    torch.manual_seed(int(np.random.SeedSequence((args.seed, step, dist.rank)).generate_state(1)[0]))
+    if args.overfit_batch:
+        loader.seek(0)
+    loss_sum = 0.0
+    for micro_step in range(accum):
+        x, y = loader.next_batch()
+        # Gradients are reduced over the ranks once per step, during the last backward pass.
+        sync_now = dist.world_size == 1 or micro_step == accum - 1
+        # The backward pass needs the same kernel, because it may recompute attention.
+        with attention(), contextlib.nullcontext() if sync_now else model.no_sync():
+            with autocast:
+                loss = model(x, y)[1]
+            scaler.scale(loss / accum).backward()
+        loss_sum += loss.detach() / accum
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
+    # Every rank has the same gradients, so either all of them skip the step or none does.
+    if math.isfinite(norm):
+        scaler.step(optimizer)
+    scaler.update()
+    # DDP's gradients are views of the buckets that it reduces. Freed, they would be allocated a second time.
+    optimizer.zero_grad(set_to_none=dist.world_size == 1)
+    return loss_sum.item(), norm
+
+
 def main(args: argparse.Namespace) -> None:
-    dist = setup_distributed(args.device)
+    dist = setup_distributed(hardware.choose_device(args.device))
     raw_model, dtype, loaders, examples, resumed = prepare(args, dist)
     device, out_dir = dist.device, Path(args.out_dir).absolute()
     optimizer = build_optimizer(raw_model, args, dist)
@@ -514,26 +555,50 @@ def main(args: argparse.Namespace) -> None:
     model = torch.compile(parallel) if compiled else parallel
     accum = args.total_batch_size // (args.batch_size * args.block_size * dist.world_size)
     flops_per_token, peak = raw_model.flops_per_token(args.block_size), hardware.peak_flops(device, dtype)
-
-    progress = Progress()
+    progress, recent = Progress(), (resumed or {}).get("recent", {})
     if resumed:
         progress, differences = restore(resumed, optimizer, scaler, args, loaders)
         dist.say("\n".join(differences))
-    elif dist.is_main:
-        make_run_folder(out_dir)
-    log, writer = lambda step, kind, **values: None, None
-    if dist.is_main:
-        log = Log(out_dir, args, progress.step, is_last_step(args, progress))
-        milestone_steps = args.milestone_every * args.checkpoint_every
-        recent = (resumed or {}).get("recent", {})
-        writer = CheckpointWriter(out_dir, args.keep, milestone_steps, log.checkpoint, recent)
-        with attention():
-            how = hardware.describe_compute(args, dtype, device, compiled)
-        log.start(dist.world_size, optimizer.param_groups, loaders["train"].windows, how, device)
-    del resumed  # its memory is needed
+    is_new, resumed = not resumed, None  # its memory is needed
 
+    def score(examples: list[hellaswag.Example]) -> dict:
+        try:
+            with autocast:
+                return hellaswag.evaluate(raw_model, examples)
+        except ValueError as error:  # all ranks see the same scores
+            raise dist.leave_with_error(str(error)) from error
+
+    def write_samples(tokens: int) -> list[str]:
+        generator = torch.Generator(device).manual_seed(args.seed)
+        what = (get_tokenizer(args.tokenizer), [args.sample_prompt], tokens)
+        return sample.complete(raw_model, *what, num_samples=2, top_k=50, generator=generator)
+
+    contexts = (autocast, attention)
+    take_step = partial(train_step, model, optimizer, scaler, loaders["train"], *contexts, args)
+    evaluate = partial(validate, model, loaders["val"], autocast)
+    state = partial(training_state, raw_model, optimizer, scaler, progress, args, loaders)
+    with attention():
+        how = hardware.describe_compute(args, dtype, device, compiled)
+    about = about_run(args, dist.world_size, optimizer.param_groups, device)
+    disk = disk_usage(args, optimizer.param_groups)
+    dist.say(describe_run(args, about, how, loaders["train"].windows * args.block_size, disk))
     raw_model.train()
     loaders["train"].seek(progress.windows)
+    if args.dry_run:
+        what = (args, dist, dtype, raw_model, model, *contexts, loaders, examples, progress.step, compiled)
+        calls = dict(take_step=take_step, evaluate=evaluate, score=score, write_samples=write_samples)
+        dry_run.rehearse(*what, **calls, state=state)
+        return dist.leave()
+
+    log, writer = lambda step, kind, **values: None, None
+    if dist.is_main:
+        if is_new:
+            make_run_folder(out_dir)
+        log = Log(out_dir, args, progress.step, is_last_step(args, progress))
+        milestone_steps = args.milestone_every * args.checkpoint_every
+        writer = CheckpointWriter(out_dir, args.keep, milestone_steps, log.checkpoint, recent)
+    log(progress.step, "run", **about)
+
     start_step, skipped, skipped_in_row = progress.step, 0, 0
     stop, stopping = StopSignal(), False
     for step in range(start_step, args.max_steps + 1):
@@ -543,7 +608,7 @@ def main(args: argparse.Namespace) -> None:
             writer.check()
 
         if args.val_every and (step % args.val_every == 0 or last_step):
-            progress.val_loss = validate(model, loaders["val"], args.val_tokens, autocast)
+            progress.val_loss = evaluate(args.val_tokens)
             log(step, "val", loss=progress.val_loss)
             if progress.val_loss < progress.best_val_loss:
                 progress.best_val_loss, progress.best_step = progress.val_loss, step
@@ -554,57 +619,30 @@ def main(args: argparse.Namespace) -> None:
                 last_step = True
 
         if args.hellaswag_every and (step % args.hellaswag_every == 0 or last_step):
-            with autocast:
-                scores = hellaswag.evaluate(raw_model, examples)
+            scores = score(examples)
             del scores["items"]
             log(step, "hellaswag", **scores, compilations=hardware.compilations() if compiled else 0)
 
         if args.sample_every and (step % args.sample_every == 0 or last_step):
-            generator = torch.Generator(device).manual_seed(args.seed)
-            what = (get_tokenizer(args.tokenizer), [args.sample_prompt], args.sample_tokens)
-            texts = sample.complete(raw_model, *what, num_samples=2, top_k=50, generator=generator)
-            log(step, "sample", texts=texts)
+            log(step, "sample", texts=write_samples(args.sample_tokens))
 
         if args.checkpoint_every and ((step % args.checkpoint_every == 0 and step > start_step) or last_step):
             due.append(f"model_{step:05d}.pt")
         if args.checkpoint_every and due and dist.is_main:
-            state = training_state(raw_model, optimizer, scaler, progress, args, loaders)
-            writer.save(due, state, device)
+            writer.save(due, state(), device)
 
         if last_step:
             break
 
         started = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, args) * group["lr_scale"]
-        # Dropout draws the same numbers when a resumed run repeats this step.
-        torch.manual_seed(int(np.random.SeedSequence((args.seed, step, dist.rank)).generate_state(1)[0]))
-        if args.overfit_batch:
-            loaders["train"].seek(0)
-        loss_sum = 0.0
-        for micro_step in range(accum):
-            x, y = loaders["train"].next_batch()
-            # Gradients are reduced over the ranks once per step, during the last backward pass.
-            sync_now = dist.world_size == 1 or micro_step == accum - 1
-            with contextlib.nullcontext() if sync_now else model.no_sync():
-                with autocast, attention():
-                    loss = model(x, y)[1]
-                scaler.scale(loss / accum).backward()
-            loss_sum += loss.detach() / accum
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.grad_clip or math.inf).item()
-        # Every rank has the same gradients, so either all of them skip the step or none does.
-        if math.isfinite(norm):
-            scaler.step(optimizer)
-            skipped_in_row = 0
-        else:
-            skipped, skipped_in_row = skipped + 1, skipped_in_row + 1
+        loss, norm = take_step(step, accum)
+        skipped_in_row = 0 if math.isfinite(norm) else skipped_in_row + 1
+        if skipped_in_row:
+            skipped += 1
             dist.say(f"step {step:5d} | gradient norm {norm}: step skipped, {skipped_in_row} in a row")
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
         progress.windows += args.total_batch_size // args.block_size
         # The mean loss, and whether any rank has got a signal: one collective stops all after the same step.
-        train_loss, stopping = dist.sum(loss_sum.item() / dist.world_size, bool(stop))
+        train_loss, stopping = dist.sum(loss / dist.world_size, bool(stop))
         hardware.synchronize(device)
         seconds = time.perf_counter() - started
 
@@ -621,8 +659,7 @@ def main(args: argparse.Namespace) -> None:
             )
         if stopping and args.checkpoint_every and dist.is_main:
             progress.step = step + 1
-            state = training_state(raw_model, optimizer, scaler, progress, args, loaders)
-            writer.save([f"model_{step + 1:05d}.pt"], state, device)
+            writer.save([f"model_{step + 1:05d}.pt"], state(), device)
         if stopping or (args.overfit_batch and train_loss < OVERFIT_LOSS):
             break
 
@@ -631,7 +668,8 @@ def main(args: argparse.Namespace) -> None:
         with contextlib.closing(log):
             writer.close()
             if not stopping:
-                log(step, "end")
+                peak_bytes = (hardware.memory(device) or [None])[0]
+                log(step, "end", peak_bytes=peak_bytes)
     if stopping:
         dist.say(f"stopped by a signal after step {step}: the same command with --resume continues")
     elif args.overfit_batch and train_loss >= OVERFIT_LOSS:

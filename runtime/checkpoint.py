@@ -106,12 +106,13 @@ def load_checkpoint(source: str | Path) -> dict:
         if (checkpoint := load_newest(checkpoints_in(source))) is None:
             raise FileNotFoundError(f"no complete checkpoint in {source}: train one with `python train.py`")
         return checkpoint
+    mapped = False
     try:
         # Reading through Python's file keeps errors of the system apart: torch turns its own into
         # RuntimeError.
         with open(source, "rb") as file:
             with contextlib.suppress(zipfile.BadZipFile):  # formats of older versions of torch
-                archive = zipfile.ZipFile(file)
+                archive, mapped = zipfile.ZipFile(file), True
                 if broken := archive.testzip():  # torch.load does not verify checksums
                     raise ValueError(f"{broken} fails its checksum")
                 if any(entry.external_attr & 0x10 for entry in archive.infolist()):  # and skips folders
@@ -120,7 +121,9 @@ def load_checkpoint(source: str | Path) -> dict:
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
             file.seek(0)
             with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
-                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+                # Ranks share the memory of a file that is mapped. The checks above have read all of it.
+                what = source if mapped else file
+                checkpoint = torch.load(what, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         if not is_damage(error):
             raise system_error(source, error) from error
@@ -219,9 +222,15 @@ def restore(
     means: training continues at the first window that has not been consumed, and the best validation loss
     counts only for the same validation tokens.
     """
-    # Only the optimizer's moments are restored; this command's options win.
+    # Only the optimizer's moments are restored; this command's options win. They are copied, because the file
+    # is mapped.
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": resumed["optimizer"]["state"], "param_groups": groups})
+    device = optimizer.param_groups[0]["params"][0].device
+    state = {
+        index: {name: value.to(device, copy=True) for name, value in moments.items()}
+        for index, moments in resumed["optimizer"]["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     if resumed["scaler"]:  # empty unless the run used fp16
         scaler.load_state_dict(resumed["scaler"])
     before = resumed["args"]
@@ -401,6 +410,24 @@ def check_disk(args: argparse.Namespace, groups: list[dict], resumed: dict | Non
         raise ValueError(f"checkpoints in {args.out_dir} need {sizes}: lower --keep or use another --out_dir")
 
 
+def to_host(value, host: dict[tuple, torch.Tensor]):
+    """Copy nested dicts and lists with their tensors to host memory; shared memory stays shared.
+
+    `host` keeps that memory for the next call. For GPUs it is pinned, so that the copy runs at the full speed
+    of the bus.
+    """
+    if isinstance(value, dict):
+        return {name: to_host(each, host) for name, each in value.items()}
+    if isinstance(value, list):
+        return [to_host(each, host) for each in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    key = (value.data_ptr(), value.shape, value.dtype)
+    if key not in host:
+        host[key] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+    return host[key].copy_(value, non_blocking=True)
+
+
 class CheckpointWriter:
     """Writes checkpoints in the background, one after the other.
 
@@ -432,28 +459,11 @@ class CheckpointWriter:
             if NUMBERED.fullmatch(unfinished.stem) or unfinished.stem == BEST:
                 unfinished.unlink()
 
-    def to_host(self, value):
-        """Copy nested dicts and lists with their tensors to host memory; shared memory stays shared.
-
-        The host memory is reused by the next call. For GPUs it is pinned, so that the copy runs at the full
-        speed of the bus.
-        """
-        if isinstance(value, dict):
-            return {name: self.to_host(each) for name, each in value.items()}
-        if isinstance(value, list):
-            return [self.to_host(each) for each in value]
-        if not isinstance(value, torch.Tensor):
-            return value
-        key = (value.data_ptr(), value.shape, value.dtype)
-        if key not in self.host:
-            self.host[key] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        return self.host[key].copy_(value, non_blocking=True)
-
     def save(self, names: list[str], checkpoint: dict, device: torch.device) -> None:
         """Start writing the checkpoint under each of the names."""
         started = time.perf_counter()
         self.pending.result()
-        checkpoint = self.to_host(checkpoint)
+        checkpoint = to_host(checkpoint, self.host)
         synchronize(device)
         held_ms = 1000 * (time.perf_counter() - started)
         self.pending = self.pool.submit(self._write, names, checkpoint, held_ms)

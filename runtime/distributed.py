@@ -1,6 +1,7 @@
 """Ranks: joining and leaving torchrun's process group, and agreeing on sums, errors and signals."""
 
 import contextlib
+import datetime
 import os
 import signal
 import time
@@ -11,8 +12,9 @@ import torch
 from tqdm import tqdm
 
 from runtime.cli import USER_ERRORS, error_lines
-from runtime.hardware import choose_device
 
+# Ranks wait for rank 0: for a download, for a large checkpoint on a slow disk. NCCL's default is ten minutes.
+TIMEOUT = datetime.timedelta(hours=2)
 SAME_SIGNAL_S = 1.0  # torchrun repeats a signal that a terminal or Slurm has already sent to every process
 
 
@@ -57,10 +59,11 @@ class Distributed:
     def leave(self) -> None:
         """Leave the process group. A collective."""
         if self.world_size > 1:
-            # A gloo thread may need the interpreter lock to free a tensor, while destroy_process_group holds
-            # the lock and waits for that thread: a deadlock, seen in tests. The barrier lets the thread
-            # finish.
-            torch.distributed.barrier()
+            # A gloo thread needs the interpreter lock to free the tensors of a collective. If the group is
+            # freed meanwhile, which holds the lock and waits for that thread, both wait for ever: seen in
+            # tests. The barrier lets the thread finish, and `work` keeps it from freeing the barrier itself.
+            work = torch.distributed.barrier(async_op=True)
+            work.wait()
             torch.distributed.destroy_process_group()
 
     def leave_with_error(self, message: str) -> BaseException:
@@ -72,30 +75,43 @@ class Distributed:
         return ValueError(message) if self.is_main else SystemExit(1)
 
 
-def setup_distributed(device: str) -> Distributed:
+def setup_distributed(device: torch.device) -> Distributed:
     """Join torchrun's process group if there is one: with nccl on GPUs, gloo on CPUs.
 
-    Raises ValueError if this machine lacks the device or has fewer GPUs than ranks.
+    `device` is that of this rank (`hardware.choose_device`); ranks that have no GPU use the CPU.
     """
-    device = choose_device(device)
     if "RANK" not in os.environ:
         return Distributed(rank=0, world_size=1, device=device)
-    if device.type == "cuda":
-        device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store, single_node = None, os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    if single_node and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # All restarts of torchrun share one store, where a new rank may find the address of a dead one
-        # (pytorch/pytorch#135712). A prefix per restart separates them. Each node counts its own restarts, so
-        # this works on a single node only.
-        store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        store = torch.distributed.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    return Distributed(rank, world_size, device)
+    on_gpu = device.type == "cuda"
+    torch.distributed.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=fresh_store(),
+        rank=(rank := int(os.environ["RANK"])),
+        world_size=(world_size := int(os.environ["WORLD_SIZE"])),
+        timeout=TIMEOUT,
+        device_id=device if on_gpu else None,
+    )
+    return Distributed(rank, world_size, device if on_gpu else torch.device("cpu"))
+
+
+def fresh_store() -> torch.distributed.Store | None:
+    """Return a store that no earlier restart of torchrun has used, or None to use torchrun's own.
+
+    All restarts share torchrun's store, where a new rank may find the address of a dead one
+    (pytorch/pytorch#135712) and NCCL the errors of a dead group. So the first rank opens another store and
+    publishes its port in torchrun's. Each node counts its own restarts, so this works on a single node only.
+    """
+    single_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    if not single_node or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, restart = os.environ["MASTER_ADDR"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+    shared = torch.distributed.TCPStore(host, int(os.environ["MASTER_PORT"]))
+    key, is_first = f"port of restart {restart}", os.environ["RANK"] == "0"
+    port = 0 if is_first else int(shared.get(key))
+    store = torch.distributed.TCPStore(host, port, is_master=is_first, wait_for_workers=False)
+    if is_first:
+        shared.set(key, str(store.port))
+    return store
 
 
 class Problems:

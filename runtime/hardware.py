@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from runtime.distributed import Distributed
+
 # Dense bf16/fp16 FLOP/s with fp32 accumulation, from NVIDIA's data sheets, keyed by the driver's device name.
 PEAK_FLOPS = {
     r"NVIDIA B200": 2250e12,
@@ -33,39 +35,52 @@ PEAK_FLOPS = {
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """Return the device with that name; "auto" is the first of cuda, mps and cpu that this machine has.
+    """Return the device with that name, and make it the current one if it is a GPU.
 
-    Raises ValueError if this machine lacks the device.
+    "auto" is the first of cuda, mps and cpu that this machine has. Under torchrun, each rank gets a GPU of
+    its own. Raises ValueError if this machine lacks the device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.device(name)
+        if device.type == "cuda":
+            # Asking for "cuda" would make every rank reserve memory on the first GPU.
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        device = torch.empty(0, device=device).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name} is not available ({reason}): use auto or cpu") from error
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Return whether the hardware computes in bf16 instead of emulating it."""
+def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether the hardware computes in bf16 or fp16 instead of emulating it."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return any(capabilities.get(feature) for feature in ("avx512_bf16", "amx_bf16"))
+        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return dtype == torch.float16
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return any(torch.cpu.get_capabilities().get(f"{unit}_{name}") for unit in ("avx512", "amx"))
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Resolve --dtype: bf16 where the hardware computes in it, else fp16 on NVIDIA GPUs and fp32 elsewhere.
 
-    Raises ValueError for bf16 on a GPU that only emulates it, and warns about such a CPU.
+    Raises ValueError for bf16 on a GPU that only emulates it, and warns about a CPU that emulates the dtype.
     """
     if name == "auto":
-        name = "bfloat16" if has_bf16(device) else "float16" if device.type == "cuda" else "float32"
-    elif name == "bfloat16" and not has_bf16(device) and device.type == "cuda":
-        raise ValueError("this GPU only emulates bfloat16: use --dtype float16 or auto")
-    elif name == "bfloat16" and not has_bf16(device) and device.type == "cpu":
-        warnings.warn("this CPU only emulates bfloat16: --dtype float32 is faster", stacklevel=2)
-    return getattr(torch, name)
+        has_bf16 = computes_in(torch.bfloat16, device)
+        return torch.bfloat16 if has_bf16 else torch.float16 if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, name)
+    if dtype != torch.float32 and not computes_in(dtype, device):
+        if device.type == "cuda":
+            raise ValueError(f"this GPU only emulates {name}: use --dtype float16 or auto")
+        if device.type == "cpu":
+            warnings.warn(f"this CPU only emulates {name}: --dtype float32 is faster", stacklevel=2)
+    return dtype
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -78,8 +93,36 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its work; without this, timings on GPUs are wrong."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def memory(device: torch.device) -> tuple[int, int] | None:
+    """Return the peak memory of this process in bytes and what was left then, or None on Windows."""
+    if device.type == "cuda":
+        peak, now = torch.cuda.max_memory_reserved(device), torch.cuda.memory_reserved(device)
+        return peak, torch.cuda.mem_get_info(device)[0] + now - peak
+    try:
+        import resource
+    except ImportError:
+        return None
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    peak = kilobytes * (1 if sys.platform == "darwin" else 1024)
+    return peak, installed_memory() - peak
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Start measuring the peak memory of a GPU again; a process cannot forget its own."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def installed_memory() -> int:
+    """Return the bytes of memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def keep_freed_memory() -> None:
@@ -143,6 +186,15 @@ def compilations() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+def masked_attention() -> contextlib.AbstractContextManager:
+    """Return a context for attention with a mask, in shapes that change from call to call.
+
+    It excludes cuDNN's kernel, which PyTorch prefers on Hopper and Blackwell: it makes a plan for every
+    shape, which takes 23 to 37 ms (published).
+    """
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 def fits(
     model: torch.nn.Module,
     batch_size: int,
@@ -158,12 +210,11 @@ def fits(
     machine's memory, shared by its ranks.
     """
     if device.type != "cuda":
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
-        return model.training_bytes(batch_size, block_size, dtype) <= memory / world_size
+        return model.training_bytes(batch_size, block_size, dtype) <= installed_memory() / 2 / world_size
     try:
         # AdamW's moments, and a twentieth of the device for temporary tensors.
         reserve = [torch.empty_like(weight) for weight in [*model.parameters()] * 2]
-        reserve += [torch.empty(torch.cuda.mem_get_info()[1] // 20, dtype=torch.uint8, device=device)]
+        reserve += [torch.empty(torch.cuda.mem_get_info(device)[1] // 20, dtype=torch.uint8, device=device)]
         idx = torch.zeros(batch_size, block_size, dtype=torch.int64, device=device)
         for _ in range(2):  # the second micro-step adds to the gradients of the first
             with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
@@ -174,6 +225,24 @@ def fits(
     finally:
         model.zero_grad(set_to_none=True)
     return True
+
+
+def find_batch_size(
+    model: torch.nn.Module, total_batch_size: int, block_size: int, dtype: torch.dtype, dist: Distributed
+) -> int:
+    """Return the largest --batch_size that fits on every rank and divides the tokens of a step.
+
+    Raises ValueError if not even 1 fits. A collective.
+    """
+    most = total_batch_size // (block_size * dist.world_size)
+    for batch_size in (n for n in range(most, 0, -1) if most % n == 0):
+        fits_here = fits(model, batch_size, block_size, dtype, dist.device, dist.world_size)
+        (misfits,) = dist.sum(not fits_here)
+        if dist.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not misfits:
+            return batch_size
+    raise ValueError("not even --batch_size 1 fits into memory: use --recompute or a smaller --block_size")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from runtime.checkpoint import disk_usage
 from runtime.files import write_atomically
 from runtime.hardware import describe_machine
 
@@ -111,22 +110,6 @@ class Log:
         self.first_step_began: float | None = None
         self.drawn = time.monotonic()
 
-    def start(
-        self, world_size: int, groups: list[dict], epoch_windows: int, how: str, device: torch.device
-    ) -> None:
-        """Record what the run is about to do, and print it.
-
-        `groups` are those of the optimizer, and `how` names dtype and kernels.
-        """
-        disk = disk_usage(self.args, groups)
-        groups = describe_groups(groups, self.args.learning_rate)
-        params = sum(group["params"] for group in groups)
-        about = dict(args=vars(self.args), world_size=world_size, params=params, groups=groups)
-        about |= describe_machine(device)
-        self(self.start_step, "run", **about)
-        epoch_tokens = epoch_windows * self.args.block_size
-        tqdm.write(describe_run(self.args, about, how, epoch_tokens, disk))
-
     def __call__(self, step: int, kind: str, **values) -> None:
         """Add a record and print its line. Numbers that are not finite become null: JSON has none."""
         self._record(step, kind, values)
@@ -194,6 +177,16 @@ class Log:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def about_run(
+    args: argparse.Namespace, world_size: int, groups: list[dict], device: torch.device
+) -> dict:
+    """Return the record of what a run is about to do; `groups` are those of the optimizer."""
+    groups = describe_groups(groups, args.learning_rate)
+    params = sum(group["params"] for group in groups)
+    about = dict(args=vars(args), world_size=world_size, params=params, groups=groups)
+    return about | describe_machine(device)
 
 
 def describe_groups(groups: list[dict], learning_rate: float) -> list[dict]:

@@ -32,6 +32,13 @@ def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def forget_compiled_code():
+    """torch.compile keeps at most eight versions of a function, of all tests together."""
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def shards(tmp_path):
     """A folder without a manifest: one val and two train shards of random bytes, some more likely."""

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import subprocess
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def test_ratios_are_taken_round_by_round():
         ),
         (f"optimizer {TINY} --rounds 1", ["AdamW, fused", "torch.optim.Muon", "Muon of muon.py"]),
         (f"loader {TINY} --block_size 16", ["within a shard", "at a shard's end"]),
+        (f"hellaswag {TINY} --limit 46 --rounds 1 --alone", ["hellaswag.evaluate"]),  # there are 44
     ],
 )
 def test_subcommand_writes_its_figures(command, ways, tmp_path, capsys):
@@ -108,16 +110,50 @@ def test_only_a_sweep_takes_options_after_the_dashes(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_all_runs_only_existing_commands(device, monkeypatch, tmp_path):
-    seen = []
+def test_gpu_parts_are_written_as_they_end_and_a_failure_is_a_row(monkeypatch, capsys):
+    """Two parts of `bench.py gpu` on CPUs; before them one that fails and one that takes too long."""
+    parts = [words for words in bench.gpu_parts(False) if words.startswith(("train", "optimizer"))]
+    parts = {"train --steps 0": 60, "startup": 0.01, **dict.fromkeys(parts, 60)}
+    monkeypatch.setattr(bench, "gpu_parts", lambda on_gpu: parts)
+    bench.main(bench.parse_args("gpu --device cpu --output measured".split()))
+    outcomes = json.loads(Path("measured/gpu.json").read_text())["rows"]
+    assert [row["failed"] for row in outcomes] == [1, 1] + [0] * (len(parts) - 2)
+    written = {path.stem for path in Path("measured").iterdir()}
+    assert written == {"gpu", "2_train", "3_optimizer"}
+    rows = {row["way"]: row for row in json.loads(Path("measured/2_train.json").read_text())["rows"]}
+    assert rows.keys() == {"transformers", "train.py", "train.py, muon"}
+    assert all(row["tokens/s"] > 0 and row["GB"] > 0.1 and row["of matmul"] > 0 for row in rows.values())
+    printed = capsys.readouterr().out
+    assert "stopped after 0.01 s" in printed and "468,000" in printed
+    row = r"\| train.py: 1 x 16, 4 x 32 tokens, bfloat16; \d+% of a .* GB \| \| \| [\d,]+ \|"
+    assert re.search(row, printed)
 
-    def run(command):
-        seen.append(bench.parse_args(command[2:]))
-        return subprocess.CompletedProcess(command, returncode=len(seen) == 2)
 
-    monkeypatch.setattr(bench.subprocess, "run", run)
-    rows = bench.bench_all(bench.parse_args(["all", "--output", str(tmp_path)]), torch.device(device))
-    assert {args.command for args in seen} >= {"ladder", "train", "loader", "memory", "startup", "generate"}
-    assert {args.device for args in seen} == {device} and len({args.output for args in seen}) == len(seen)
-    assert [row["failed"] for row in rows] == [0, 1] + [0] * (len(rows) - 2)
+def test_gpu_parts_exist_at_full_size():
+    for words, limit_s in bench.gpu_parts(True).items():
+        args = bench.parse_args(words.split())
+        assert (args.n_layer, args.n_embd) == (12, 768) and limit_s >= 60
+        assert getattr(args, "rounds", 2) <= 2
+
+
+def test_way_that_runs_out_of_memory_has_a_row_without_figures(capsys):
+    calls = []
+
+    def fails():
+        calls.append("fails")
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 6.14 GiB")
+
+    ways = {"large": fails, "small": lambda: calls.append("small") or (0.5, 3e9)}
+    large, small = bench.train_in_turn(ways, 2, torch.device("cpu"), 100)
+    assert calls == ["fails", "small", "small"]  # not tried again
+    assert math.isnan(large["tokens/s"]) and math.isnan(large["GB"])
+    assert (small["tokens/s"], small["GB"]) == (200, 3)
+    assert capsys.readouterr().out == "large: CUDA out of memory. Tried to allocate 6.14 GiB\n"
+
+
+def test_patched_training_reports_its_error():
+    options = {"n_layer": 1, "n_head": 2, "n_embd": 16, "batch_size": 1, "block_size": 8, "max_steps": 4}
+    seconds, peak = bench.run_train({**options, "vocab_size": 50304}, "cpu", "torch.is_patched = True")
+    assert 0 < seconds < 60 and peak > 1e8
+    with pytest.raises(RuntimeError, match="train.py: error: --n_embd 17 is not divisible by --n_head 2"):
+        bench.run_train({**options, "n_embd": 17}, torch.device("cpu"))

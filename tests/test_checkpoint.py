@@ -10,13 +10,15 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_GPT, begin, count_lines, inode, read_losses, tiny_gpt, wait_until
+from conftest import REPOSITORY, TINY_GPT, begin, count_lines, inode, read_losses, tiny_gpt, wait_until
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -170,6 +172,32 @@ def refuse(number):
     return fail
 
 
+LOAD_SCRIPT = """
+import sys
+from pathlib import Path
+from runtime.checkpoint import load_checkpoint
+
+def private():
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line]
+    return 1024 * int(line.split()[1])
+
+load_checkpoint(sys.argv[1])
+before = private()
+checkpoint = load_checkpoint(sys.argv[2])
+assert checkpoint["model"].sum() == 20_000_000
+print(private() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_ranks_that_resume_share_the_memory_of_the_checkpoint():
+    torch.save({"model": torch.ones(1)}, "small.pt")
+    torch.save({"model": torch.ones(20_000_000)}, "large.pt")  # 80 MB
+    command = [sys.executable, "-c", LOAD_SCRIPT, os.path.abspath("small.pt"), os.path.abspath("large.pt")]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert int(result.stdout) < 20e6, result.stderr
+
+
 @pytest.mark.parametrize(
     "trouble, message",
     [
@@ -190,7 +218,7 @@ def test_unreadable_checkpoint_ends_the_command(run_train, monkeypatch, trouble,
         return trouble(path, mode) if Path(path).name == name else open(path, mode)
 
     def allocates(file, **options):
-        if Path(file.name if hasattr(file, "name") else file).name == name and "mmap" not in options:
+        if Path(file.name if hasattr(file, "name") else file).name == name:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return load(file, **options)
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import (
     MUON,
     REPOSITORY,
@@ -23,6 +24,7 @@ from conftest import (
     workers,
 )
 
+from runtime import distributed
 from runtime.checkpoint import load_checkpoint
 from runtime.distributed import SAME_SIGNAL_S
 
@@ -37,6 +39,8 @@ class Counted(train.DistributedDataParallel):
         self.register_comm_hook(None, reduce)
 
     def __del__(self):
+        for p in self.parameters():  # gradients are kept once: as views of the buckets that are reduced
+            assert not p.grad.any() and p.grad.untyped_storage().nbytes() > p.grad.nbytes
         weights = b"".join(p.detach().numpy().tobytes() for p in self.parameters())
         print(f"weights {{hashlib.sha256(weights).hexdigest()}}\\n", end="", flush=True)
 
@@ -80,6 +84,19 @@ def test_two_ranks_match_one_with_one_reduction_per_step(run_train, two_ranks):
     assert [r["loss"] for r in two if r["kind"] == "train"] == pytest.approx(losses(muon), abs=1e-3)
     # Two micro-steps, one bucket of gradients: 6 steps from the start, twice, and 3 from step 3; two ranks.
     assert (output.count("6 reductions"), output.count("3 reductions")) == (4, 2)
+
+
+@pytest.mark.parametrize("device, backend", [("cuda:1", "nccl"), ("cpu", "gloo"), ("mps", "gloo")])
+def test_ranks_join_with_their_device_and_wait_for_hours(monkeypatch, device, backend):
+    seen = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda name, **o: seen.update(o, name=name))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    dist = distributed.setup_distributed(torch.device(device))
+    assert seen["name"] == backend and (seen["rank"], seen["world_size"], seen["store"]) == (1, 2, None)
+    assert seen["device_id"] == (torch.device(device) if backend == "nccl" else None)
+    assert seen["timeout"].total_seconds() >= 3600
+    assert dist == distributed.Distributed(1, 2, torch.device(device if backend == "nccl" else "cpu"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

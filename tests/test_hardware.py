@@ -3,12 +3,16 @@
 import os
 import resource
 import termios
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import read_losses
+from torch.nn import functional as F
 
+import train
 from model import GPT, GPTConfig
+from runtime import hardware
 
 
 @pytest.mark.parametrize("options", ["--dtype float32", "--dtype bfloat16", "--dropout 0.1"])
@@ -21,9 +25,77 @@ def test_reported_attention_backend_is_the_one_that_runs(run_train, capsys, opti
     assert ("attention flash" if flash else "attention math") in capsys.readouterr().out
 
 
+def test_chosen_gpu_becomes_the_current_one(monkeypatch):
+    made, current = [], []
+
+    def empty(size, device):
+        made.append(device)
+        return SimpleNamespace(device=device)
+
+    monkeypatch.setattr(hardware.torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    cases = (("cuda:1", None, 1), ("cuda", None, 0), ("cuda", "3", 3), ("cuda:1", "2", 2))
+    for name, rank, expected in cases:
+        if rank:
+            monkeypatch.setenv("LOCAL_RANK", rank)
+        assert hardware.choose_device(name) == torch.device("cuda", expected)
+        assert made[-1] == current[-1] == torch.device("cuda", expected)  # no other GPU is touched
+    assert hardware.choose_device("cpu").type == "cpu" and len(current) == 4
+
+
+def test_the_chosen_gpu_is_synchronized_and_asked_for_its_memory(monkeypatch):
+    asked, gpu = [], torch.device("cuda:1")
+    for name, answer in (("synchronize", None), ("max_memory_reserved", 30), ("memory_reserved", 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: asked.append(device) or answer)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (50, 80))
+    hardware.synchronize(gpu)
+    assert hardware.memory(gpu) == (30, 40)
+    assert asked == [gpu] * 4
+
+
+def test_peak_memory_of_a_process_on_a_cpu():
+    peak, left = hardware.memory(torch.device("cpu"))
+    held = torch.ones(peak // 4 + 25_000_000)  # 100 MB more than ever
+    higher, less = hardware.memory(torch.device("cpu"))
+    assert higher - peak >= 100e6 - 1e6 and held.sum() > 0
+    assert peak + left == higher + less == hardware.installed_memory()
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_emulated_dtype_warns_on_cpus(monkeypatch, recwarn, name):
+    cpu, unit = torch.device("cpu"), {"bfloat16": "avx512_bf16", "float16": "amx_fp16"}[name]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True})
+    assert hardware.choose_dtype(name, cpu) == getattr(torch, name) and not recwarn
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: False, "avx2": True})
+    with pytest.warns(UserWarning, match=f"this CPU only emulates {name}: --dtype float32 is faster"):
+        hardware.choose_dtype(name, cpu)
+    assert hardware.choose_dtype("auto", cpu) == torch.float32
+
+
+@pytest.fixture
+def masked_calls(monkeypatch):
+    """Whether cuDNN was allowed, for each call of attention with a mask and without."""
+    allowed, attend = {True: [], False: []}, F.scaled_dot_product_attention
+
+    def recorded(q, k, v, attn_mask=None, **options):
+        allowed[attn_mask is not None].append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(q, k, v, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    return allowed
+
+
+def test_only_attention_without_a_mask_may_use_cudnn(run_train, masked_calls):
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    options = f"--hellaswag_every 3 --hellaswag_data {train.DEMO_ITEMS} --block_size 64 --batch_size 1"
+    run_train(f"{options} --sample_every 3")
+    assert len(masked_calls[True]) > 20 and not any(masked_calls[True])
+    assert len(masked_calls[False]) > 20 and all(masked_calls[False])
+
+
 def test_out_of_memory_suggests_a_batch_size(start):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    def limit():  # not RLIMIT_AS: CUDA maps more addresses than that without using them
+        resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
 
     process = start("--vocab_size 1000000 --batch_size 64 --total_batch_size 1024", preexec_fn=limit)
     _, errors = process.communicate(timeout=120)

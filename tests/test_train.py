@@ -358,6 +358,12 @@ def test_dropout_differs_from_step_to_step(run_train):
     assert len({round(loss, 4) for _, loss in steps}) == 4 == len(steps)  # one batch, one set of weights
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recomputation_does_not_change_losses(run_train, dtype):
+    plain = run_train(f"--dtype {dtype} --dropout 0.1")
+    assert losses(run_train(f"--dtype {dtype} --dropout 0.1 --recompute")) == losses(plain)
+
+
 def test_accumulation_does_not_change_losses(run_train):
     wide, narrow = run_train("--batch_size 4"), run_train("--batch_size 1")
     assert losses(wide) == pytest.approx(losses(narrow), abs=1e-5)
@@ -371,9 +377,10 @@ from runtime.hardware import keep_freed_memory
 keep_freed_memory()
 sizes = dict(block_size=32, vocab_size=20000)
 model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, **sizes))
-loader = train.DataLoaderLite(sys.argv[1], "val", batch_size=16, dist=setup_distributed("cpu"), **sizes)
+dist = setup_distributed(torch.device("cpu"))
+loader = train.DataLoaderLite(sys.argv[1], "val", batch_size=16, dist=dist, **sizes)
 for batches in (3, 40):
-    train.validate(model, loader, batches * 16 * 32, torch.autocast("cpu", enabled=False))
+    train.validate(model, loader, torch.autocast("cpu", enabled=False), batches * 16 * 32)
     print(resident("VmRSS"))
 """
 
@@ -575,7 +582,7 @@ def test_gpu_compiled_training_matches_cpu(run_train, dtype, optimizer):
     options = f"--n_embd 64 --max_steps 12 --optimizer {optimizer}"
     cpu = run_train(options)
     gpu = run_train(f"{options} --device cuda --compile --sample_every 6 --dtype {dtype}")
-    tolerance = 2e-3 if dtype == "float32" else 5e-2
+    tolerance = 1e-2 if dtype == "float32" else 5e-2  # fp32 includes TF32
     kept = [(a, b) for a, b in zip(losses(cpu), losses(gpu), strict=True) if b is not None]
     assert len(kept) >= 10
     if dtype != "float16":  # its first steps are skipped until the loss scale fits
@@ -587,5 +594,8 @@ def test_gpu_compiled_training_matches_cpu(run_train, dtype, optimizer):
 def test_gpu_resumed_run_matches_uninterrupted_run(run_train):
     options = "--device cuda --dtype bfloat16 --no-compile --dropout 0.1"
     whole = run_train(options)
-    Path("log/model_00006.pt").unlink()
-    assert losses(run_train(options + " --resume")) == pytest.approx(losses(whole), abs=1e-2)
+    for name in ("model_00006.pt", "model_best.pt"):  # either may be at the last step
+        Path("log", name).unlink()
+    resumed = run_train(options + " --resume")
+    assert [record["step"] for record in resumed["run"]] == [0, 3]
+    assert losses(resumed) == pytest.approx(losses(whole), abs=1e-2)

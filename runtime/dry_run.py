@@ -1,0 +1,308 @@
+"""What --dry_run does: prove that this machine trains correctly, and forecast the run from a few steps.
+
+It writes nothing. What it measures are the functions that the loop of train.py calls.
+"""
+
+import argparse
+import contextlib
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+from runtime import hardware
+from runtime.checkpoint import to_host
+from runtime.distributed import Distributed
+
+# What rounding may do to the gradient of a tensor, relative to its norm. On CPUs it was at most 0.8 % (bf16)
+# and 0.1 % (fp16) for new models, and 6 and 1 % for one that had converged (LOG.md). fp32 includes TF32.
+ALLOWED = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.12}
+FP16_SCALE = 1024.0  # keeps small gradients from vanishing, and large ones finite
+MICRO_STEP_S, STEPS_S, EVALUATION_S = 8.0, 15.0, 2.0  # about how long a measurement may take
+SLOW_DATA = 0.03  # from this share of a step on, waiting for data is worth a word
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+Context = Callable[[], contextlib.AbstractContextManager]
+
+
+def gradients(
+    raw_model: torch.nn.Module,
+    model: torch.nn.Module,
+    batches: list[Batch],
+    autocast: torch.autocast,
+    attention: Context,
+    sync: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Return the mean gradient of batches with equally many targets: copies on the host, by tensor.
+
+    Each batch is a micro-step of `model`. If that is in DDP, `sync` averages over the ranks in the last one.
+    """
+    scale = FP16_SCALE if autocast.fast_dtype == torch.float16 else 1.0
+    for i, (x, y) in enumerate(batches):
+        alone = hasattr(model, "no_sync") and not (sync and i == len(batches) - 1)
+        with attention(), model.no_sync() if alone else contextlib.nullcontext():
+            with autocast:
+                loss = model(x, y)[1]
+            (scale / len(batches) * loss).backward()
+    found = {name: p.grad.div(scale).cpu() for name, p in raw_model.named_parameters()}
+    raw_model.zero_grad()
+    return found
+
+
+def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """Return the largest difference of a tensor, relative to the norm of `theirs`, and the tensor's name.
+
+    It is infinite where one of the two is not finite.
+    """
+    differences = {}
+    for name, gradient in theirs.items():
+        norm, difference = gradient.norm().item(), (ours[name] - gradient).norm().item()
+        ratio = difference / norm if norm else math.inf if difference else 0.0
+        differences[name] = ratio if math.isfinite(ratio) else math.inf
+    worst = max(differences, key=differences.get)
+    return differences[worst], worst
+
+
+def keep_targets(batch: Batch, first: int, end: int) -> Batch:
+    """Return a batch of which only some targets count, with the same strides, for code that is compiled."""
+    x, y = batch
+    kept = y.new_full((len(y), y.size(1) + 1), -100)[:, 1:]
+    places = torch.arange(first, end, device=y.device)
+    at = places // y.size(1), places % y.size(1)
+    kept[at] = y[at]
+    return x, kept
+
+
+def check_gradients(
+    dist: Distributed,
+    dtype: torch.dtype,
+    raw_model: torch.nn.Module,
+    model: torch.nn.Module,
+    loader,
+    autocast: torch.autocast,
+    attention: Context,
+    is_compiled: bool,
+) -> None:
+    """Compute the gradient of a micro-batch in ways that have to agree, and print how much they differ.
+
+    Compiled code is compared with eager code, which takes a part of the rows at a time and so needs no more
+    memory; two micro-steps that each count half of the targets with a single one; and what DDP reduces with
+    what the main rank computes alone, from the batches of all ranks. Raises ValueError for a difference above
+    `ALLOWED`. A collective.
+    """
+    start, dtype_name, found = loader.window, str(dtype).removeprefix("torch."), {}
+
+    def of(model: torch.nn.Module, *batches: Batch, sync: bool = False) -> dict[str, torch.Tensor]:
+        return gradients(raw_model, model, batches, autocast, attention, sync)
+
+    raw_model.train(raw_model.config.dropout == 0)  # dropout would draw other numbers each time
+    x, y = batch = loader.next_batch()
+    once = of(model, batch)
+    if is_compiled:
+        rows = max(n for n in range(1, max(len(x) // 4, 1) + 1) if len(x) % n == 0)
+        parts = zip(x.split(rows), y.split(rows), strict=True)
+        found["compiled and eager"] = largest_difference(once, of(raw_model, *parts))
+    half = y.numel() // 2
+    even = of(model, keep_targets(batch, 0, 2 * half)) if y.numel() % 2 else once
+    halves = [keep_targets(batch, first, first + half) for first in (0, half)]
+    found["two micro-steps and one"] = largest_difference(of(model, *halves), even)
+    if dist.world_size > 1:
+        alone, batches = {}, []
+        for rank in range(dist.world_size) if dist.is_main else ():
+            loader.seek(start + rank * loader.batch_size)
+            batches.append(loader.next_batch())
+        if dist.is_main:  # first, because DDP's forward pass is a collective after its first reduction
+            alone = of(model, *batches)
+        reduced = of(model, batch, sync=True)
+        if dist.is_main:
+            found[f"{dist.world_size} ranks and one"] = largest_difference(reduced, alone)
+    raw_model.train()
+    loader.seek(start)
+
+    limit, wrong = f"{dtype_name} allows {ALLOWED[dtype]:.0%}", []
+    for what, (difference, tensor) in found.items():
+        dist.say(f"{'gradients':12} {what} differ by at most {difference:.2%}, in {tensor}; {limit}")
+        if difference > ALLOWED[dtype]:
+            wrong.append(
+                f"wrong gradients: {what} differ by {difference:.1%} in {tensor}, where {limit}. Do not "
+                "train like this: try --no-compile, another --dtype or other versions of torch and driver"
+            )
+    if wrong := dist.union(wrong):
+        raise dist.leave_with_error("\n".join(wrong))
+
+
+class Stopwatch:
+    """Measures calls. All ranks get the same times, so that they can decide by them."""
+
+    def __init__(self, dist: Distributed):
+        self.dist = dist
+
+    def __call__(self, call: Callable, *args) -> float:
+        """Return the mean over the ranks of the seconds that a call takes. A collective."""
+        hardware.synchronize(self.dist.device)
+        started = time.perf_counter()
+        call(*args)
+        hardware.synchronize(self.dist.device)
+        (seconds,) = self.dist.sum(time.perf_counter() - started)
+        return seconds / self.dist.world_size
+
+    def extrapolate(self, call: Callable[[int], object], whole: int, first: int = 1) -> float:
+        """Return the seconds of call(whole), measured with a smaller number if that would take long.
+
+        call(first) warms up, and compiles what has to be compiled.
+        """
+        self(call, n := min(first, whole))
+        while (seconds := self(call, n)) < EVALUATION_S and n < whole:
+            n = min(4 * n, whole)
+        return seconds * whole / n
+
+
+def step_seconds(stopwatch: Stopwatch, take_step: Callable, step: int, accum: float) -> float:
+    """Return the seconds of a training step of `accum` micro-steps, after two steps to warm up.
+
+    The micro-steps of a step that takes long are not all taken: each costs the same.
+    """
+    for _ in range(2):
+        stopwatch(take_step, step, 1)
+    short = stopwatch(take_step, step, 1)
+    n = max(min(int(accum), int(STEPS_S / short)), min(int(accum), 2))
+    if n == accum:
+        repeats = max(int(STEPS_S / (n * short)), 3)
+        return stopwatch(lambda: [take_step(step, n) for _ in range(repeats)]) / repeats
+    if n == 1:  # ...
+        return short * accum
+    return (seconds := stopwatch(take_step, step, n)) + (accum - n) * (seconds - short) / (n - 1)
+
+
+def cut_batch_size(
+    stopwatch: Stopwatch,
+    raw_model: torch.nn.Module,
+    loaders: dict,
+    autocast: torch.autocast,
+    attention: Context,
+) -> int:
+    """Lower the batch size of the loaders if a micro-step would take long, and return it. A collective."""
+    loader, start = loaders["train"], loaders["train"].window
+
+    def forward_and_backward() -> None:
+        with attention():
+            with autocast:
+                loss = raw_model(*row)[1]
+            loss.backward()
+
+    row = [each[:1] for each in loader.next_batch()]
+    for _ in range(2):  # the first one warms up
+        seconds = stopwatch(forward_and_backward)
+    raw_model.zero_grad()
+    for each in loaders.values():
+        each.batch_size = max(min(each.batch_size, int(MICRO_STEP_S / seconds)), 1)
+    loader.seek(start)
+    return loader.batch_size
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in the unit that suits it."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
+
+
+def suggest(
+    args: argparse.Namespace, dist: Distributed, dtype: torch.dtype, is_compiled: bool, waiting: float
+) -> list[str]:
+    """Return what would obviously help. `waiting` is the share of a step that waits for data."""
+    found, device = [], dist.device
+    if device.type == "cuda" and not is_compiled:
+        found.append("eager code is slow on GPUs: leave out --no-compile")
+    if device.type == "cpu" and dtype != torch.float32 and not hardware.computes_in(dtype, device):
+        found.append(f"this CPU only emulates {args.dtype}: use --dtype float32")
+    if waiting > SLOW_DATA:
+        found.append(f"steps wait for data: copy {args.data_dir} to a local disk")
+    micro_steps = args.total_batch_size // (args.batch_size * args.block_size * dist.world_size)
+    if device.type == "cuda" and micro_steps % 2 == 0:
+        peak, left = hardware.memory(device)
+        if left > peak:  # even if everything grew with the batch, the weights included
+            found.append(f"--batch_size {2 * args.batch_size} fits, and may be faster")
+    return found
+
+
+def rehearse(
+    args: argparse.Namespace,
+    dist: Distributed,
+    dtype: torch.dtype,
+    raw_model: torch.nn.Module,
+    model: torch.nn.Module,
+    autocast: torch.autocast,
+    attention: Context,
+    loaders: dict,
+    examples: list,
+    start_step: int,
+    is_compiled: bool,
+    *,
+    take_step: Callable[[int, int], object],
+    evaluate: Callable[[int], object],
+    score: Callable[[list], object],
+    write_samples: Callable[[int], object],
+    state: Callable[[], dict],
+) -> None:
+    """Check gradients, measure each part of the run and print what the whole will take.
+
+    The functions are those of the loop: `take_step(step, micro_steps)`, `evaluate(val_tokens)`,
+    `score(examples)`, `write_samples(tokens)`, and `state()` for checkpoints. A collective.
+    """
+    loader, stopwatch, device = loaders["train"], Stopwatch(dist), dist.device
+    batch_size = cut_batch_size(stopwatch, raw_model, loaders, autocast, attention)
+    if batch_size < args.batch_size:
+        dist.say(f"{'':12} measured with --batch_size {batch_size}: {args.batch_size} would take long here")
+    check_gradients(dist, dtype, raw_model, model, loader, autocast, attention, is_compiled)
+
+    hardware.forget_peak_memory(device)
+    windows = batch_size * dist.world_size  # of a micro-step
+    waited_s, started = loader.waited_s, time.perf_counter()
+    micro_steps = args.total_batch_size / (windows * args.block_size)
+    step_s = step_seconds(stopwatch, take_step, start_step, micro_steps)
+    waiting = (loader.waited_s - waited_s) / (time.perf_counter() - started)
+    speed, peak = args.total_batch_size / step_s, hardware.peak_flops(device, dtype)
+    mfu = speed * raw_model.flops_per_token(args.block_size) / (peak * dist.world_size) if peak else None
+    parts = [f"{speed:,.0f} tokens/s", f"{duration(step_s)} a step", f"{waiting:.1%} of it waiting for data"]
+    dist.say(f"{'speed':12} {', '.join(parts + [f'mfu {mfu:.1%}'] if mfu else parts)}")
+    if memory := hardware.memory(device):
+        used, left = (tqdm.format_sizeof(n, "B") for n in memory)
+        dist.say(f"{'memory':12} {used} at the peak, {left} left")
+
+    def spread(n: int) -> list:
+        return examples[:: len(examples) // n][:n]
+
+    def due(*intervals: int) -> int:
+        """Return how many steps are a multiple of one of the intervals, or the last one."""
+        steps = range(start_step, args.max_steps + 1)
+        return sum(step == steps[-1] or any(step % n == 0 for n in intervals if n) for step in steps)
+
+    batches = math.ceil(min(max(args.val_tokens // args.block_size, 1), loaders["val"].windows) / windows)
+    evaluations = [
+        ("validations", args.val_every, lambda n: evaluate(n * windows * args.block_size), batches, 1),
+        ("x HellaSwag", args.hellaswag_every, lambda n: score(spread(n)), len(examples), 8 * dist.world_size),
+        ("x samples", args.sample_every, write_samples, args.sample_tokens, 1),
+    ]
+    steps = args.max_steps - start_step
+    seconds = {f"{steps:,} steps": steps * step_s}
+    for name, every, call, whole, first in evaluations:
+        if every:
+            seconds[f"{due(every):,} {name}"] = due(every) * stopwatch.extrapolate(call, whole, first)
+    if args.checkpoint_every:
+        host: dict = {}
+        times = due(args.checkpoint_every, args.val_every)  # any validation may be the best one
+        for _ in range(2):  # the first one reserves the memory
+            held_s = stopwatch(lambda: to_host(state(), host) if dist.is_main else None) * dist.world_size
+        seconds[f"{times:,} checkpoints"] = times * held_s
+    total = sum(seconds.values())
+    end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + total))
+    price = total / 3600 * dist.world_size * args.price
+    cost = f", {price:,.2f} at {args.price:g} per GPU-hour" if args.price else ""
+    dist.say(f"{'forecast':12} {', '.join(f'{name} {duration(s)}' for name, s in seconds.items())}")
+    dist.say(f"{'':12} {duration(total)} in all: started now, it ends on {end}{cost}")
+    for suggestion in suggest(args, dist, dtype, is_compiled, waiting):
+        dist.say(f"{'suggestion':12} {suggestion}")

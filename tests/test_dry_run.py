@@ -1,0 +1,242 @@
+"""--dry_run: planted faults that it has to catch, the forecast, and that nothing is written."""
+
+import functools
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+import train
+from runtime import dry_run
+from runtime.distributed import Distributed
+
+FAULTY = "transformer.h.1.mlp.c_fc.weight"
+ONE = Distributed(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def rehearse(shards, monkeypatch):
+    """Run train.py --dry_run on the tiny model with a string of options."""
+    monkeypatch.setattr(dry_run, "STEPS_S", 0.01)
+    monkeypatch.setattr(dry_run, "EVALUATION_S", 0.001)
+    return lambda options="": train.main(train.parse_args(f"{TINY} --dry_run {options}".split()))
+
+
+class HalvedGradient(torch.nn.Module):
+    """Stands in for a compiler that halves the gradient of one tensor."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs, **options):
+        weight = self.model.get_parameter(FAULTY)
+        halved = {FAULTY: weight / 2 + weight.detach() / 2}
+        return torch.func.functional_call(self.model, halved, inputs, options)
+
+
+class ForgetfulModel(HalvedGradient):
+    """Stands in for code that loses the gradients of earlier micro-steps."""
+
+    def forward(self, *inputs, **options):
+        self.model.zero_grad()
+        return self.model(*inputs, **options)
+
+
+class InfiniteGradient(HalvedGradient):
+    def forward(self, *inputs, **options):
+        _, loss = self.model(*inputs, **options)
+        return None, loss * math.inf if torch.is_grad_enabled() else loss
+
+
+@pytest.mark.parametrize("options", ["", "--dtype bfloat16 --dropout 0.1", "--dtype float16 --batch_size 1"])
+@pytest.mark.parametrize(
+    "compiler, what",
+    [
+        (HalvedGradient, f"compiled and eager differ by 50.0% in {FAULTY}"),
+        (ForgetfulModel, "two micro-steps and one differ by"),
+        (InfiniteGradient, "compiled and eager differ by inf%"),
+    ],
+)
+def test_wrong_gradient_ends_the_command_and_names_the_tensor(rehearse, monkeypatch, options, compiler, what):
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(train.hardware, "can_compile", lambda device, say: True)
+    with pytest.raises(ValueError, match=f"wrong gradients: {what}"):
+        rehearse(f"{options} --compile")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "--dtype bfloat16 --optimizer muon --recompute",
+        "--dtype float16 --dropout 0.1",
+        "--batch_size 1 --block_size 15 --total_batch_size 60",
+    ],
+)
+def test_correct_gradients_differ_by_rounding(rehearse, monkeypatch, capsys, options):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    rehearse(f"{options} --compile")
+    differences = re.findall(r"(\w+ and \w+) differ by at most ([\d.]+)%, in", capsys.readouterr().out)
+    assert [what for what, _ in differences] == ["compiled and eager", "steps and one"]
+    assert all(float(percent) < 1 for _, percent in differences)
+
+
+TWO_RANKS = """
+import os, torch, train
+from runtime import dry_run
+dry_run.STEPS_S, dry_run.EVALUATION_S = 0.01, 0.001
+
+class Summed(train.DistributedDataParallel):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_comm_hook(None, add_up)
+
+def add_up(state, bucket):
+    group = torch.distributed.group.WORLD
+    work = torch.distributed.all_reduce(bucket.buffer(), group=group, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+for ddp in (train.DistributedDataParallel, Summed):
+    train.DistributedDataParallel = ddp
+    try:
+        train.main(train.parse_args({words}))
+    except (ValueError, SystemExit) as error:
+        print(f"{{type(error).__name__}}: {{error}}\\n", end="", flush=True)
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # a second process group needs a store of its own
+"""
+
+
+def test_ranks_are_compared_with_one(shards, two_ranks):
+    words = f"{TINY} --dry_run --batch_size 1 --price 3".split()
+    Path("two.py").write_text(TWO_RANKS.format(words=words))
+    printed = two_ranks("two.py")
+    good, bad = re.findall(r"2 ranks and one differ by at most ([\d.]+)%", printed)
+    assert float(good) < 0.01 and float(bad) > 50
+    assert "ValueError: wrong gradients: 2 ranks and one differ by 100.0%" in printed
+    assert "SystemExit: 1" in printed  # the other rank ends too, without a second message
+    assert "at 3 per GPU-hour" in printed and not Path("log").exists()
+
+
+def snapshot(folder):
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path(folder).iterdir()}
+
+
+def test_nothing_is_written_and_a_run_is_left_as_it_is(rehearse, run_train):
+    run_train("--max_steps 3")
+    Path("log/model_00009.pt.tmp").write_bytes(b"is being written")
+    before = snapshot("log")
+    rehearse("--resume")
+    rehearse("--out_dir log")
+    assert snapshot("log") == before
+    assert {path.name for path in Path().iterdir()} == {"log", "shards"}
+    with pytest.raises(ValueError, match="--overfit_batch and --dry_run are different checks"):
+        rehearse("--overfit_batch")
+
+
+@pytest.mark.parametrize("resume", ["", "--resume"])
+def test_forecast_counts_what_the_run_does(rehearse, run_train, capsys, resume):
+    options = f"--max_steps 10 --sample_every 4 --hellaswag_every 5 --hellaswag_data {train.DEMO_ITEMS} "
+    options += "--checkpoint_every 2 --val_every 3"
+    if resume:
+        run_train("--max_steps 3 --checkpoint_every 3")
+    capsys.readouterr()
+    rehearse(f"{options} {resume} --price 1000000")
+    printed = capsys.readouterr().out
+    (forecast,) = re.findall("forecast +(.*)", printed)
+    parts = re.findall(r"([\d,]+) (?:x )?([a-zA-Z]+) [\d.]+ (?:ms|s|min)", forecast)
+    counts = {name: int(times) for times, name in parts}
+    records = run_train(f"{options} {resume}")
+    first = 3 if resume else 0
+    assert counts["steps"] == 10 - first == sum(record["step"] >= first for record in records["train"])
+    for name, kind in (("validations", "val"), ("HellaSwag", "hellaswag"), ("samples", "sample")):
+        assert counts[name] == sum(record["step"] >= first for record in records[kind]), name
+    # Had every validation been the best so far: at 0, 2, 3, 4, 6, 8, 9 and 10.
+    assert counts["checkpoints"] == (6 if resume else 8)
+    (total, cost) = re.findall(r"([\d.]+) (?:ms|s) in all.*, ([\d,.]+) at 1e\+06 per GPU-hour", printed)[0]
+    assert float(cost.replace(",", "")) > 0 and float(total) > 0
+
+
+class VirtualClock(dry_run.Stopwatch):
+    """Calls take the seconds that they return."""
+
+    def __init__(self):
+        super().__init__(ONE)
+        self.spent = 0.0
+
+    def __call__(self, call, *args):
+        seconds = call(*args)
+        seconds = sum(seconds) if isinstance(seconds, list) else seconds
+        self.spent += seconds
+        return seconds
+
+
+@pytest.mark.parametrize(
+    "micro_step_s, accum", [(0.01, 1), (0.1, 8), (3.0, 1), (3.0, 128), (6.0, 21.3), (9, 1.5)]
+)
+def test_long_steps_are_extrapolated(micro_step_s, accum):
+    clock = VirtualClock()
+    seconds = dry_run.step_seconds(clock, lambda step, n: n * micro_step_s + 0.5, 0, accum)
+    assert seconds == pytest.approx(accum * micro_step_s + 0.5, rel=0.04)
+    assert clock.spent < 65
+
+
+def test_long_evaluations_are_extrapolated():
+    clock, taken = VirtualClock(), []
+    seconds = clock.extrapolate(lambda n: taken.append(n) or 0.3 * n, 1000, 3)
+    assert seconds == pytest.approx(300) and taken == [3, 3, 12] and clock.spent < 10
+    taken.clear()
+    assert clock.extrapolate(lambda n: taken.append(n) or 1e-6 * n, 10, 3) == pytest.approx(1e-5)
+    assert taken == [3, 3, 10]
+
+
+def test_batch_that_takes_long_is_cut(rehearse, monkeypatch, capsys):
+    rehearse()
+    assert "measured with" not in capsys.readouterr().out
+    monkeypatch.setattr(dry_run, "MICRO_STEP_S", 1e-9)
+    rehearse()
+    assert "measured with --batch_size 1: 2 would take long here" in capsys.readouterr().out
+
+
+def test_only_the_chosen_targets_count():
+    rows = torch.arange(15).view(3, 5)
+    x, y = rows[:, :-1], rows[:, 1:]
+    same, kept = dry_run.keep_targets((x, y), 3, 9)
+    assert same is x and kept.stride() == y.stride()
+    expected = [[-100, -100, -100, 4], [6, 7, 8, 9], [11, -100, -100, -100]]
+    assert kept.tolist() == expected
+
+
+def test_difference_is_relative_to_each_tensor():
+    reference = {"small": torch.tensor([1e-6, 0.0]), "large": torch.tensor([1e3, 0.0])}
+    reference["zero"] = torch.zeros(2)
+    ours = {**reference, "small": torch.tensor([1e-6, 5e-7]), "large": torch.tensor([1e3, 1.0])}
+    assert dry_run.largest_difference(ours, reference) == (pytest.approx(0.5), "small")
+    for broken in (math.nan, math.inf):
+        ours["large"] = torch.tensor([broken, 0.0])
+        assert dry_run.largest_difference(ours, reference) == (math.inf, "large")
+    assert dry_run.largest_difference({**reference, "zero": torch.ones(2)}, reference) == (math.inf, "zero")
+
+
+def test_suggestions(monkeypatch):
+    args = train.parse_args([])
+    assert dry_run.suggest(args, ONE, torch.float32, False, 0.0) == []
+    assert "local disk" in dry_run.suggest(args, ONE, torch.float32, False, 0.1)[0]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    assert "only emulates" in dry_run.suggest(args, ONE, torch.bfloat16, False, 0.0)[0]
+    gpu = Distributed(0, 1, torch.device("cuda:0"))
+    monkeypatch.setattr(dry_run.hardware, "memory", lambda device: (30e9, 50e9))
+    eager, larger = dry_run.suggest(args, gpu, torch.bfloat16, False, 0.0)
+    assert "leave out --no-compile" in eager and larger.startswith("--batch_size 128 fits")
+    monkeypatch.setattr(dry_run.hardware, "memory", lambda device: (50e9, 30e9))
+    assert dry_run.suggest(args, gpu, torch.bfloat16, True, 0.0) == []
+
+
+@pytest.mark.gpu
+def test_gpu_dry_run_passes_and_reports_memory(rehearse, capsys):
+    rehearse("--device cuda --dtype bfloat16 --n_embd 64")
+    printed = capsys.readouterr().out
+    assert "compiled and eager differ" in printed and "at the peak" in printed and "forecast" in printed
