@@ -337,7 +337,7 @@ class GPT(nn.Module):
         which holds the fp32 gradient of its weight, up to three times the logits of a few tokens (or twice,
         and a product of the size of the weight), and the last hidden states with their gradient. With
         `recompute`, it may be reached in a backward pass instead, where one block has all its activations and
-        gradients. Attention is assumed to store no scores, which holds except for bf16 on CPUs.
+        gradients. Attention is assumed to store no scores, which holds except for bf16 on CPUs and for MPS.
         """
         P, V, C, L = self.num_params(), self.config.vocab_size, self.config.n_embd, self.config.n_layer
         a, half, tokens = dtype.itemsize, dtype != torch.float32, batch_size * T
