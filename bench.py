@@ -18,6 +18,7 @@ ways that are compared alternate within one run. Quote their ratios: absolute ti
 import argparse
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -47,10 +48,10 @@ from plot import curve, read_log
 from runtime import hardware
 from runtime.cli import Range, check_options, count, run
 from runtime.distributed import Distributed
-from runtime.files import write_json
+from runtime.files import file_hash, write_atomically, write_json
 from runtime.hardware import synchronize
 from sample import generate
-from tokenizer import NAMES, get_tokenizer
+from tokenizer import NAMES, BatchTokenizer, get_tokenizer
 from train import DEMO_ITEMS
 
 PUBLISHED = "llm.c 468,000 tokens/s per H100 (40 % of peak) and 218,000 per A100 (60 %), discussion 481"
@@ -105,50 +106,97 @@ def bench_hellaswag(args: argparse.Namespace, device: torch.device) -> list[dict
     return rows
 
 
-def encode_document(text: str, tokenizer_name: str) -> np.ndarray:
-    """Tokenize one document, as a worker of the usual script does."""
-    tokenizer = get_tokenizer(tokenizer_name)
-    tokens = np.array([tokenizer.eot_token, *tokenizer.encode_ordinary(text)])
+# What the scripts of the public reproductions do: `datasets`, a pool on half of the cores, mapped over
+# documents, and shards that are filled one document at a time.
+USUAL_DATA_SCRIPT = """
+import multiprocessing, os, sys
+import numpy as np
+from datasets import load_dataset
+from tokenizer import get_tokenizer
+
+name, shard_size, folder, *files = sys.argv[1:]
+tokenizer, shard_size = get_tokenizer(name), int(shard_size)
+
+def encode(document):
+    tokens = np.array([tokenizer.eot_token, *tokenizer.encode_ordinary(document["text"])])
     assert tokens.max() < 2**16
     return tokens.astype(np.uint16)
 
+if __name__ == "__main__":
+    documents = load_dataset("parquet", data_files=files, split="train", cache_dir=f"{folder}/cache")
+    shard, filled, index = np.empty(shard_size, dtype=np.uint16), 0, 0
+    with multiprocessing.get_context("fork").Pool(max(os.cpu_count() // 2, 1)) as pool:
+        for tokens in pool.imap(encode, documents, chunksize=16):
+            while filled + len(tokens) >= shard_size:
+                room = shard_size - filled
+                shard[filled:], tokens, filled = tokens[:room], tokens[room:], 0
+                np.save(f"{folder}/{'train' if index else 'val'}_{index:06d}", shard)
+                index += 1
+            shard[filled : filled + len(tokens)] = tokens
+            filled += len(tokens)
+    if filled:
+        np.save(f"{folder}/train_{index:06d}", shard[:filled])
+"""
+DATA_SHARD = 10_000_000  # tokens
+
+
+def data_stages(inputs: list[fineweb.Input], tokenizer_name: str) -> dict[str, float]:
+    """Return the seconds that one thread spends on each stage of fineweb.py."""
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, function: Callable, *args):
+        start = time.perf_counter()
+        result = function(*args)
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+        return result
+
+    tokenizer, parts = timed("vocabulary", BatchTokenizer, tokenizer_name), []
+    for chunk in fineweb.read_chunks(fineweb.Fetcher(inputs, Path(), keep=True), "text", (0, 0)):
+        texts = timed("decode", chunk.read)
+        texts = timed("filter and validate", fineweb.clean, texts)
+        ids, starts = timed("tokenize", tokenizer.encode, texts)
+        parts.append(timed("end-of-text", np.insert, ids, starts[:-1], tokenizer.encoding.eot_token))
+    tokens = timed("collect", np.concatenate, parts)
+    timed("hash", lambda: hashlib.sha256(tokens).digest())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "shard")
+        timed("write and flush", lambda: write_atomically(path, lambda file: np.save(file, tokens)))
+    return seconds
+
 
 def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """MB of text per second: tiktoken on one core, a pool mapped over documents, fineweb.py."""
-    inputs = fineweb.local_inputs(args.files) if args.files else fineweb.stdlib_inputs()
+    """MB of text per second of whole commands: the usual script, and fineweb.py with one worker and more."""
+    inputs, shards = fineweb.local_inputs(args.files), {}
     chunks = fineweb.read_chunks(fineweb.Fetcher(inputs, Path(), keep=True), "text", (0, 0))
-    texts = [text for chunk in chunks for text in fineweb.texts_of(chunk) if text]
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    tokenizer = get_tokenizer(args.tokenizer)
+    megabytes = sum(fineweb.clean(chunk.read()).nbytes for chunk in chunks) / 1e6
+    files = [each.path for each in inputs]
 
-    def serial() -> int:
-        return sum(1 + len(tokenizer.encode_to_numpy(text, disallowed_special=())) for text in texts)
+    def hashes(name: str, command: list[str]) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder, "usual.py")
+            script.write_text(USUAL_DATA_SCRIPT)
+            path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+            environment = {**os.environ, "PYTHONPATH": path, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+            words = [word.format(script=script, folder=folder) for word in command]
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL, env=environment)
+            seconds = time.perf_counter() - start
+            paths = sorted(Path(folder).glob("*.npy"), key=lambda path: path.stem[-6:])
+            shards[name] = [file_hash(path) for path in paths]
+            return seconds
 
-    def by_document() -> int:
-        # Forking starts at once. Reading and writing, which the usual script does too, are not included.
-        with multiprocessing.get_context("fork").Pool(args.workers) as pool:
-            encode = functools.partial(encode_document, tokenizer_name=args.tokenizer)
-            return sum(map(len, pool.imap(encode, texts, chunksize=16)))
-
-    def command() -> int:
-        with tempfile.TemporaryDirectory() as out_dir:
-            options = ["--tokenizer", args.tokenizer, "--workers", str(args.workers), "--out_dir", out_dir]
-            words = [sys.executable, fineweb.__file__, "--files", *(each.path for each in inputs), *options]
-            subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-            return sum(shard["tokens"] for shard in fineweb.read_manifest(Path(out_dir))["shards"])
-
-    ways = {"tiktoken, one core": serial, "pool, by document": by_document, "fineweb.py": command}
-    rows, (tokens, *others) = alternate(ways, args.rounds, device, megabytes, "MB")
-    assert others == [tokens, tokens], (tokens, others)
-    start = time.process_time()
-    with tempfile.TemporaryDirectory() as out_dir:
-        source = {"text_column": "text"}
-        fineweb.prepare(inputs, out_dir, source=source, tokenizer=args.tokenizer, workers=args.workers)
-    parent, core = (time.process_time() - start) / tokens, rows[0]["MB/s"] / megabytes * tokens
-    print(f"{megabytes:.1f} MB, {tokens:,} tokens, {args.workers} workers")
-    print(f"fineweb.py reaches {rows[2]['ratio'] / args.workers:.0%} of workers x tiktoken on one core and")
-    print(f"{rows[2]['ratio'] / rows[1]['ratio']:.2f} times the pool mapped over documents. Its")
-    print(f"parent takes {1e9 * parent:.1f} ns of CPU per token: enough for {1 / parent / core:.0f} workers")
+    usual = ["{script}", args.tokenizer, str(DATA_SHARD), "{folder}", *files]
+    options = ["--tokenizer", args.tokenizer, "--shard_size", str(DATA_SHARD), "--out_dir", "{folder}"]
+    commands = {"usual script": usual}
+    for workers in sorted({1, args.workers}):
+        ours = [fineweb.__file__, "--files", *files, *options, "--workers", str(workers)]
+        commands[f"fineweb.py, {workers} worker(s)"] = ours
+    ways = {name: functools.partial(hashes, name, command) for name, command in commands.items()}
+    rows, _ = alternate(ways, args.rounds, device, megabytes, "MB")
+    assert all(each == shards["usual script"] for each in shards.values()), shards
+    print(f"{megabytes:.1f} MB in {len(files)} files; the shards of all ways are the same, byte for byte")
+    stages = data_stages(inputs, args.tokenizer)
+    print("one thread:", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in stages.items()))
     return rows
 
 
@@ -842,8 +890,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch_tokens", type=at_least_1, help="tokens per forward pass (None: as hellaswag.py)")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="model dtype")
     add = command("data", bench_data, timed, tokenized)
-    add("--files", nargs="+", default=[], help="text to tokenize (default: Python's standard library)")
-    add("--workers", type=at_least_1, default=os.cpu_count(), help="processes that tokenize")
+    add("--files", nargs="+", required=True, help="parquet files of documents")
+    add("--workers", type=at_least_1, default=os.cpu_count(), help="threads that tokenize")
     add = command("generate", bench_generate, timed, sized)
     add("--batch_size", type=at_least_1, default=1, help="sequences")
     add("--prompt_tokens", type=at_least_1, default=8, help="tokens in the prompt")

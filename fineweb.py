@@ -13,17 +13,17 @@ gives about 100 shards of 200 MB. The same command continues an interrupted set 
 """
 
 import argparse
+import contextlib
 import glob
 import gzip
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import platform
+import re
 import shlex
 import shutil
-import signal
 import sys
 import sysconfig
 import threading
@@ -31,31 +31,36 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
-from functools import lru_cache
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from runtime.cli import Range, check_options, count, run
 from runtime.files import file_hash, write_atomically, write_json
-from tokenizer import NAMES, get_tokenizer
+from tokenizer import NAMES, BatchTokenizer, get_tokenizer
+
+if TYPE_CHECKING:
+    import pyarrow
 
 MANIFEST = "manifest.json"
 # What all tasks of a set have in common.
 SAME_IN_ALL_TASKS = ("source", "tokenizer", "vocab_size", "shard_size", "max_tokens", "task_count")
 SINGLE_TASK = {"task_index": 0, "task_count": 1}
 MOST_VALIDATION = 0.2  # share of a set; where the first shard is more, a tenth of the set is validation
-DOCUMENTS_PER_CHUNK = 64  # enough to hide the cost of passing a chunk between processes
-ROWS_PER_CHUNK = 256  # of parquet files, where a worker decodes a whole row group, typically of 1,000 rows
+DOCUMENTS_PER_CHUNK = 64  # enough to hide the cost of passing a chunk to a thread
+ROWS_PER_CHUNK = 1000  # of parquet files, whose row groups typically have as many
 HUB_TRIES = 4  # on top of the retries of huggingface_hub, which can take half a minute per try
-HUB_REFUSALS = ("OfflineModeIsEnabled", "DatasetNotFoundError")
+HUB_REFUSALS = ("OfflineModeIsEnabled", "DatasetNotFoundError", "LocalEntryNotFoundError")
 SUFFIXES = (".txt", ".py", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+GPT2_VOCABULARY = 50257  # with end-of-text, its last id
+TOKEN_FILES = ".bin"  # of GPT-2's tokens, in llm.c's format
+TOKEN_FILE_HEADER, TOKEN_FILE_MAGIC, TOKEN_FILE_VERSION = 256, 20240520, 1  # int32 numbers
 
 
 @dataclass(frozen=True)
@@ -73,24 +78,23 @@ Position = tuple[int, int, int]  # input, first row of a chunk, and tokens to sk
 
 
 class Chunk(NamedTuple):
-    """Consecutive documents of one input: their texts, or rows of a parquet file, which a worker reads
-    itself to take work off the parent."""
+    """Consecutive documents of one input, which `read` returns; a thread calls it, to read them itself."""
 
     input: int  # index of the input
     row: int  # of its first document
     share: float  # fraction of the input read by the chunk's end
-    texts: list[str | None] | None
-    rows: tuple[str, str, int, int] | None  # path, column, row group, and first row in it
+    read: "Callable[[], list[str | None] | pyarrow.Array]"
 
 
 def check_format(path: str) -> None:
     """Raise ValueError for an unsupported file format."""
-    if not path.endswith(SUFFIXES):
-        raise ValueError(f"cannot read {path}: supported formats are {', '.join(SUFFIXES)}")
+    if not path.endswith((*SUFFIXES, TOKEN_FILES)):
+        supported = ", ".join((*SUFFIXES, f"{TOKEN_FILES} (tokens)"))
+        raise ValueError(f"cannot read {path}: supported formats are {supported}")
 
 
 def local_inputs(patterns: list[str]) -> list[Input]:
-    """Return the files that match, sorted by name within each pattern.
+    """Return the files that match, sorted by name within each pattern, token files for validation first.
 
     Raises FileNotFoundError for a pattern without a match, and ValueError for an unsupported format.
     """
@@ -102,27 +106,56 @@ def local_inputs(patterns: list[str]) -> list[Input]:
         paths += matches
     for path in paths:
         check_format(path)
-    return [Input(path, os.path.getsize(path)) for path in paths]
+    return [Input(path, os.path.getsize(path)) for path in validation_first(paths)]
 
 
 def hub_inputs(dataset: str, name: str | None) -> list[Input]:
-    """Return the files of a dataset's `train` split at its current revision.
+    """Return the files of a dataset at its current revision: those of its `train` split, or its token files.
 
-    Raises ValueError if there are none in a supported format, and ConnectionError if the Hub cannot be
-    reached.
+    If the Hub has only formats that are not supported, the parquet files that it has made of them are used.
+    With HF_HUB_OFFLINE, the files come from the local cache. Raises ValueError if there are none, and
+    ConnectionError if the Hub cannot be reached.
     """
     from datasets import load_dataset_builder
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants, snapshot_download
 
+    if constants.HF_HUB_OFFLINE and not Path(dataset).is_dir():
+        where = dict(repo_type="dataset", local_files_only=True)
+        dataset = retrying(lambda: snapshot_download(dataset, **where), f"find {dataset} in the cache")
+    if not Path(dataset).is_dir():
+        info = retrying(lambda: HfApi().dataset_info(dataset), f"list {dataset}")
+        if tokens := [file.rfilename for file in info.siblings if file.rfilename.endswith(TOKEN_FILES)]:
+            return describe_files(dataset, info.sha, validation_first(sorted(tokens)))
     builder = retrying(lambda: load_dataset_builder(dataset, name), f"list {dataset}")
     files = (builder.config.data_files or {}).get("train", [])
     if not files:
         raise ValueError(f"{dataset} ({name}) has no train split: choose another --name")
     if not files[0].startswith("hf://"):  # a folder on this machine
         return local_inputs([glob.escape(file) for file in files])
+    if not all(file.endswith(SUFFIXES) for file in files):
+        return converted_files(dataset, builder.config.name)
     at = f"hf://datasets/{dataset}@"
     revision = files[0].removeprefix(at).split("/")[0]
-    paths = [file.removeprefix(f"{at}{revision}/") for file in files]
+    return describe_files(dataset, revision, [file.removeprefix(f"{at}{revision}/") for file in files])
+
+
+def converted_files(dataset: str, config: str) -> list[Input]:
+    """Return the parquet files that the Hub has made of the `train` split of a dataset in another format."""
+    from huggingface_hub import HfApi
+
+    what = f"list the parquet files of {dataset}"
+    info = retrying(lambda: HfApi().dataset_info(dataset, revision="refs/convert/parquet"), what)
+    paths = [file.rfilename for file in info.siblings]
+    paths = [path for path in paths if re.match(rf"{re.escape(config)}/(partial-)?train/.*\.parquet$", path)]
+    if not paths:
+        raise ValueError(f"the Hub has no parquet files of {dataset} ({config}): download it and use --files")
+    return describe_files(dataset, info.sha, sorted(paths))
+
+
+def describe_files(dataset: str, revision: str, paths: list[str]) -> list[Input]:
+    """Return files of a dataset with sizes and hashes. Raises ValueError for an unsupported format."""
+    from huggingface_hub import HfApi
+
     for path in paths:
         check_format(path)
 
@@ -135,6 +168,11 @@ def hub_inputs(dataset: str, name: str | None) -> list[Input]:
         Input(path, infos[path].size, infos[path].lfs and infos[path].lfs.sha256, dataset, revision)
         for path in paths
     ]
+
+
+def validation_first(paths: list[str]) -> list[str]:
+    """Return token files with those for validation first, so that a limited set has some."""
+    return sorted(paths, key=lambda path: path.endswith(TOKEN_FILES) and "train" in Path(path).name)
 
 
 def retrying(call: Callable, what: str):
@@ -210,20 +248,22 @@ class Fetcher:
                 self.pending.pop(index).result().unlink(missing_ok=True)
 
 
-def read_chunks(fetcher: Fetcher, text_column: str, start: tuple[int, int]) -> Iterator[Chunk]:
+def read_chunks(fetcher: Fetcher, text_column: str, start: tuple[int, int]) -> Iterator[Chunk | None]:
     """Yield the documents of all inputs in order, starting at row start[1] of input start[0].
 
-    That row has to be the first one of a chunk. A .txt or .py file is one document; the other formats have
-    one per row. Raises ValueError for input that cannot be read, naming the file and, if possible, the line.
+    Yields None before it waits for a download, which the caller may not need. That row has to be the first
+    one of a chunk. A .txt or .py file is one document; the other formats have one per row. Raises ValueError
+    for input that cannot be read, naming the file and, if possible, the line.
     """
     first, first_row = start
     for index in range(first, len(fetcher.inputs)):
+        if fetcher.inputs[index].repo:
+            yield None
         path, skip = fetcher.path(index), first_row if index == first else 0
         try:
             if path.suffix == ".parquet":
-                for row, share, rows in _parquet_rows(path, text_column):
-                    if row >= skip:
-                        yield Chunk(index, row, share, None, rows)
+                for row, share, read in _parquet_rows(path, text_column, skip):
+                    yield Chunk(index, row, share, read)
                 continue
             if path.suffix in (".txt", ".py"):
                 errors = "strict" if path.suffix == ".txt" else "replace"
@@ -232,7 +272,8 @@ def read_chunks(fetcher: Fetcher, text_column: str, start: tuple[int, int]) -> I
                 rows = _jsonl_rows(path, text_column)
             rows = islice(rows, skip, None)
             while batch := list(islice(rows, DOCUMENTS_PER_CHUNK)):
-                yield Chunk(index, skip, batch[-1][0], [text for _, text in batch], None)
+                texts = [text for _, text in batch]
+                yield Chunk(index, skip, batch[-1][0], partial(list, texts))
                 skip += len(batch)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error}): convert it with iconv") from error
@@ -254,30 +295,44 @@ def _jsonl_rows(path: Path, text_column: str) -> Iterator[tuple[float, str | Non
                 ) from error
 
 
-@lru_cache(maxsize=2)
-def _open_parquet(path: str):
+class RowGroup:
+    """A column of a row group in a parquet file, decoded by the first thread that needs a part of it."""
+
+    def __init__(self, path: Path, metadata: "pyarrow.parquet.FileMetaData", number: int, column: str):
+        self.path, self.metadata, self.number, self.column = path, metadata, number, column
+        self.lock, self.values = threading.Lock(), None
+
+    def read(self, first: int, rows: int) -> "pyarrow.Array":
+        """Return some of the rows. Raises ValueError if the file is damaged."""
+        import pyarrow.parquet
+
+        with self.lock:
+            if self.values is None:
+                try:
+                    with pyarrow.parquet.ParquetFile(self.path, metadata=self.metadata) as file:
+                        group = file.read_row_group(self.number, [self.column], use_threads=False)
+                except (ValueError, OSError) as error:
+                    raise ValueError(f"{self.path}: {error}") from error
+                self.values = group[0]
+        return self.values.slice(first, rows)
+
+
+def _parquet_rows(path: Path, text_column: str, skip: int) -> Iterator[tuple[int, float, Callable]]:
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(path)
-
-
-@lru_cache(maxsize=1)
-def _read_row_group(path: str, column: str, number: int):
-    return _open_parquet(path).read_row_group(number, [column], use_threads=False)[0]
-
-
-def _parquet_rows(path: Path, text_column: str) -> Iterator[tuple[int, float, tuple[str, str, int, int]]]:
-    metadata = _open_parquet(str(path)).metadata
+    metadata = pyarrow.parquet.read_metadata(path)
     names = metadata.schema.to_arrow_schema().names
     if text_column not in names:
         raise ValueError(f"no column {text_column!r}: set --text_column to one of {names}")
     row = 0
     for number in range(metadata.num_row_groups):
-        rows = metadata.row_group(number).num_rows
-        for first in range(0, rows, ROWS_PER_CHUNK):
+        rows, group = metadata.row_group(number).num_rows, RowGroup(path, metadata, number, text_column)
+        # Sets of older versions may continue in the middle of what is a chunk now.
+        for first in range(max(skip - row, 0), rows, ROWS_PER_CHUNK):
             count = min(ROWS_PER_CHUNK, rows - first)
-            yield row, (row + count) / metadata.num_rows, (str(path), text_column, number, first)
-            row += count
+            share = (row + first + count) / metadata.num_rows
+            yield row + first, share, partial(group.read, first, count)
+        row += rows
 
 
 def stdlib_inputs() -> list[Input]:
@@ -298,84 +353,81 @@ def stdlib_inputs() -> list[Input]:
     return local_inputs([glob.escape(str(root / name)) for name in names])
 
 
-def texts_of(chunk: Chunk) -> list[str | None]:
-    """Return the documents of a chunk, reading parquet rows. Raises ValueError naming a damaged file."""
-    if chunk.rows is None:
-        return chunk.texts
-    path, column, number, first = chunk.rows
-    try:
-        return _read_row_group(path, column, number)[first : first + ROWS_PER_CHUNK].to_pylist()
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: {error}") from error
+def clean(texts: "list[str | None] | pyarrow.Array") -> "pyarrow.LargeStringArray":
+    """Return the documents that are text and not empty. Lone surrogates are replaced, as tiktoken does it."""
+    import pyarrow
+    import pyarrow.compute as compute
+
+    if isinstance(texts, list):
+        texts = [text for text in texts if isinstance(text, str) and text]
+        try:
+            return pyarrow.array(texts, pyarrow.large_string())
+        except UnicodeEncodeError:  # possible in JSON
+            whole = (text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts)
+            return pyarrow.array(whole, pyarrow.large_string())
+    kind = texts.type.value_type if pyarrow.types.is_dictionary(texts.type) else texts.type
+    if not any(is_text(kind) for is_text in (pyarrow.types.is_string, pyarrow.types.is_large_string)):
+        return pyarrow.array([], pyarrow.large_string())
+    texts = pyarrow.chunked_array(texts).cast(pyarrow.large_string())
+    texts = texts.filter(compute.greater(compute.binary_length(texts), 0)).combine_chunks()
+    texts.validate(full=True)  # UTF-8
+    return texts
 
 
-def encode_chunk(chunk: Chunk, tokenizer_name: str) -> tuple[np.ndarray, int]:
+def encode_chunk(chunk: Chunk, tokenizer: BatchTokenizer) -> tuple[np.ndarray, int]:
     """Return the documents' ids in uint16, each after an end-of-text token, and the number of skipped ones.
 
     Documents that are empty or not text are skipped.
     """
-    tokenizer, texts = get_tokenizer(tokenizer_name), texts_of(chunk)
-    eot = np.array([tokenizer.eot_token], dtype=np.uint16)
-    parts = []
-    for text in texts:
-        if not isinstance(text, str) or not text:
-            continue
-        # disallowed_special=(): "<|endoftext|>" within a document is ordinary text.
-        try:
-            ids = tokenizer.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate, possible in JSON: replaced as tiktoken's `encode` does
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            ids = tokenizer.encode_to_numpy(text, disallowed_special=())
-        parts += [eot, ids.astype(np.uint16)]
-    return np.concatenate(parts or [eot[:0]]), len(texts) - len(parts) // 2
-
-
-def end_with_parent() -> None:
-    """Make this worker exit when its parent is killed, instead of waiting for work forever."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def start_workers(workers: int, tokenizer: str) -> ProcessPoolExecutor | None:
-    """Start the processes that tokenize. Returns None for one worker: the caller tokenizes.
-
-    On Linux they are forked before this process starts any thread, so loaded modules are available at once.
-    On other systems forking is not safe.
-    """
-    if workers == 1:
-        return None
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
-    for _ in range(workers):
-        pool.submit(encode_chunk, Chunk(0, 0, 0.0, [], None), tokenizer)
-    return pool
+    texts = chunk.read()
+    documents = clean(texts)
+    ids, starts = tokenizer.encode(documents)
+    return np.insert(ids, starts[:-1], tokenizer.encoding.eot_token), len(texts) - len(documents)
 
 
 def encode_chunks(
-    chunks: Iterator[Chunk], tokenizer: str, pool: ProcessPoolExecutor | None, workers: int
+    chunks: Iterator[Chunk], tokenizer: BatchTokenizer, workers: int
 ) -> Iterator[tuple[Chunk, np.ndarray, int]]:
-    """Yield the chunks in order, each with its result of `encode_chunk`, computed by the pool's `workers`."""
-    if pool is None:
-        yield from ((chunk, *encode_chunk(chunk, tokenizer)) for chunk in chunks)
-        return
+    """Yield the chunks in order, each with its result of `encode_chunk`, computed by threads.
+
+    Decoding, tokenizing, hashing and writing all release the interpreter lock.
+    """
     pending: deque = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="tokenizer") as pool:
+        try:
+            for chunk in chain(chunks, [None]):
+                if chunk:
+                    pending.append((chunk, pool.submit(encode_chunk, chunk, tokenizer)))
+                while len(pending) > (2 * workers if chunk else 0):  # a bounded queue keeps memory flat
+                    done, future = pending.popleft()
+                    yield done, *future.result()
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+@contextlib.contextmanager
+def explained(out_dir: Path, needed: int) -> Iterator[None]:
+    """Add to errors of the system what a write of `needed` bytes to a folder lacks, and how to continue."""
     try:
-        for chunk in chunks:
-            pending.append((chunk._replace(texts=None), pool.submit(encode_chunk, chunk, tokenizer)))
-            if len(pending) > 2 * workers:  # a bounded queue keeps memory flat
-                chunk, future = pending.popleft()
-                yield chunk, *future.result()
-        while pending:
-            chunk, future = pending.popleft()
-            yield chunk, *future.result()
-    finally:
-        for _, future in pending:
-            future.cancel()
+        yield
+    except OSError as error:
+        existing = next(folder for folder in (out_dir, *out_dir.absolute().parents) if folder.is_dir())
+        sizes = f"{needed / 1e6:,.1f} MB, and {shutil.disk_usage(existing).free / 1e6:,.1f} MB are free"
+        command = f"python {shlex.join(sys.argv)}"
+        reason = f"cannot write to {out_dir} ({error.strerror or error}): it takes {sizes}"
+        raise OSError(f"{reason}; complete shards stay; to continue: {command}") from error
+
+
+def expected_bytes(inputs: list[Input], tokenizer: str, max_tokens: int | None) -> int:
+    """Return about how many bytes the shards of these inputs will take."""
+    per_byte = 0.0
+    for each in inputs:
+        packed = each.path.endswith((".parquet", ".gz"))
+        # GPT-2's tokens are 4.3 bytes of English text, of which zstd and gzip make less than half.
+        text = 1.0 if each.path.endswith(TOKEN_FILES) else (0.8 if packed else 0.47)
+        per_byte += each.size * text * (4.3 if tokenizer == "byte" else 1.0)
+    return min(int(per_byte), 2 * (max_tokens or sys.maxsize))
 
 
 class ShardSet:
@@ -387,10 +439,15 @@ class ShardSet:
     """
 
     def __init__(
-        self, out_dir: Path, manifest: dict, fetcher: Fetcher, pool: ProcessPoolExecutor | None, workers: int
+        self,
+        out_dir: Path,
+        manifest: dict,
+        fetcher: Fetcher,
+        tokenizer: BatchTokenizer | None = None,
+        workers: int = 1,
     ):
         self.out_dir, self.manifest, self.fetcher = out_dir, manifest, fetcher
-        self.pool, self.workers = pool, workers
+        self.tokenizer, self.workers = tokenizer, workers
         self.path = out_dir / manifest_name(manifest["task_index"], manifest["task_count"])
         self.sizes = np.cumsum([0, *(each.size for each in fetcher.inputs)])
 
@@ -401,19 +458,19 @@ class ShardSet:
         documents have been skipped so far."""
         total = self.manifest["max_tokens"] or sys.maxsize
         chunks = read_chunks(self.fetcher, self.manifest["source"]["text_column"], start[:2])
-        stream = encode_chunks(chunks, self.manifest["tokenizer"], self.pool, self.workers)
+        stream = encode_chunks(chunks, self.tokenizer, self.workers)
         buffer, filled, drop = np.empty(size, dtype=np.uint16), 0, start[2]
         unlimited = left > sys.maxsize // 2
         with tqdm(
             unit="tok", unit_scale=True, desc="tokenizing", initial=done, disable=None, leave=False
         ) as bar:
             for chunk, tokens, skipped_here in stream:
-                if unlimited or chunk.share > 0.5:  # a limited set may end within this input
-                    self.fetcher.prefetch(chunk.input + 1)
                 taken = min(drop, len(tokens))
                 drop -= taken
                 tokens = tokens[: taken + left]
                 left -= len(tokens) - taken
+                if left and (unlimited or chunk.share > 0.5):  # a limited set may end within this input
+                    self.fetcher.prefetch(chunk.input + 1)
                 bar.update(len(tokens) - taken)
                 done_bytes = self.sizes[chunk.input] + chunk.share * self.fetcher.inputs[chunk.input].size
                 bar.total = min(int(bar.n * self.sizes[-1] / max(done_bytes, 1)), total)
@@ -450,8 +507,12 @@ class ShardSet:
                 self.shrink_validation()
             self.manifest["skipped_documents"] = skipped_now
             self.manifest["complete"] = following is None
-            write_json(self.path, self.manifest)
+            self.save_manifest()
             self.fetcher.release(following[0] if following else len(self.fetcher.inputs))
+
+    def save_manifest(self) -> None:
+        with explained(self.out_dir, 0):
+            write_json(self.path, self.manifest)
 
     def write(self, number: int, tokens: np.ndarray, sha256: str | None = None) -> dict:
         """Write a shard and return its record. If its hash is not `sha256`, raises ValueError instead."""
@@ -460,7 +521,8 @@ class ShardSet:
         digest = hashlib.sha256(data.getbuffer()).hexdigest()
         if sha256 not in (None, digest):
             raise ValueError(f"the inputs of {name} have changed: --no-resume makes the whole set again")
-        write_atomically(self.out_dir / name, lambda file: file.write(data.getbuffer()))
+        with explained(self.out_dir, data.getbuffer().nbytes):
+            write_atomically(self.out_dir / name, lambda file: file.write(data.getbuffer()))
         documents = int(np.count_nonzero(tokens == self.manifest["eot_token"]))
         return {"name": name, "tokens": len(tokens), "documents": documents, "sha256": digest}
 
@@ -499,6 +561,74 @@ class ShardSet:
         self.write(number, tokens, record["sha256"])
 
 
+def read_token_file(path: Path) -> np.ndarray:
+    """Memory-map the tokens of a file in llm.c's format. Raises ValueError if it is not a complete one."""
+    header = np.fromfile(path, dtype="<i4", count=TOKEN_FILE_HEADER)
+    if len(header) < TOKEN_FILE_HEADER or header[0] != TOKEN_FILE_MAGIC or header[1] != TOKEN_FILE_VERSION:
+        raise ValueError(f"{path} is not a token file of llm.c, version {TOKEN_FILE_VERSION}: leave it out")
+    tokens, size = int(header[2]), path.stat().st_size
+    if size != header.nbytes + 2 * tokens:
+        raise ValueError(f"{path} has {size} bytes, which do not fit its {tokens} tokens: copy it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=header.nbytes, shape=(tokens,))
+
+
+class TokenShardSet(ShardSet):
+    """A set made of token files, each of which becomes one shard. No tokenizer is needed."""
+
+    def tokens_of(self, number: int) -> np.ndarray:
+        tokens = read_token_file(path := self.fetcher.path(number))
+        if len(tokens) and (largest := int(tokens.max())) >= self.manifest["vocab_size"]:
+            raise ValueError(f"{path} holds token id {largest}: it was not made with GPT-2's tokenizer")
+        return tokens
+
+    def extend(self) -> None:
+        """Write the shards that are still missing, each with a whole file, until there are enough tokens."""
+        records, total = self.manifest["shards"], self.manifest["max_tokens"] or sys.maxsize
+        inputs = self.fetcher.inputs
+        for each in inputs[len(records) :]:
+            if each.repo is None:
+                read_token_file(Path(each.path))  # before anything is written
+        with tqdm(total=len(inputs), initial=len(records), unit="file", disable=None, leave=False) as bar:
+            while not self.manifest["complete"]:
+                number = len(records)
+                tokens = self.tokens_of(number)
+                done = sum(record["tokens"] for record in records) + len(tokens)
+                is_last = number + 1 == len(inputs) or done >= total
+                if not is_last:
+                    self.fetcher.prefetch(number + 1)
+                following = None if is_last else (number + 1, 0, 0)
+                records.append({**self.write(number, tokens), "next": following})
+                self.manifest["complete"] = is_last
+                self.save_manifest()
+                self.fetcher.release(number + 1)
+                bar.update()
+
+    def repair(self, number: int) -> None:
+        """Rebuild one shard. Raises ValueError if its file no longer has the same tokens."""
+        self.write(number, self.tokens_of(number), self.manifest["shards"][number]["sha256"])
+
+
+def check_token_files(inputs: list[Input], names: list[str], tokenizer: str) -> None:
+    """Raise ValueError if token files are mixed with documents, or cannot keep their names as shards."""
+    if not names:
+        return
+    if len(names) < len(inputs):
+        raise ValueError(f"{TOKEN_FILES} files hold tokens, the others documents: make two sets")
+    if tokenizer != "gpt2":
+        raise ValueError(f"{TOKEN_FILES} files hold GPT-2's tokens: leave out --tokenizer {tokenizer}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"two token files are named {max(names, key=names.count)}: rename one")
+    for name in names:
+        if ("val" in name) == ("train" in name):
+            raise ValueError(f"{name} needs either val or train in its name: rename it or leave it out")
+
+
+def token_files(source: dict) -> list[str]:
+    """Return the names of the token files that a set is made of, none for a set of documents."""
+    paths = [path for path, *_ in source.get("files") or source.get("inputs") or ()]
+    return [Path(path).name for path in paths if path.endswith(TOKEN_FILES)]
+
+
 def bad_shards(out_dir: Path, manifest: dict) -> list[int]:
     """Return the numbers of the shards that are missing or whose hash differs."""
 
@@ -511,14 +641,21 @@ def bad_shards(out_dir: Path, manifest: dict) -> list[int]:
 
 
 def shard_name(number: int, manifest: dict) -> str:
-    """Return the file name of a task's shard number `number`. Task i of n names its shards i, i + n, …"""
+    """Return the file name of a task's shard number `number`. Task i of n names its shards i, i + n, …
+
+    Those of token files keep their names.
+    """
     index = number * manifest["task_count"] + manifest["task_index"]
+    if names := token_files(manifest["source"]):
+        return str(Path(names[index]).with_suffix(".npy"))
     return f"edufineweb_{'train' if index else 'val'}_{index:06d}.npy"
 
 
 def shard_names(manifest: dict) -> list[str]:
     """Return the names of a task's shards, and of two that it may have written but not recorded."""
     written = len(manifest["shards"]) + (0 if manifest["complete"] else 2)
+    if names := token_files(manifest["source"]):
+        written = min(written, len(names[manifest["task_index"] :: manifest["task_count"]]))
     return [shard_name(number, manifest) for number in range(written)]
 
 
@@ -591,12 +728,14 @@ def prepare(
     processes every `task_count`-th input. Raises ValueError if the folder holds a set made with other
     arguments, or other shards.
     """
-    out_dir = Path(out_dir)
-    encoding = get_tokenizer(tokenizer)
+    out_dir, names = Path(out_dir), token_files(source)
+    check_token_files(inputs, names, tokenizer)
+    # Token files need no vocabulary, and so no download.
+    n_vocab = GPT2_VOCABULARY if names else get_tokenizer(tokenizer).n_vocab
     manifest = {
         "tokenizer": tokenizer,
-        "vocab_size": encoding.n_vocab,
-        "eot_token": encoding.eot_token,
+        "vocab_size": n_vocab,
+        "eot_token": n_vocab - 1,
         "source": source,
         "shard_size": shard_size,
         "max_tokens": max_tokens,
@@ -620,25 +759,28 @@ def prepare(
     bad = bad_shards(out_dir, manifest) if manifest["complete"] else []
     if manifest["complete"] and not bad:
         return manifest
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if any(each.path.endswith(".parquet") for each in inputs):
-        import pyarrow.parquet  # noqa: F401  # once, before the workers are forked
-    pool = start_workers(workers, tokenizer)
+    if not manifest["complete"]:
+        done = 2 * sum(shard["tokens"] for shard in manifest["shards"])
+        needed = max(expected_bytes(inputs, tokenizer, max_tokens) - done, 0)
+        existing = next(folder for folder in (out_dir, *out_dir.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(existing).free
+        sizes = f"about {needed / 1e9:,.2f} GB to {out_dir}, where {free / 1e9:,.2f} GB are free"
+        print(f"{'warning: ' if needed > free else ''}writing {sizes}")
+    with explained(out_dir, 0):
+        out_dir.mkdir(parents=True, exist_ok=True)
     # A folder for each task, because the first one to finish deletes its own.
     downloads = "downloads" if task_count == 1 else f"downloads_{task_index:04d}_of_{task_count:04d}"
     fetcher = Fetcher(inputs, out_dir / downloads, keep_downloads)
-    shards = ShardSet(out_dir, manifest, fetcher, pool, workers)
-    try:
-        if not manifest["complete"]:
-            write_json(shards.path, manifest)
-            shards.extend()
-        else:
-            for number in bad:
-                print(f"rebuilding {manifest['shards'][number]['name']}: it is missing or damaged")
-                shards.repair(number)
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
+    if names:
+        shards = TokenShardSet(out_dir, manifest, fetcher)
+    else:
+        shards = ShardSet(out_dir, manifest, fetcher, BatchTokenizer(tokenizer), workers)
+    if not manifest["complete"]:
+        shards.save_manifest()
+        shards.extend()
+    for number in bad:
+        print(f"rebuilding {manifest['shards'][number]['name']}: it is missing or damaged")
+        shards.repair(number)
     if not keep_downloads:
         shutil.rmtree(fetcher.folder, ignore_errors=True)
     return manifest
@@ -758,7 +900,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out_dir", default="edu_fineweb10B", help="folder for the shards")
     add("--shard_size", type=at_least_1, default=100_000_000, help="tokens per shard")
     add("--max_tokens", type=at_least_1, help="stop after this many tokens per task (None: no limit)")
-    add("--workers", type=at_least_1, default=os.cpu_count(), help="processes that tokenize")
+    add("--workers", type=at_least_1, default=os.cpu_count(), help="threads that tokenize")
     add("--task_index", type=Range(int, 0), default=0, help="index of this machine, from 0")
     add("--task_count", type=at_least_1, default=1, help="machines that share the inputs, file by file")
     add("--keep_downloads", action="store_true", help="keep the Hub's files in --out_dir/downloads")
@@ -812,9 +954,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def explain_interruption(error: BaseException, args: argparse.Namespace) -> str | None:
-    """Return what to do after Ctrl-C or when a worker was killed, or None for any other error."""
-    if isinstance(error, BrokenProcessPool):
-        return "a worker was killed, perhaps for lack of memory: lower --workers"
+    """Return what to do after Ctrl-C, or None for any other error."""
     return "interrupted: rerun the same command to continue" if isinstance(error, KeyboardInterrupt) else None
 
 

@@ -2,17 +2,29 @@
 
     get_tokenizer("gpt2")     # 50,257 ids; tiktoken downloads the vocabulary once, 1.5 MB
     get_tokenizer("byte")     # 257 ids: the 256 bytes and <|endoftext|>; needs no download
+    BatchTokenizer("gpt2")    # the same ids for many texts at a time, more than ten times as fast
     to_hugging_face(get_tokenizer("gpt2"), 1024).save_pretrained("folder")
 """
 
+import base64
+import os
+import tempfile
+import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import tiktoken
 
 if TYPE_CHECKING:
+    import pyarrow
     from transformers import GPT2Tokenizer
 
 NAMES = ("gpt2", "byte")
+CHECKED_BYTES = 200_000  # of the first texts, which are also tokenized by tiktoken: 20 ms
+# gigatoken remembers every word that it has seen. It is replaced when this process has grown by so much or,
+# where that is not known (not Linux), after so much text.
+MOST_GROWTH, MOST_TEXT = 600_000_000, 256_000_000  # bytes
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
@@ -36,6 +48,86 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
             special_tokens={"<|endoftext|>": 256},
         )
     raise ValueError(f"unknown tokenizer {name!r}: choose from {', '.join(NAMES)}")
+
+
+class BatchTokenizer:
+    """Tokenizes many texts at a time, in any number of threads; `<|endoftext|>` in a text is ordinary text.
+
+    GPT-2's ids come from gigatoken, with tiktoken's vocabulary. Those of the first texts are compared with
+    tiktoken's. Without gigatoken, and for the other tokenizer, all ids come from tiktoken.
+    """
+
+    def __init__(self, name: str):
+        self.encoding = get_tokenizer(name)
+        self.lock, self.fast, self.is_checked = threading.Lock(), None, False
+        if name == "gpt2":
+            try:
+                import gigatoken  # noqa: F401
+            except ImportError as error:
+                print(f"tokenizing with tiktoken, ten times as slow ({error}): pip install gigatoken")
+            else:
+                self._renew()
+
+    def _renew(self) -> None:
+        import gigatoken
+
+        ranks = self.encoding._mergeable_ranks.items()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "gpt2.tiktoken")
+            file.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks))
+            self.fast = gigatoken.Tokenizer.from_tiktoken(file, pretokenizer="gpt2")
+        self.size, self.text = resident_bytes(), 0
+
+    def encode(self, texts: "pyarrow.LargeStringArray") -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of all texts in uint16, and where each text begins and the last one ends in them.
+
+        Raises ValueError if gigatoken and tiktoken differ.
+        """
+        if self.fast is None or not len(texts):
+            return self._encode_plainly(texts)
+        with self.lock:
+            self.text += texts.nbytes
+            now = resident_bytes()
+            if self.text > MOST_TEXT if now is None else now - self.size > MOST_GROWTH:
+                self.fast = None  # frees the old one first
+                self._renew()
+            fast = self.fast
+            if not self.is_checked:
+                self._check(fast, texts)
+        return _encode_fast(fast, texts)
+
+    def _encode_plainly(self, texts: "pyarrow.LargeStringArray") -> tuple[np.ndarray, np.ndarray]:
+        ids = [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts.to_pylist()]
+        return np.concatenate([[], *ids]).astype(np.uint16), np.cumsum([0, *map(len, ids)])
+
+    def _check(self, fast, texts: "pyarrow.LargeStringArray") -> None:
+        starts = np.cumsum([0, *(len(text) for text in texts.to_pylist())])
+        first = texts[: int(np.searchsorted(starts, CHECKED_BYTES)) + 1]
+        results = _encode_fast(fast, first), self._encode_plainly(first)
+        if not all(np.array_equal(*pair) for pair in zip(*results, strict=True)):
+            raise ValueError("gigatoken's ids are wrong: install the version in requirements.txt")
+        self.is_checked = True
+
+
+def _encode_fast(fast, texts: "pyarrow.LargeStringArray") -> tuple[np.ndarray, np.ndarray]:
+    import awkward
+
+    _, starts, data = texts.buffers()
+    starts = np.frombuffer(starts, dtype=np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    characters = awkward.contents.NumpyArray(np.frombuffer(data, np.uint8), parameters={"__array__": "char"})
+    layout = awkward.contents.ListOffsetArray(
+        awkward.index.Index64(starts), characters, parameters={"__array__": "string"}
+    )
+    encoded = fast.encode_batch(awkward.Array(layout), parallel=False).layout
+    return encoded.content.data.astype(np.uint16), encoded.offsets.data
+
+
+def resident_bytes() -> int | None:
+    """Return the memory of this process, or None where the system does not say (proc(5), Linux)."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:
+        return None
 
 
 def to_hugging_face(encoding: tiktoken.Encoding, max_length: int) -> "GPT2Tokenizer":

@@ -12,12 +12,13 @@ import threading
 import urllib.parse
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import REPOSITORY, token_stream
 
-REVISION = "a" * 40
+REVISION, CONVERTED = "a" * 40, "b" * 40  # the second one is that of the branch refs/convert/parquet
 TEXTS = [[f"document {row} of file {number}" for row in range(300)] for number in range(3)]
 CARD = """---
 configs:
@@ -61,10 +62,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def describe(self, path: str) -> dict:
-        data = self.server.files[path]
+        data = {**self.server.files, **self.server.converted}[path]
         lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
         entry = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-        return {**entry, "lfs": lfs} if path.endswith(".parquet") else entry
+        return {**entry, "lfs": lfs} if path.endswith((".parquet", ".bin")) else entry
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
@@ -84,16 +85,19 @@ class Hub(http.server.BaseHTTPRequestHandler):
         else:
             fault = None
         name = path.split("/", 6)[-1]
+        if "/refs/convert/parquet" in path or CONVERTED in path:
+            files = self.server.converted
         if path.startswith("/api/datasets/org/name/tree/"):
             prefix = path.partition(REVISION)[2].strip("/")
             entries = [self.describe(file) for file in files if file.startswith(prefix)]
-            if not prefix:
+            if not prefix and "recursive=true" not in self.path.lower():
                 folders = {file.split("/")[0] for file in files if "/" in file}
                 entries = [{"type": "directory", "path": folder, "size": 0, "oid": "0"} for folder in folders]
             self.reply(200, json.dumps(entries).encode())
-        elif re.match(r"/api/datasets/org/name(/revision/\w+)?$", path):
+        elif re.match(r"/api/datasets/org/name(/revision/[\w/]+)?$", path):
+            sha = REVISION if files is self.server.files else CONVERTED
             siblings = [{"rfilename": file} for file in files]
-            self.reply(200, json.dumps({"id": "org/name", "sha": REVISION, "siblings": siblings}).encode())
+            self.reply(200, json.dumps({"id": "org/name", "sha": sha, "siblings": siblings}).encode())
         elif (name := path.partition("/resolve/")[2].partition("/")[2]) in files:
             data = files[name]
             headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X_Repo_Commit": REVISION}
@@ -123,7 +127,7 @@ def hub():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files = {f"sample/{number}.parquet": parquet(texts) for number, texts in enumerate(TEXTS)}
     server.files |= {"data/0.parquet": parquet(["not asked for"]), "README.md": CARD.encode()}
-    server.faults, server.seen = {}, []
+    server.faults, server.seen, server.converted = {}, [], {}
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
@@ -191,3 +195,58 @@ def test_offline_and_unknown_name_print_one_line(hub):
     assert hub.seen == [] and not Path("out").exists()
     result = prepare(hub, "--name", "none")
     assert result.returncode == 1 and "small" in result.stderr.splitlines()[-1]
+
+
+def test_token_files_of_the_hub_need_no_tokenizer_and_continue(hub):
+    header = np.zeros(256, dtype=np.int32)
+    for name, size in (("val_000000", 500), ("train_000001", 900), ("train_000002", 700)):
+        header[:3] = 20240520, 1, size
+        hub.files[f"fineweb_{name}.bin"] = header.tobytes() + np.arange(size, dtype=np.uint16).tobytes()
+    hub.faults = {("GET", "train_000002"): ["always"]}
+    options = ("--tokenizer", "gpt2", "--shard_size", "100000000")
+    offline = {"TIKTOKEN_CACHE_DIR": "empty", "ALL_PROXY": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+    result = prepare(hub, *options, **offline)
+    assert result.returncode == 1 and "cannot download fineweb_train_000002.bin" in result.stderr
+    assert sorted(path.name for path in Path("out").glob("*.npy")) == [
+        "fineweb_train_000001.npy",
+        "fineweb_val_000000.npy",
+    ]
+    hub.faults, hub.seen[:] = {}, []
+    result = prepare(hub, *options, **offline)
+    assert result.returncode == 0, result.stderr
+    assert np.load("out/fineweb_train_000002.npy").tolist() == list(range(700))
+    assert {path for _, path, _ in hub.seen if ".bin" in path} == {
+        f"/datasets/org/name/resolve/{REVISION}/fineweb_train_000002.bin"
+    }
+    assert not Path("out/downloads").exists() and not Path("empty").exists()
+
+
+def test_dataset_in_another_format_is_read_from_the_hubs_parquet_files(hub):
+    card = "---\nconfigs:\n- config_name: small\n  data_files: [{split: train, path: 'sample/*'}]\n---\n"
+    hub.files = {"sample/0.csv": b"text\nnot this", "README.md": card.encode()}
+    hub.converted = {
+        "small/train/0000.parquet": parquet(["from", "the branch " * 20]),
+        "small/test/0000.parquet": parquet(["a test"]),
+        "other/train/0000.parquet": parquet(["another configuration"]),
+    }
+    result = prepare(hub)
+    assert result.returncode == 0, result.stderr
+    stream = [token for text in ("from", "the branch " * 20) for token in (256, *text.encode())]
+    assert sorted(token_stream("out")) == sorted(stream)
+    assert CONVERTED in Path("out/manifest.json").read_text()
+    hub.converted = {}
+    result = prepare(hub, "--out_dir", "none")
+    message = "the Hub has no parquet files of org/name (small): download it and use --files"
+    assert result.returncode == 1 and message in result.stderr
+
+
+def test_offline_set_is_made_from_the_cache(hub):
+    script = "from huggingface_hub import snapshot_download as get; get('org/name', repo_type='dataset')"
+    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": "home"}
+    environment |= {"HF_HUB_DISABLE_XET": "1"}
+    subprocess.run([sys.executable, "-c", script], env={**os.environ, **environment}, check=True)
+    hub.seen.clear()
+    result = prepare(hub, HF_HUB_OFFLINE="1")
+    assert result.returncode == 0, result.stderr
+    assert token_stream("out") == [t for texts in TEXTS for text in texts for t in (256, *text.encode())]
+    assert hub.seen == []

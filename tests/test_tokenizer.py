@@ -1,7 +1,19 @@
+import builtins
+import os
+import random
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow
 import pytest
 import tiktoken
 
-from tokenizer import get_tokenizer
+import tokenizer
+from tokenizer import BatchTokenizer, get_tokenizer
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 @pytest.mark.parametrize(
@@ -29,3 +41,112 @@ def test_unknown_and_unreachable_tokenizers_name_a_fix(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
     with pytest.raises(FileNotFoundError, match="TIKTOKEN_CACHE_DIR"):
         get_tokenizer("gpt2")
+
+
+def trained(text, merges):
+    """Return ranks of byte pair encoding: the plain algorithm, on the words of a text."""
+    ranks = {bytes([i]): i for i in range(256)}
+    words = Counter(tuple(bytes([b]) for b in f" {word}".encode()) for word in text.split())
+    for _ in range(merges):
+        pairs = Counter()
+        for word, times in words.items():
+            for pair in zip(word, word[1:], strict=False):
+                pairs[pair] += times
+        (a, b), _ = pairs.most_common(1)[0]
+        ranks[a + b] = len(ranks)
+        merged = Counter()
+        for word, times in words.items():
+            parts = []
+            for part in word:
+                if parts and parts[-1] == a and part == b:
+                    parts[-1] = a + b
+                else:
+                    parts.append(part)
+            merged[tuple(parts)] += times
+        words = merged
+    return ranks
+
+
+@pytest.fixture
+def small_gpt2(monkeypatch):
+    """Stands in for GPT-2's tokenizer, which needs a download: its pattern, with fewer merges."""
+    ranks = trained(Path(os.__file__).read_text(), 300)
+    special = {"<|endoftext|>": len(ranks)}
+    encoding = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    return encoding
+
+
+def odd_texts(number):
+    """Texts of words, numbers, white space, controls, all planes of Unicode, and special tokens."""
+    rng = random.Random(0)
+    pieces = [*Path(os.__file__).read_text().split()[:2000], "don't", "we'll", "I'M", "<|endoftext|>"]
+    pieces += ["\r\n", "\t", " ", "  ", "\n\n", "\u3000", "\u00a0", "\x85", "\0", "\ufeff", "é", "e\u0301"]
+    pieces += ["½", "१२३", "漢字", "🙂", "👩\u200d👧"]
+
+    def piece():
+        if rng.random() < 0.1:
+            code = rng.randrange(0x110000)
+            return chr(code) if not 0xD800 <= code < 0xE000 else "?"
+        return rng.choice(pieces) + rng.choice(["", " ", "\n"])
+
+    return ["".join(piece() for _ in range(rng.randrange(1, 60))) for _ in range(number)]
+
+
+def encode(batch, texts):
+    ids, starts = batch.encode(pyarrow.array(texts, pyarrow.large_string()))
+    assert ids.dtype == np.uint16
+    return [ids[a:b].tolist() for a, b in zip(starts, starts[1:], strict=False)]
+
+
+def test_batches_have_the_ids_of_tiktoken(small_gpt2):
+    texts = odd_texts(3000)
+    expected = small_gpt2.encode_ordinary_batch(texts)
+    batch = BatchTokenizer("gpt2")
+    assert batch.fast is not None
+    with ThreadPoolExecutor(3) as pool:  # all threads at once, on cold and on warm memory
+        results = list(pool.map(lambda _: encode(batch, texts), range(6)))
+    assert all(result == expected for result in results)
+    assert encode(batch, []) == []
+    part = pyarrow.array(["first", "second", "third"], pyarrow.large_string())[1:2]
+    assert batch.encode(part)[0].tolist() == small_gpt2.encode_ordinary("second")
+
+
+def test_without_gigatoken_tiktoken_does_the_work_and_says_so(small_gpt2, monkeypatch, capsys):
+    importing = builtins.__import__
+
+    def missing(name, *args, **options):
+        if name == "gigatoken":
+            raise ImportError("No module named 'gigatoken'")
+        return importing(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    texts = odd_texts(50)
+    assert encode(BatchTokenizer("gpt2"), texts) == small_gpt2.encode_ordinary_batch(texts)
+    assert capsys.readouterr().out.startswith("tokenizing with tiktoken, ten times as slow (No module")
+
+
+def test_wrong_ids_in_the_first_texts_end_the_command(small_gpt2, monkeypatch):
+    batch, right = BatchTokenizer("gpt2"), tokenizer._encode_fast
+
+    def wrong(fast, texts):
+        ids, starts = right(fast, texts)
+        ids[min(3, len(ids) - 1)] += 1
+        return ids, starts
+
+    monkeypatch.setattr(tokenizer, "_encode_fast", wrong)
+    with pytest.raises(ValueError, match="gigatoken's ids are wrong: install the version"):
+        encode(batch, ["some words, and some more"])
+
+
+@pytest.mark.parametrize("system_says", [True, False])
+def test_memory_for_words_is_given_back(small_gpt2, monkeypatch, system_says):
+    memory = iter(range(0, 10_000_000_000, 150_000_000))
+    monkeypatch.setattr(tokenizer, "resident_bytes", lambda: next(memory) if system_says else None)
+    monkeypatch.setattr(tokenizer, "MOST_TEXT", 4000)
+    batch, seen, texts = BatchTokenizer("gpt2"), [], ["word " * 200]
+    for _ in range(12):
+        assert encode(batch, texts) == small_gpt2.encode_ordinary_batch(texts)
+        seen.append(batch.fast)
+    assert 2 <= len({id(fast) for fast in seen}) <= 5
+    assert seen[0] is seen[1] is seen[2]
