@@ -45,7 +45,14 @@ from runtime.checkpoint import (
 )
 from runtime.cli import Range, check_options, run
 from runtime.distributed import Distributed, Problems, StopSignal, setup_distributed
-from runtime.records import Log, about_run, check_packages, describe_run, make_run_folder
+from runtime.records import (
+    Log,
+    about_run,
+    check_packages,
+    check_run_folder,
+    describe_run,
+    make_run_folder,
+)
 from tokenizer import NAMES, get_tokenizer
 
 DEMO_DATA_DIR = "demo_data"
@@ -244,7 +251,7 @@ def option_parser() -> argparse.ArgumentParser:
     add("--tokenizer", choices=NAMES, help="tokenizer of the shards (None: from their manifest, or gpt2)")
     add("--seed", type=AT_LEAST_0, default=1337, help="seed of weights, dropout, samples and --shuffle")
     add = parser.add_argument_group("checks").add_argument
-    add("--dry_run", action="store_true", help="check gradients and forecast the run; writes nothing")
+    add("--dry_run", action="store_true", help="check gradients, forecast the run; leaves --out_dir alone")
     add("--price", type=NOT_NEGATIVE, default=0.0, help="price of a GPU-hour, for the forecast of --dry_run")
     add("--overfit_batch", action="store_true", help="fit one batch to a loss near zero")
     add = parser.add_argument_group("model (None: from the preset or --init_from)").add_argument
@@ -334,6 +341,8 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
         problems.append("--overfit_batch checks a new model: leave out --resume")
     if args.overfit_batch and args.dry_run:
         problems.append("--overfit_batch and --dry_run are different checks: use one of them")
+    if args.price and not args.dry_run:
+        problems.append("--price is for the forecast of --dry_run: add it, or leave out --price")
     if args.early_stop and not args.val_every:
         problems.append("--early_stop counts validations, but --val_every is 0: set both or neither")
     # A new run renames the folder of an old one, with all that it contains.
@@ -421,6 +430,7 @@ def prepare(
     problems = Problems(dist)
     problems.call(check_args, args, dist.world_size)
     problems.call(check_packages, args)
+    problems.call(check_run_folder, args.out_dir)
     dtype = problems.call(hardware.choose_dtype, args.dtype, dist.device)
     if args.data_dir is None:
         args.data_dir = DEMO_DATA_DIR if args.preset == "demo" else "edu_fineweb10B"
@@ -455,7 +465,9 @@ def prepare(
         problems.call(check_disk, args, model.optimizer_groups(args.weight_decay), resumed)
     if problems.none_on_any_rank():
         with problems.collect():
-            if args.batch_size == "auto":
+            if args.batch_size != "auto":
+                hardware.check_memory(model, args.batch_size, args.block_size, dtype, dist.device)
+            else:
                 sizes = (args.total_batch_size, args.block_size)
                 args.batch_size = hardware.find_batch_size(model, *sizes, dtype, dist)
             sizes = {name: getattr(args, name) for name in ("batch_size", "block_size", "vocab_size")}

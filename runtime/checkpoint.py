@@ -234,7 +234,8 @@ def restore(
     if resumed["scaler"]:  # empty unless the run used fp16
         scaler.load_state_dict(resumed["scaler"])
     before = resumed["args"]
-    changed = {name for name, value in vars(args).items() if before.get(name) != value} - {"resume"}
+    changed = {name for name, value in vars(args).items() if before.get(name) != value}
+    changed -= {"resume", "dry_run", "price"}
     # Checkpoints of older versions lack `windows` and `data`, and shuffled in another order.
     consumed = resumed["step"] * before["total_batch_size"] // before["block_size"]
     known = {"windows": consumed, **resumed}

@@ -6,6 +6,7 @@ It writes nothing. What it measures are the functions that the loop of train.py 
 import argparse
 import contextlib
 import math
+import statistics
 import time
 from collections.abc import Callable
 
@@ -21,6 +22,8 @@ from runtime.distributed import Distributed
 ALLOWED = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.12}
 FP16_SCALE = 1024.0  # keeps small gradients from vanishing, and large ones finite
 MICRO_STEP_S, STEPS_S, EVALUATION_S = 8.0, 15.0, 2.0  # about how long a measurement may take
+MOST_STEPS = 500
+UNSTEADY = 2.0  # the slowest tenth of the steps takes this many times as long as the fastest
 SLOW_DATA = 0.03  # from this share of a step on, waiting for data is worth a word
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -104,10 +107,10 @@ def check_gradients(
         rows = max(n for n in range(1, max(len(x) // 4, 1) + 1) if len(x) % n == 0)
         parts = zip(x.split(rows), y.split(rows), strict=True)
         found["compiled and eager"] = largest_difference(once, of(raw_model, *parts))
-    half = y.numel() // 2
-    even = of(model, keep_targets(batch, 0, 2 * half)) if y.numel() % 2 else once
-    halves = [keep_targets(batch, first, first + half) for first in (0, half)]
-    found["two micro-steps and one"] = largest_difference(of(model, *halves), even)
+    if half := y.numel() // 2:
+        even = of(model, keep_targets(batch, 0, 2 * half)) if y.numel() % 2 else once
+        halves = [keep_targets(batch, first, first + half) for first in (0, half)]
+        found["two micro-steps and one"] = largest_difference(of(model, *halves), even)
     if dist.world_size > 1:
         alone, batches = {}, []
         for rank in range(dist.world_size) if dist.is_main else ():
@@ -121,13 +124,16 @@ def check_gradients(
     raw_model.train()
     loader.seek(start)
 
+    without = ", without dropout" if raw_model.config.dropout else ""
     limit, wrong = f"{dtype_name} allows {ALLOWED[dtype]:.0%}", []
+    advice = "--no-compile, " if is_compiled else ""
     for what, (difference, tensor) in found.items():
-        dist.say(f"{'gradients':12} {what} differ by at most {difference:.2%}, in {tensor}; {limit}")
+        size = f"{difference:.2%}" if math.isfinite(difference) else "what is not a finite number"
+        dist.say(f"{'gradients':12} {what} differ by at most {size}, in {tensor}; {limit}{without}")
         if difference > ALLOWED[dtype]:
             wrong.append(
-                f"wrong gradients: {what} differ by {difference:.1%} in {tensor}, where {limit}. Do not "
-                "train like this: try --no-compile, another --dtype or other versions of torch and driver"
+                f"wrong gradients: {what} differ by {size} in {tensor}, where {limit}. Do not train like "
+                f"this: try {advice}another --dtype or other versions of torch and driver"
             )
     if wrong := dist.union(wrong):
         raise dist.leave_with_error("\n".join(wrong))
@@ -159,21 +165,26 @@ class Stopwatch:
         return seconds * whole / n
 
 
-def step_seconds(stopwatch: Stopwatch, take_step: Callable, step: int, accum: float) -> float:
-    """Return the seconds of a training step of `accum` micro-steps, after two steps to warm up.
+def time_steps(
+    stopwatch: Stopwatch, take_step: Callable, step: int, accum: float
+) -> tuple[list[float], list[tuple[float, float]]]:
+    """Return the seconds of a few steps of `accum` micro-steps, after two to warm up, and what they returned.
 
-    The micro-steps of a step that takes long are not all taken: each costs the same.
+    Of a step that takes long, only some micro-steps are taken, and the result is extrapolated: what a step
+    costs beyond them, for the optimizer, is small then.
     """
+    results: list[tuple[float, float]] = []
+
+    def timed(micro_steps: int) -> float:
+        return stopwatch(lambda: results.append(take_step(step, micro_steps)))
+
     for _ in range(2):
-        stopwatch(take_step, step, 1)
-    short = stopwatch(take_step, step, 1)
-    n = max(min(int(accum), int(STEPS_S / short)), min(int(accum), 2))
-    if n == accum:
-        repeats = max(int(STEPS_S / (n * short)), 3)
-        return stopwatch(lambda: [take_step(step, n) for _ in range(repeats)]) / repeats
-    if n == 1:  # ...
-        return short * accum
-    return (seconds := stopwatch(take_step, step, n)) + (accum - n) * (seconds - short) / (n - 1)
+        short = timed(1)
+    n = max(min(int(accum), int(STEPS_S / short)), 1)
+    seconds = [timed(n)]
+    while sum(seconds) < STEPS_S and len(seconds) < MOST_STEPS:
+        seconds.append(timed(n))
+    return [each * accum / n for each in seconds], results
 
 
 def cut_batch_size(
@@ -193,8 +204,8 @@ def cut_batch_size(
             loss.backward()
 
     row = [each[:1] for each in loader.next_batch()]
-    for _ in range(2):  # the first one warms up
-        seconds = stopwatch(forward_and_backward)
+    stopwatch(forward_and_backward)  # warms up
+    seconds = min(stopwatch(forward_and_backward) for _ in range(3))
     raw_model.zero_grad()
     for each in loaders.values():
         each.batch_size = max(min(each.batch_size, int(MICRO_STEP_S / seconds)), 1)
@@ -254,55 +265,87 @@ def rehearse(
     `score(examples)`, `write_samples(tokens)`, and `state()` for checkpoints. A collective.
     """
     loader, stopwatch, device = loaders["train"], Stopwatch(dist), dist.device
+    if start_step == args.max_steps:
+        return dist.say(f"the run in {args.out_dir} is at its last step: use a larger --max_steps")
     batch_size = cut_batch_size(stopwatch, raw_model, loaders, autocast, attention)
-    if batch_size < args.batch_size:
-        dist.say(f"{'':12} measured with --batch_size {batch_size}: {args.batch_size} would take long here")
+    cut = f", measured with --batch_size {batch_size}: {args.batch_size} would take long here"
+    cut = cut if batch_size < args.batch_size else ""
     check_gradients(dist, dtype, raw_model, model, loader, autocast, attention, is_compiled)
 
     hardware.forget_peak_memory(device)
     windows = batch_size * dist.world_size  # of a micro-step
     waited_s, started = loader.waited_s, time.perf_counter()
-    micro_steps = args.total_batch_size / (windows * args.block_size)
-    step_s = step_seconds(stopwatch, take_step, start_step, micro_steps)
+    accum = args.total_batch_size / (windows * args.block_size)
+    step_seconds, results = time_steps(stopwatch, take_step, start_step, accum)
     waiting = (loader.waited_s - waited_s) / (time.perf_counter() - started)
+    step_s = statistics.mean(step_seconds)
     speed, peak = args.total_batch_size / step_s, hardware.peak_flops(device, dtype)
     mfu = speed * raw_model.flops_per_token(args.block_size) / (peak * dist.world_size) if peak else None
     parts = [f"{speed:,.0f} tokens/s", f"{duration(step_s)} a step", f"{waiting:.1%} of it waiting for data"]
-    dist.say(f"{'speed':12} {', '.join(parts + [f'mfu {mfu:.1%}'] if mfu else parts)}")
-    if memory := hardware.memory(device):
-        used, left = (tqdm.format_sizeof(n, "B") for n in memory)
-        dist.say(f"{'memory':12} {used} at the peak, {left} left")
+    dist.say(f"{'speed':12} {', '.join(parts + [f'mfu {mfu:.1%}'] if mfu else parts)}{cut}")
+    report_losses(dist, results, args.vocab_size)
 
     def spread(n: int) -> list:
         return examples[:: len(examples) // n][:n]
 
-    def due(*intervals: int) -> int:
-        """Return how many steps are a multiple of one of the intervals, or the last one."""
-        steps = range(start_step, args.max_steps + 1)
-        return sum(step == steps[-1] or any(step % n == 0 for n in intervals if n) for step in steps)
-
     batches = math.ceil(min(max(args.val_tokens // args.block_size, 1), loaders["val"].windows) / windows)
     evaluations = [
         ("validations", args.val_every, lambda n: evaluate(n * windows * args.block_size), batches, 1),
-        ("x HellaSwag", args.hellaswag_every, lambda n: score(spread(n)), len(examples), 8 * dist.world_size),
-        ("x samples", args.sample_every, write_samples, args.sample_tokens, 1),
+        ("HellaSwag", args.hellaswag_every, lambda n: score(spread(n)), len(examples), 8 * dist.world_size),
+        ("samples", args.sample_every, write_samples, args.sample_tokens, 1),
     ]
-    steps = args.max_steps - start_step
-    seconds = {f"{steps:,} steps": steps * step_s}
+    span = (start_step, args.max_steps)
+    costs = [("steps", args.max_steps - start_step, step_s)]
     for name, every, call, whole, first in evaluations:
         if every:
-            seconds[f"{due(every):,} {name}"] = due(every) * stopwatch.extrapolate(call, whole, first)
+            costs.append((name, times_due(*span, every), stopwatch.extrapolate(call, whole, first)))
     if args.checkpoint_every:
         host: dict = {}
-        times = due(args.checkpoint_every, args.val_every)  # any validation may be the best one
+        # Any validation may be the best one so far; without validation, none is written at the start.
+        times = times_due(*span, args.checkpoint_every, args.val_every)
+        times -= not args.val_every and start_step % args.checkpoint_every == 0
         for _ in range(2):  # the first one reserves the memory
             held_s = stopwatch(lambda: to_host(state(), host) if dist.is_main else None) * dist.world_size
-        seconds[f"{times:,} checkpoints"] = times * held_s
-    total = sum(seconds.values())
-    end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + total))
+        costs.append(("checkpoints", times, held_s))
+    if memory := hardware.memory(device):
+        used, left = (tqdm.format_sizeof(n, "B") for n in memory)
+        each = f" on rank {dist.rank} of {dist.world_size}" if dist.world_size > 1 else ""
+        dist.say(f"{'memory':12} {used} at the peak{each}, {left} left{cut}")
+    total = sum(times * seconds for _, times, seconds in costs)
+    for i, (name, times, seconds) in enumerate(costs):
+        of = f"{times:,} x {duration(seconds)}"
+        dist.say(f"{'' if i else 'forecast':12} {name:12} {of:>22} = {duration(times * seconds)}")
+    end = time.time() + total
+    end = time.strftime(", until %Y-%m-%d %H:%M if started now", time.localtime(end)) if end < 1e11 else ""
     price = total / 3600 * dist.world_size * args.price
     cost = f", {price:,.2f} at {args.price:g} per GPU-hour" if args.price else ""
-    dist.say(f"{'forecast':12} {', '.join(f'{name} {duration(s)}' for name, s in seconds.items())}")
-    dist.say(f"{'':12} {duration(total)} in all: started now, it ends on {end}{cost}")
+    dist.say(f"{'':12} {duration(total)} in all{end}{cost}")
+    dist.say(f"{'':12} not counted: start and compilation; checkpoints are written in the background")
+    slowest = sorted(step_seconds)[int(0.9 * len(step_seconds))]
+    if slowest > UNSTEADY * min(step_seconds):
+        seconds = f"{duration(min(step_seconds))} to {duration(slowest)}"
+        dist.say(f"{'suggestion':12} steps took {seconds}: measure again when nothing else is running")
     for suggestion in suggest(args, dist, dtype, is_compiled, waiting):
         dist.say(f"{'suggestion':12} {suggestion}")
+
+
+def report_losses(dist: Distributed, results: list[tuple[float, float]], vocab_size: int) -> None:
+    """Print the losses of the steps that were taken. Raises ValueError if the last one is not finite."""
+    losses = dist.sum(*(loss / dist.world_size for loss, _ in results))
+    skipped = sum(not math.isfinite(norm) for _, norm in results)
+    skipped = f", {skipped} skipped because their gradients were not finite" if skipped else ""
+    new = f"a new model starts near {math.log(vocab_size):.2f}"
+    dist.say(f"{'loss':12} {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps{skipped}; {new}")
+    if not math.isfinite(losses[-1]):
+        raise dist.leave_with_error("the loss is not finite: lower --learning_rate")
+
+
+def times_due(start: int, end: int, *intervals: int) -> int:
+    """Return how many of the steps from `start` to `end` are multiples of an interval, or `end` itself."""
+
+    def multiples(every: int) -> int:
+        return end // every - -(-start // every) + 1
+
+    every = [each for each in intervals if each]
+    both = multiples(math.lcm(*every)) if len(every) == 2 else 0
+    return sum(map(multiples, every)) - both + all(end % each for each in every)

@@ -227,6 +227,21 @@ def fits(
     return True
 
 
+def check_memory(
+    model: torch.nn.Module, batch_size: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise ValueError if training a GPT needs more memory than this machine has.
+
+    GPUs report that themselves. Elsewhere the system would swap, or kill the process, without a word.
+    """
+    if device.type == "cuda":
+        return
+    needed = model.training_bytes(batch_size, block_size, dtype) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if needed > (installed := installed_memory()):
+        sizes = f"{needed / 1e9:.1f} GB, but this machine has {installed / 1e9:.1f} GB"
+        raise ValueError(f"--batch_size {batch_size} needs at least {sizes}: use a smaller one, or auto")
+
+
 def find_batch_size(
     model: torch.nn.Module, total_batch_size: int, block_size: int, dtype: torch.dtype, dist: Distributed
 ) -> int:

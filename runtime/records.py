@@ -36,6 +36,14 @@ def check_packages(args: argparse.Namespace) -> None:
         raise ValueError("\n".join(lines))
 
 
+def check_run_folder(out_dir: str) -> None:
+    """Raise ValueError if the folder of a run cannot be created or written."""
+    path = Path(out_dir).absolute()
+    existing = next(each for each in (path, *path.parents) if each.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--out_dir {out_dir}: {existing} is not a folder that can be written: use another")
+
+
 def make_run_folder(out_dir: Path) -> None:
     """Create the folder of a new run. If it holds a run already, that is renamed by appending .1, .2, …"""
     if (out_dir / "log.jsonl").exists() or any(out_dir.glob("model_*.pt")):

@@ -56,9 +56,9 @@ class InfiniteGradient(HalvedGradient):
 @pytest.mark.parametrize(
     "compiler, what",
     [
-        (HalvedGradient, f"compiled and eager differ by 50.0% in {FAULTY}"),
+        (HalvedGradient, f"compiled and eager differ by 50.00% in {FAULTY}"),
         (ForgetfulModel, "two micro-steps and one differ by"),
-        (InfiniteGradient, "compiled and eager differ by inf%"),
+        (InfiniteGradient, "compiled and eager differ by what is not a finite number in "),
     ],
 )
 def test_wrong_gradient_ends_the_command_and_names_the_tensor(rehearse, monkeypatch, options, compiler, what):
@@ -116,7 +116,7 @@ def test_ranks_are_compared_with_one(shards, two_ranks):
     printed = two_ranks("two.py")
     good, bad = re.findall(r"2 ranks and one differ by at most ([\d.]+)%", printed)
     assert float(good) < 0.01 and float(bad) > 50
-    assert "ValueError: wrong gradients: 2 ranks and one differ by 100.0%" in printed
+    assert "ValueError: wrong gradients: 2 ranks and one differ by 100.00%" in printed
     assert "SystemExit: 1" in printed  # the other rank ends too, without a second message
     assert "at 3 per GPU-hour" in printed and not Path("log").exists()
 
@@ -146,9 +146,7 @@ def test_forecast_counts_what_the_run_does(rehearse, run_train, capsys, resume):
     capsys.readouterr()
     rehearse(f"{options} {resume} --price 1000000")
     printed = capsys.readouterr().out
-    (forecast,) = re.findall("forecast +(.*)", printed)
-    parts = re.findall(r"([\d,]+) (?:x )?([a-zA-Z]+) [\d.]+ (?:ms|s|min)", forecast)
-    counts = {name: int(times) for times, name in parts}
+    counts = {name: int(n) for name, n in re.findall(r"([a-zA-Z]+) +([\d,]+) x [\d.]+ m?s = ", printed)}
     records = run_train(f"{options} {resume}")
     first = 3 if resume else 0
     assert counts["steps"] == 10 - first == sum(record["step"] >= first for record in records["train"])
@@ -156,22 +154,56 @@ def test_forecast_counts_what_the_run_does(rehearse, run_train, capsys, resume):
         assert counts[name] == sum(record["step"] >= first for record in records[kind]), name
     # Had every validation been the best so far: at 0, 2, 3, 4, 6, 8, 9 and 10.
     assert counts["checkpoints"] == (6 if resume else 8)
-    (total, cost) = re.findall(r"([\d.]+) (?:ms|s) in all.*, ([\d,.]+) at 1e\+06 per GPU-hour", printed)[0]
-    assert float(cost.replace(",", "")) > 0 and float(total) > 0
+    total, unit, cost = re.findall(r"([\d.]+) (m?s) in all.*, ([\d,.]+) at 1e\+06 per GPU-hour", printed)[0]
+    seconds = float(total) / (1000 if unit == "ms" else 1)
+    assert float(cost.replace(",", "")) == pytest.approx(1e6 * seconds / 3600, rel=0.1) and seconds > 0
+
+
+def test_checkpoints_without_validation_start_later(rehearse, run_train, capsys):
+    options = "--max_steps 5 --checkpoint_every 2 --val_every 0"
+    rehearse(options)
+    assert re.search(r"checkpoints +3 x", capsys.readouterr().out)
+    assert [record["step"] for record in run_train(options)["checkpoint"]] == [2, 4, 5]
+
+
+@pytest.mark.parametrize("start, end", [(0, 60), (7, 60), (6, 61), (60, 60)])
+@pytest.mark.parametrize("intervals", [(1,), (6,), (7,), (6, 4), (4, 0), (0, 9), (100, 7), (5, 5)])
+def test_steps_that_are_due_are_counted_without_a_loop(start, end, intervals):
+    steps = [s for s in range(start, end + 1) if s == end or any(s % n == 0 for n in intervals if n)]
+    assert dry_run.times_due(start, end, *intervals) == len(steps)
+    assert dry_run.times_due(0, 10**15, 3) == 10**15 // 3 + 2  # at once
+
+
+def test_run_that_is_finished_has_nothing_to_forecast(rehearse, run_train, capsys):
+    run_train("--max_steps 3")
+    capsys.readouterr()
+    rehearse("--resume --max_steps 3")
+    printed = capsys.readouterr().out
+    assert "the run in log is at its last step: use a larger --max_steps" in printed
+    assert "changed options: none" in printed and "forecast" not in printed
+
+
+def test_diverging_run_is_refused(rehearse, monkeypatch):
+    monkeypatch.setattr(train, "train_step", lambda *args: (math.nan, math.nan))
+    with pytest.raises(ValueError, match="the loss is not finite: lower --learning_rate"):
+        rehearse()
 
 
 class VirtualClock(dry_run.Stopwatch):
-    """Calls take the seconds that they return."""
+    """Time passes only in `spend`."""
 
     def __init__(self):
         super().__init__(ONE)
-        self.spent = 0.0
+        self.now = 0.0
+
+    def spend(self, seconds):
+        self.now += seconds
+        return 1.0, 1.0
 
     def __call__(self, call, *args):
-        seconds = call(*args)
-        seconds = sum(seconds) if isinstance(seconds, list) else seconds
-        self.spent += seconds
-        return seconds
+        before = self.now
+        call(*args)
+        return self.now - before
 
 
 @pytest.mark.parametrize(
@@ -179,17 +211,18 @@ class VirtualClock(dry_run.Stopwatch):
 )
 def test_long_steps_are_extrapolated(micro_step_s, accum):
     clock = VirtualClock()
-    seconds = dry_run.step_seconds(clock, lambda step, n: n * micro_step_s + 0.5, 0, accum)
-    assert seconds == pytest.approx(accum * micro_step_s + 0.5, rel=0.04)
-    assert clock.spent < 65
+    take_step = lambda step, n: clock.spend(n * micro_step_s + 0.02 * micro_step_s)  # noqa: E731
+    seconds, results = dry_run.time_steps(clock, take_step, 0, accum)
+    assert sum(seconds) / len(seconds) == pytest.approx(accum * micro_step_s, rel=0.03)
+    assert clock.now < 45 and len(results) == len(seconds) + 2 <= dry_run.MOST_STEPS + 2
 
 
 def test_long_evaluations_are_extrapolated():
     clock, taken = VirtualClock(), []
-    seconds = clock.extrapolate(lambda n: taken.append(n) or 0.3 * n, 1000, 3)
-    assert seconds == pytest.approx(300) and taken == [3, 3, 12] and clock.spent < 10
+    seconds = clock.extrapolate(lambda n: taken.append(n) or clock.spend(0.3 * n), 1000, 3)
+    assert seconds == pytest.approx(300) and taken == [3, 3, 12] and clock.now < 10
     taken.clear()
-    assert clock.extrapolate(lambda n: taken.append(n) or 1e-6 * n, 10, 3) == pytest.approx(1e-5)
+    assert clock.extrapolate(lambda n: taken.append(n) or clock.spend(1e-6 * n), 10, 3) == pytest.approx(1e-5)
     assert taken == [3, 3, 10]
 
 
@@ -198,7 +231,14 @@ def test_batch_that_takes_long_is_cut(rehearse, monkeypatch, capsys):
     assert "measured with" not in capsys.readouterr().out
     monkeypatch.setattr(dry_run, "MICRO_STEP_S", 1e-9)
     rehearse()
-    assert "measured with --batch_size 1: 2 would take long here" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.count("measured with --batch_size 1: 2 would take long here") == 2  # speed and memory
+
+
+def test_micro_batch_of_one_token_passes(rehearse, capsys):
+    rehearse("--block_size 1 --batch_size 1 --total_batch_size 1 --val_tokens 1")
+    printed = capsys.readouterr().out
+    assert "differ" not in printed and "in all" in printed
 
 
 def test_only_the_chosen_targets_count():

@@ -140,3 +140,18 @@ def test_gpu_batch_size_auto_trains_within_memory(run_train):
     (run,) = run_train(f"{options} --batch_size auto --val_every 0 --checkpoint_every 0")["run"]
     # 2 ** 18 windows of 16 tokens would have 2.5 TB of logits, one in fp32 has 10 MB with its gradients.
     assert 16 <= run["args"]["batch_size"] < 2**18
+
+
+def test_batch_that_exceeds_the_memory_of_the_machine_is_refused(run_train, monkeypatch):
+    model = GPT(GPTConfig(16, 320, 2, 2, 32))
+    needed = model.training_bytes(2, 16, torch.float32)
+    monkeypatch.setattr(hardware, "installed_memory", lambda: needed)
+    run_train("--max_steps 1 --warmup_steps 0")
+    monkeypatch.setattr(hardware, "installed_memory", lambda: needed - 1)
+    for check in ("", "--dry_run"):
+        with pytest.raises(ValueError, match="--batch_size 2 needs at least 0.0 GB, but this machine has"):
+            run_train(f"--max_steps 1 --warmup_steps 0 {check}", out_dir="other")
+    assert not os.path.exists("other")
+    with pytest.raises(ValueError, match="--batch_size 1 needs at least"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+        run_train("--max_steps 1 --warmup_steps 0 --batch_size 1", out_dir="other")

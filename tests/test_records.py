@@ -180,3 +180,13 @@ def test_missing_packages_are_reported_before_the_first_step(run_train, monkeypa
         expected = f"--{package} needs a package that is not installed: pip install {package}"
         assert expected in str(caught.value).splitlines()
     assert not Path("log").exists()
+
+
+@pytest.mark.parametrize("check", ["", "--dry_run"])
+def test_run_folder_that_cannot_be_written_is_refused_at_once(run_train, check):
+    Path("file").write_text("not a folder")
+    for out_dir in ("file", "file/log"):
+        with pytest.raises(ValueError, match=f"--out_dir {out_dir}: .*/file is not a folder that can be"):
+            run_train(check, out_dir=out_dir)
+    with pytest.raises(ValueError, match="--price is for the forecast of --dry_run: add it, or leave out"):
+        run_train("--price 2")
