@@ -50,11 +50,13 @@ from runtime.cli import Range, check_options, count, run
 from runtime.distributed import Distributed
 from runtime.files import file_hash, write_atomically, write_json
 from runtime.hardware import synchronize
+from runtime.memory import keep_freed_memory
 from sample import generate
 from tokenizer import NAMES, BatchTokenizer, get_tokenizer
 from train import DEMO_ITEMS
 
 PUBLISHED = "llm.c 468,000 tokens/s per H100 (40 % of peak) and 218,000 per A100 (60 %), discussion 481"
+GRACE_S = 40.0  # torchrun takes 30 to end ranks that do not react
 WARM_UP_STEPS = 3  # until code is compiled and memory allocated
 
 
@@ -634,7 +636,7 @@ def bench_quickstart(args: argparse.Namespace, device: torch.device) -> list[dic
 def bench_optimizer(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Steps per second of the optimizer alone: fused AdamW, torch.optim.Muon and muon.py."""
     if device.type == "cpu":  # as train.py does
-        hardware.keep_freed_memory()
+        keep_freed_memory()
     model, dist = GPT(config_of(args)).to(device), Distributed(0, 1, device)
     groups = model.optimizer_groups(weight_decay=0.1)
     matrices = [p for group in groups if "parts" in group for p in group["params"]]
@@ -761,15 +763,17 @@ def compare_runs(folder: Path, baseline: str | None) -> list[dict]:
 def gpu_parts(on_gpu: bool) -> dict[str, int]:
     """Return the commands of `bench.py gpu` in order of worth, and the seconds that each may take."""
     size = "--n_layer 12 --n_head 12 --n_embd 768" if on_gpu else "--n_layer 1 --n_head 2 --n_embd 16"
-    steps = "--batch_size 64 --block_size 1024 --steps 20" if on_gpu else "--block_size 32 --steps 1"
+    steps = f"--block_size {1024 if on_gpu else 32} --steps {20 if on_gpu else 1} --batch_size"
+    # Attention that is written out keeps its scores: 64 sequences would need more than 80 GB.
+    batch_size, ladder_batch_size = (64, 16) if on_gpu else (4, 4)
     items, tokens, dtype = (10042, 256, "bfloat16") if on_gpu else (4, 4, "float32")
     text = f"generate {size} --rounds 1 --dtype {dtype} --max_new_tokens {tokens}"
     return {
-        f"train {size} {steps} --rounds 1": 400,
+        f"train {size} {steps} {batch_size} --rounds 1": 900,
         f"hellaswag {size} --dtype {dtype} --limit {items} --rounds 1 --alone": 120,
         text: 120,
         f"{text} --batch_size 8": 120,
-        f"ladder {size} {steps} --rounds 1": 400,
+        f"ladder {size} {steps} {ladder_batch_size} --rounds 1": 900,
         f"optimizer {size}": 60,
         f"memory {size} --batch_size {16 if on_gpu else 1} --block_size {1024 if on_gpu else 32}": 120,
     }
@@ -796,7 +800,11 @@ def bench_gpu(args: argparse.Namespace, device: torch.device) -> list[dict]:
             print(f"stopped after {limit_s} s", flush=True)
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+                # torchrun's ranks have sessions of their own, and end only if torchrun can tell them to.
+                os.killpg(process.pid, signal.SIGTERM)
+                time.sleep(GRACE_S)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         outcomes.append({"way": words, "s": time.perf_counter() - start, "failed": float(failed)})
         if path.exists() and words.startswith("train"):
@@ -812,6 +820,8 @@ def print_for_readme(record: dict) -> None:
     size = f"{options['n_layer']} x {options['n_embd']}, "
     size += f"{options['batch_size']} x {options['block_size']} tokens"
     for row in record["rows"]:
+        if row["tokens/s"] is None:
+            continue
         shares = [f"{row['mfu']:.1%} mfu"] if "mfu" in row else []
         shares += [f"{row['of matmul']:.0%} of a matrix product", f"{row['GB']:.1f} GB"]
         what = f"{row['way']}: {size}, {options['dtype']}; {', '.join(shares)}"
@@ -944,6 +954,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"{row['way']:{width}}", *(f"{value:10.5g}" for value in list(row.values())[1:]))
     if args.output:
         options = {name: value for name, value in vars(args).items() if name != "bench"}
+        # JSON has no NaN.
+        rows = [{k: None if v != v else v for k, v in row.items()} for row in rows]
         record = {"args": options, **hardware.describe_machine(device), "rows": rows}
         write_json(args.output, record)
 

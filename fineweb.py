@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 from runtime.cli import Range, check_options, count, run
 from runtime.files import file_hash, write_atomically, write_json
+from runtime.memory import keep_freed_memory
 from tokenizer import NAMES, BatchTokenizer, get_tokenizer
 
 if TYPE_CHECKING:
@@ -921,6 +922,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    keep_freed_memory()
     out_dir = Path(args.out_dir)
     if args.verify:
         return verify(out_dir, args.task_index, args.task_count)

@@ -7,7 +7,6 @@
 """
 
 import base64
-import os
 import tempfile
 import threading
 from pathlib import Path
@@ -16,14 +15,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tiktoken
 
+from runtime.memory import resident_bytes
+
 if TYPE_CHECKING:
+    import gigatoken
     import pyarrow
     from transformers import GPT2Tokenizer
 
 NAMES = ("gpt2", "byte")
 CHECKED_BYTES = 200_000  # of the first texts, which are also tokenized by tiktoken: 20 ms
-# gigatoken remembers every word that it has seen. It is replaced when this process has grown by so much or,
-# where that is not known (not Linux), after so much text.
+# gigatoken remembers every word that it has seen. A tokenizer is replaced when this process has grown by so
+# much since it was made or, where that is not known (not Linux), after so much text.
 MOST_GROWTH, MOST_TEXT = 600_000_000, 256_000_000  # bytes
 
 
@@ -58,42 +60,47 @@ class BatchTokenizer:
     """
 
     def __init__(self, name: str):
-        self.encoding = get_tokenizer(name)
-        self.lock, self.fast, self.is_checked = threading.Lock(), None, False
+        self.encoding, self.has_gigatoken = get_tokenizer(name), False
+        self.of_thread, self.is_checked = threading.local(), False
         if name == "gpt2":
             try:
                 import gigatoken  # noqa: F401
+
+                self.has_gigatoken = True
             except ImportError as error:
                 print(f"tokenizing with tiktoken, ten times as slow ({error}): pip install gigatoken")
-            else:
-                self._renew()
 
-    def _renew(self) -> None:
+    def _fast(self, new_text: int) -> "gigatoken.Tokenizer":
+        """Return gigatoken's tokenizer of this thread, a new one if it has seen too many words.
+
+        Threads do not share one, because they would wait for each other.
+        """
+        mine, now = self.of_thread, resident_bytes()
+        if hasattr(mine, "fast"):
+            mine.text += new_text
+            if not (mine.text > MOST_TEXT if now is None else now - mine.size > MOST_GROWTH):
+                return mine.fast
+            del mine.fast
         import gigatoken
 
         ranks = self.encoding._mergeable_ranks.items()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "gpt2.tiktoken")
             file.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks))
-            self.fast = gigatoken.Tokenizer.from_tiktoken(file, pretokenizer="gpt2")
-        self.size, self.text = resident_bytes(), 0
+            mine.fast = gigatoken.Tokenizer.from_tiktoken(file, pretokenizer="gpt2")
+        mine.size, mine.text = resident_bytes(), new_text
+        return mine.fast
 
     def encode(self, texts: "pyarrow.LargeStringArray") -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of all texts in uint16, and where each text begins and the last one ends in them.
 
         Raises ValueError if gigatoken and tiktoken differ.
         """
-        if self.fast is None or not len(texts):
+        if not self.has_gigatoken or not len(texts):
             return self._encode_plainly(texts)
-        with self.lock:
-            self.text += texts.nbytes
-            now = resident_bytes()
-            if self.text > MOST_TEXT if now is None else now - self.size > MOST_GROWTH:
-                self.fast = None  # frees the old one first
-                self._renew()
-            fast = self.fast
-            if not self.is_checked:
-                self._check(fast, texts)
+        fast = self._fast(texts.nbytes)
+        if not self.is_checked:
+            self._check(fast, texts)
         return _encode_fast(fast, texts)
 
     def _encode_plainly(self, texts: "pyarrow.LargeStringArray") -> tuple[np.ndarray, np.ndarray]:
@@ -120,14 +127,6 @@ def _encode_fast(fast, texts: "pyarrow.LargeStringArray") -> tuple[np.ndarray, n
     )
     encoded = fast.encode_batch(awkward.Array(layout), parallel=False).layout
     return encoded.content.data.astype(np.uint16), encoded.offsets.data
-
-
-def resident_bytes() -> int | None:
-    """Return the memory of this process, or None where the system does not say (proc(5), Linux)."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except FileNotFoundError:
-        return None
 
 
 def to_hugging_face(encoding: tiktoken.Encoding, max_length: int) -> "GPT2Tokenizer":

@@ -186,7 +186,8 @@ class DataLoaderLite:
         self.waited_s += time.perf_counter() - started
         self.seek(self.window + self.dist.world_size * self.batch_size)
         rows = rows.to(self.dist.device, non_blocking=True)
-        return rows[:, :-1], rows[:, 1:]
+        # Of one form, so that validation and training are compiled for the same one.
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 @torch.no_grad()

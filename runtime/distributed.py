@@ -57,8 +57,8 @@ class Distributed:
             raise ValueError(f"{message} ({'; '.join(values)})")
 
     def leave(self) -> None:
-        """Leave the process group. A collective."""
-        if self.world_size > 1:
+        """Leave the process group, if there is one. A collective."""
+        if torch.distributed.is_initialized():
             # A gloo thread needs the interpreter lock to free the tensors of a collective. If the group is
             # freed meanwhile, which holds the lock and waits for that thread, both wait for ever: seen in
             # tests. The barrier lets the thread finish, and `work` keeps it from freeing the barrier itself.

@@ -69,12 +69,10 @@ def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Te
 
 
 def keep_targets(batch: Batch, first: int, end: int) -> Batch:
-    """Return a batch of which only some targets count, with the same strides, for code that is compiled."""
+    """Return a batch of which only some of the (flattened) targets count."""
     x, y = batch
-    kept = y.new_full((len(y), y.size(1) + 1), -100)[:, 1:]
-    places = torch.arange(first, end, device=y.device)
-    at = places // y.size(1), places % y.size(1)
-    kept[at] = y[at]
+    kept = torch.full_like(y, -100)
+    kept.view(-1)[first:end] = y.view(-1)[first:end]
     return x, kept
 
 
@@ -107,12 +105,14 @@ def check_gradients(
         rows = max(n for n in range(1, max(len(x) // 4, 1) + 1) if len(x) % n == 0)
         parts = zip(x.split(rows), y.split(rows), strict=True)
         found["compiled and eager"] = largest_difference(once, of(raw_model, *parts))
+    even = once
     if half := y.numel() // 2:
         even = of(model, keep_targets(batch, 0, 2 * half)) if y.numel() % 2 else once
         halves = [keep_targets(batch, first, first + half) for first in (0, half)]
         found["two micro-steps and one"] = largest_difference(of(model, *halves), even)
     if dist.world_size > 1:
-        alone, batches = {}, []
+        del once, even  # each takes the memory of the weights
+        batches = []
         for rank in range(dist.world_size) if dist.is_main else ():
             loader.seek(start + rank * loader.batch_size)
             batches.append(loader.next_batch())
@@ -194,8 +194,13 @@ def cut_batch_size(
     autocast: torch.autocast,
     attention: Context,
 ) -> int:
-    """Lower the batch size of the loaders if a micro-step would take long, and return it. A collective."""
+    """Lower the batch size of the loaders if a micro-step would take long, and return it. A collective.
+
+    On GPUs no micro-step takes long.
+    """
     loader, start = loaders["train"], loaders["train"].window
+    if loader.dist.device.type == "cuda":
+        return loader.batch_size
 
     def forward_and_backward() -> None:
         with attention():

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import ctypes
 import os
 import platform
 import re
@@ -18,6 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from runtime.distributed import Distributed
+from runtime.memory import installed_memory, keep_freed_memory
 
 # Dense bf16/fp16 FLOP/s with fp32 accumulation, from NVIDIA's data sheets, keyed by the driver's device name.
 PEAK_FLOPS = {
@@ -53,6 +53,9 @@ def choose_device(name: str = "auto") -> torch.device:
         return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
+        if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+            reason = f"rank {os.environ['LOCAL_RANK']} needs a GPU of its own: lower --nproc_per_node"
+            raise ValueError(reason) from error
         raise ValueError(f"device {name} is not available ({reason}): use auto or cpu") from error
 
 
@@ -118,23 +121,6 @@ def forget_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def installed_memory() -> int:
-    """Return the bytes of memory of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the next tensor instead of returning it to the system.
-
-    On CPUs, a step allocates the same large tensors again and again. The first touch of a page that comes
-    from the system costs as much as the arithmetic on it: half the time of a step of the 124M model (LOG.md).
-    """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_mmap_max = -1, -4  # names and numbers of mallopt(3)
-        ctypes.CDLL(None).mallopt(m_mmap_max, 0)
-        ctypes.CDLL(None).mallopt(m_trim_threshold, -1)
 
 
 def tune_for_training(
@@ -220,7 +206,9 @@ def fits(
             with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
                 loss = model(idx, idx)[1]
             loss.backward()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return False
     finally:
         model.zero_grad(set_to_none=True)
@@ -262,7 +250,7 @@ def find_batch_size(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether the system or a device has refused to allocate memory."""
-    pattern = "out of memory|(can't|cannot) allocate memory"
+    pattern = "out of memory|(can't|cannot) allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
     return isinstance(error, MemoryError) or bool(re.search(pattern, str(error), re.IGNORECASE))
 
 

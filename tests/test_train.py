@@ -373,7 +373,7 @@ import sys, torch, train
 from bench import resident
 from model import GPT, GPTConfig
 from runtime.distributed import setup_distributed
-from runtime.hardware import keep_freed_memory
+from runtime.memory import keep_freed_memory
 keep_freed_memory()
 sizes = dict(block_size=32, vocab_size=20000)
 model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, **sizes))
