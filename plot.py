@@ -27,11 +27,19 @@ AXES = {
     "tokens": lambda record: record["tokens_per_s"] * record["dt_ms"] / 1000,
     "minutes": lambda record: record["dt_ms"] / 60000,
 }
-# Published for 124M weights. Loss on FineWeb-Edu: that of build-nanogpt, and of OpenAI's GPT-2 as measured
-# there (play.ipynb). HellaSwag (acc_norm): the values in hellaswag.py, and build-nanogpt's.
+# Published for 124M weights, by the data that they were trained and measured on: losses on one set say
+# nothing about the other. FineWeb-Edu: build-nanogpt's log, and OpenAI's GPT-2 as measured there
+# (play.ipynb). FineWeb: the loss at which modded-nanogpt's runs end, and llm.c's discussion 481. HellaSwag is
+# acc_norm.
 REFERENCES = {
-    "loss": {"build-nanogpt": 3.05, "GPT-2": 3.2924},
-    "HellaSwag": {"GPT-2": 0.2955, "build-nanogpt": 0.304, "GPT-3": 0.337},
+    "fineweb-edu": {
+        "loss": {"build-nanogpt": 3.05, "GPT-2": 3.2924},
+        "HellaSwag": {"GPT-2": 0.2955, "build-nanogpt": 0.304, "GPT-3": 0.337},
+    },
+    "fineweb": {
+        "loss": {"modded-nanogpt": 3.28},
+        "HellaSwag": {"GPT-2": 0.2955, "llm.c": 0.299, "GPT-3": 0.337},
+    },
 }
 
 
@@ -75,9 +83,12 @@ def smooth(steps: list[float], values: list[float]) -> tuple[list[float], list[f
 
 
 def plot(
-    folders: list[str | Path], output: str | Path, against: str = "step", references: bool = False
+    folders: list[str | Path], output: str | Path, against: str = "step", references: str | None = None
 ) -> None:
-    """Write one PNG with the curves of all runs. Raises ValueError if no run has a training step."""
+    """Write one PNG with the curves of all runs and, for a set in REFERENCES, the published values.
+
+    Raises ValueError if no run has a training step.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
@@ -115,10 +126,11 @@ def plot(
                     label = f"{folder}: {kind}, last {values[-1]:.4f}"
                     axes.plot(x, values, color=f"C{i}", marker="o", ms=4, ls="--", label=label)
                 late += [value for at, value in zip(x, values, strict=True) if at >= x[-1] / 10]
-        for name, value in REFERENCES.get(title, {}).items() if references else []:
+        published = REFERENCES.get(references, {}).get(title, {})
+        for name, value in published.items():
             axes.axhline(value, color="black", lw=1, ls=":")
             place = dict(transform=axes.get_yaxis_transform(), ha="right", fontsize="small")
-            va = "top" if value == min(REFERENCES[title].values()) else "bottom"  # the lines are close
+            va = "top" if value == min(published.values()) else "bottom"  # the lines are close
             axes.text(0.99, value, f"published: {name} {value:.4g}", va=va, **place)
             late.append(value)
             axes.margins(y=0.12)
@@ -150,7 +162,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("runs", nargs="+", help="run folders or log.jsonl files")
     add("--output", help="PNG to write (default: loss.png in the first folder)")
     add("--against", choices=AXES, default="step", help="horizontal axis; minutes exclude evaluations")
-    add("--references", action="store_true", help="draw published values of the 124M model as lines")
+    help = "draw published values of the 124M model: of FineWeb-Edu, or on fineweb (None: none)"
+    add("--references", nargs="?", choices=REFERENCES, const="fineweb-edu", help=help)
     add("--follow", type=Range(float, 0), default=0, help="redraw every N seconds until all end (0: once)")
     args = parser.parse_args(argv)
     check_options(parser, args)

@@ -102,9 +102,11 @@ def test_references_are_drawn_as_lines(tmp_path, monkeypatch):
     write_log("log", 30)
     plot.plot(["log"], "without.png")
     assert drawn == []
-    plot.plot(["log"], "with.png", references=True)
-    expected = [("loss", 3.05), ("loss", 3.2924)] + [("HellaSwag", y) for y in (0.2955, 0.304, 0.337)]
-    assert drawn == expected
+    cases = ((["--references"], [3.05, 3.2924], 0.304), (["--references", "fineweb"], [3.28], 0.299))
+    for options, losses, best in cases:
+        drawn.clear()
+        plot.main(plot.parse_args(["log", *options]))
+        assert drawn == [("loss", y) for y in losses] + [("HellaSwag", y) for y in (0.2955, best, 0.337)]
 
 
 def test_picture_compares_runs_without_torch(tmp_path):

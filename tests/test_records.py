@@ -71,7 +71,7 @@ def test_run_that_stopped_early_has_each_record_once_after_resuming(run_train):
     first = run_train(f"{options} --max_steps 40 --learning_rate 9", out_dir="log")
     stopped = first["end"][0]["step"]
     again = run_train(f"{options} --max_steps 40 --learning_rate 9 --resume")
-    assert 0 < stopped < 40 and again["end"] == first["end"]
+    assert 0 < stopped < 40 and [record["step"] for record in again["end"]] == [stopped]
     for kind in ("val", "sample", "train"):
         assert [record["step"] for record in again[kind]] == [record["step"] for record in first[kind]], kind
     assert [r["names"] for r in again["checkpoint"]] == [r["names"] for r in first["checkpoint"]]
