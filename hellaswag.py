@@ -35,7 +35,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from model import GPT
+from model import GPT, head_rows
 from runtime.cli import Range, check_options, run
 from runtime.files import file_hash, write_json
 from runtime.hardware import choose_device, masked_attention
@@ -46,7 +46,6 @@ SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 DATA = "hellaswag_val.jsonl"
 TRIES = 5
 BACK_OFF_S = 1.0  # delay before the second try; doubles with each further one
-HEAD_ROWS = 256  # positions per call of the head, so that their logits stay in a CPU's cache
 PUBLISHED = {"completion": "GPT-2 28.59 / 29.55, GPT-2 XL 38.42 / 48.93, GPT-3 125M - / 33.7",
              "lm_eval": "GPT-2 28.92 / 31.14, GPT-2 XL 40.04 / 50.89"}  # fmt: skip
 
@@ -269,9 +268,10 @@ def score_batch(model: GPT, batch: list[Sequence]) -> tuple[list[int], torch.Ten
     with masked_attention():
         hidden = model.trunk(idx, positions=positions, mask=mask).flatten(0, 1)
     hidden = hidden[sources]  # (ending tokens, n_embd)
+    n = head_rows(device)
     losses = [
         F.cross_entropy(model.lm_head(rows).float(), wanted, reduction="none")
-        for rows, wanted in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
+        for rows, wanted in zip(hidden.split(n), targets.split(n), strict=True)
     ]
     return places, torch.cat(losses)
 
