@@ -373,7 +373,7 @@ def test_next_input_is_downloaded_only_when_it_may_be_needed(monkeypatch):
     source = {"text_column": "text"}
     for max_tokens, expected in ((20_000, ["0"]), (80_000, ["0", "1"]), (180_000, ["0", "1", "2"])):
         downloaded.clear()
-        options = dict(tokenizer="byte", shard_size=7_000, max_tokens=max_tokens)
+        options = dict(tokenizer="byte", shard_size=7_000, max_tokens=max_tokens, workers=4)
         fineweb.prepare(inputs, f"out{max_tokens}", source=source, **options)  # never waits for input 2
         assert downloaded == expected
         assert not list(Path(f"out{max_tokens}").glob("downloads/*.parquet"))
