@@ -176,7 +176,8 @@ def refuse(number):
 def test_resumed_run_does_not_depend_on_its_file(run_train):
     run_train("--max_steps 3")
     resumed = checkpoint.load_training_state("log", "adamw", 9)
-    expected = [moment.clone() for state in resumed["optimizer"]["state"].values() for moment in state.values()]
+    states = resumed["optimizer"]["state"].values()
+    expected = [moment.clone() for state in states for moment in state.values()]
     model = GPT(GPTConfig(**resumed["config"]))
     args, dist = train.parse_args(TINY.split()), Distributed(0, 1, torch.device("cpu"))
     optimizer = train.build_optimizer(model, args, dist)
