@@ -346,12 +346,6 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
         problems.append("--price is for the forecast of --dry_run: add it, or leave out --price")
     if args.early_stop and not args.val_every:
         problems.append("--early_stop counts validations, but --val_every is 0: set both or neither")
-    # A new run renames the folder of an old one, with all that it contains.
-    out_dir = Path(args.out_dir).resolve()
-    if Path.cwd().is_relative_to(out_dir):
-        problems.append(f"--out_dir {args.out_dir} contains the working directory: use another folder")
-    elif args.data_dir and Path(args.data_dir).resolve().is_relative_to(out_dir):
-        problems.append(f"--out_dir {args.out_dir} contains --data_dir: use another folder")
     # Sizes may still have to come from --init_from, and out of range they are reported below.
     if (args.n_embd or 0) > 0 and (args.n_head or 0) > 0 and args.n_embd % args.n_head:
         problems.append(
@@ -367,22 +361,6 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
             f"use --total_batch_size {nearest} or another --batch_size"
         )
     check_options(option_parser(), args, problems)
-
-
-def read_data_set(args: argparse.Namespace) -> dict:
-    """Check that --data_dir holds shards, fill in --tokenizer and return the manifest."""
-    data_dir = Path(args.data_dir)
-    manifest = fineweb.read_manifest(data_dir)
-    for split in ("val", "train"):
-        fineweb.find_shards(data_dir, split, manifest)
-    made_with = manifest.get("tokenizer", args.tokenizer or "gpt2")
-    if args.tokenizer not in (None, made_with):
-        raise ValueError(
-            f"--tokenizer is {args.tokenizer}, but the shards in {data_dir} were made with {made_with}: "
-            "omit --tokenizer or make other shards"
-        )
-    args.tokenizer = made_with
-    return manifest
 
 
 def load_model(args: argparse.Namespace, n_vocab: int, resumed: dict | None) -> GPT:
@@ -431,7 +409,6 @@ def prepare(
     problems = Problems(dist)
     problems.call(check_args, args, dist.world_size)
     problems.call(check_packages, args)
-    problems.call(check_run_folder, args.out_dir)
     dtype = problems.call(hardware.choose_dtype, args.dtype, dist.device)
     if args.data_dir is None:
         args.data_dir = DEMO_DATA_DIR if args.preset == "demo" else "edu_fineweb10B"
@@ -439,7 +416,9 @@ def prepare(
             if dist.is_main:
                 problems.call(fineweb.prepare_demo, DEMO_DATA_DIR)
             problems.none_on_any_rank()  # the other ranks wait for the shards
-    manifest = problems.call(read_data_set, args) or {}
+    problems.call(check_run_folder, args.out_dir, args.data_dir)
+    if manifest := problems.call(fineweb.read_set, args.data_dir, args.tokenizer) or {}:
+        args.tokenizer = manifest["tokenizer"]
     if args.hellaswag_every and args.hellaswag_data:
         items = problems.call(hellaswag.load_items, args.hellaswag_data)
     resumed = None

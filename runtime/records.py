@@ -36,9 +36,16 @@ def check_packages(args: argparse.Namespace) -> None:
         raise ValueError("\n".join(lines))
 
 
-def check_run_folder(out_dir: str) -> None:
-    """Raise ValueError if the folder of a run cannot be created or written."""
-    path = Path(out_dir).absolute()
+def check_run_folder(out_dir: str, data_dir: str) -> None:
+    """Raise ValueError if a folder cannot be that of a run.
+
+    It has to be writable, and must not contain what a new run, which renames it, would take away.
+    """
+    path = Path(out_dir).resolve()
+    if Path.cwd().is_relative_to(path):
+        raise ValueError(f"--out_dir {out_dir} contains the working directory: use another folder")
+    if Path(data_dir).resolve().is_relative_to(path):
+        raise ValueError(f"--out_dir {out_dir} contains --data_dir: use another folder")
     existing = next(each for each in (path, *path.parents) if each.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"--out_dir {out_dir}: {existing} is not a folder that can be written: use another")
