@@ -33,7 +33,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -42,7 +42,14 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.cli import Range, check_options, count, run
-from runtime.files import file_hash, write_atomically, write_json
+from runtime.files import (
+    existing_folder,
+    file_hash,
+    locked_folder,
+    parsing,
+    write_atomically,
+    write_json,
+)
 from runtime.memory import keep_freed_memory
 from tokenizer import NAMES, BatchTokenizer, get_tokenizer
 
@@ -56,6 +63,7 @@ SINGLE_TASK = {"task_index": 0, "task_count": 1}
 MOST_VALIDATION = 0.2  # share of a set; where the first shard is more, a tenth of the set is validation
 DOCUMENTS_PER_CHUNK = 64  # enough to hide the cost of passing a chunk to a thread
 ROWS_PER_CHUNK = 1000  # of parquet files, whose row groups typically have as many
+RETRY_S = (1, 5, 25, 125)  # delays after which a shard that cannot be read is tried again
 HUB_TRIES = 4  # on top of the retries of huggingface_hub, which can take half a minute per try
 HUB_REFUSALS = ("OfflineModeIsEnabled", "DatasetNotFoundError", "LocalEntryNotFoundError")
 SUFFIXES = (".txt", ".py", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
@@ -413,8 +421,8 @@ def explained(out_dir: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        existing = next(folder for folder in (out_dir, *out_dir.absolute().parents) if folder.is_dir())
-        sizes = f"{needed / 1e6:,.1f} MB, and {shutil.disk_usage(existing).free / 1e6:,.1f} MB are free"
+        free = shutil.disk_usage(existing_folder(out_dir)).free
+        sizes = f"{needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
         command = f"python {shlex.join(sys.argv)}"
         reason = f"cannot write to {out_dir} ({error.strerror or error}): it takes {sizes}"
         raise OSError(f"{reason}; complete shards stay; to continue: {command}") from error
@@ -449,7 +457,8 @@ class ShardSet:
     ):
         self.out_dir, self.manifest, self.fetcher = out_dir, manifest, fetcher
         self.tokenizer, self.workers = tokenizer, workers
-        self.path = out_dir / manifest_name(manifest["task_index"], manifest["task_count"])
+        task = manifest["task_index"], manifest["task_count"]
+        self.path = out_dir / f"{task_name('manifest', *task)}.json"
         self.sizes = np.cumsum([0, *(each.size for each in fetcher.inputs)])
 
     def shards(
@@ -660,8 +669,9 @@ def shard_names(manifest: dict) -> list[str]:
     return [shard_name(number, manifest) for number in range(written)]
 
 
-def manifest_name(task_index: int, task_count: int) -> str:
-    return MANIFEST if task_count == 1 else f"manifest_{task_index:04d}_of_{task_count:04d}.json"
+def task_name(name: str, task_index: int, task_count: int) -> str:
+    """Return a name that differs between the tasks of a set."""
+    return name if task_count == 1 else f"{name}_{task_index:04d}_of_{task_count:04d}"
 
 
 def read_manifests(out_dir: Path) -> list[dict]:
@@ -722,7 +732,7 @@ def prepare(
     keep_downloads: bool = False,
     resume: bool = True,
 ) -> dict:
-    """Write the documents of the inputs to `out_dir` as shards with a manifest, and return the manifest.
+    """Write the documents of the inputs to a folder as shards with a manifest, and return the manifest.
 
     `source` says in plain types where the documents come from. Resumes an interrupted set and rebuilds
     damaged shards of a finished one; without `resume`, rebuilds all. Each of `task_count` tasks
@@ -763,15 +773,11 @@ def prepare(
     if not manifest["complete"]:
         done = 2 * sum(shard["tokens"] for shard in manifest["shards"])
         needed = max(expected_bytes(inputs, tokenizer, max_tokens) - done, 0)
-        existing = next(folder for folder in (out_dir, *out_dir.absolute().parents) if folder.exists())
-        free = shutil.disk_usage(existing).free
+        free = shutil.disk_usage(existing_folder(out_dir)).free
         sizes = f"about {needed / 1e9:,.2f} GB to {out_dir}, where {free / 1e9:,.2f} GB are free"
         print(f"{'warning: ' if needed > free else ''}writing {sizes}")
-    with explained(out_dir, 0):
-        out_dir.mkdir(parents=True, exist_ok=True)
     # A folder for each task, because the first one to finish deletes its own.
-    downloads = "downloads" if task_count == 1 else f"downloads_{task_index:04d}_of_{task_count:04d}"
-    fetcher = Fetcher(inputs, out_dir / downloads, keep_downloads)
+    fetcher = Fetcher(inputs, out_dir / task_name("downloads", task_index, task_count), keep_downloads)
     if names:
         shards = TokenShardSet(out_dir, manifest, fetcher)
     else:
@@ -833,18 +839,88 @@ def read_set(data_dir: str | Path, tokenizer: str | None) -> dict:
     return {**manifest, "tokenizer": made_with}
 
 
-def open_shard(path: Path) -> np.ndarray:
-    """Memory-map a shard. Raises ValueError if it is not a complete one-dimensional uint16 array."""
+class Shards:
+    """The shards of one split, whose tokens are read from their files when they are asked for.
+
+    They are not mapped into memory, where a file that is cut short or a network drive that fails would kill
+    the process without a word. `lengths` are their numbers of tokens, and `digest` tells sets apart. Warnings
+    go to `say`. Raises FileNotFoundError if there are no shards, and ValueError for one that is damaged.
+    """
+
+    def __init__(self, data_dir: str | Path, split: str, say: Callable[[str], None] = print):
+        manifest, self.say = read_manifest(Path(data_dir)), say
+        self.paths = find_shards(Path(data_dir), split, manifest)
+        listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
+        self.lengths, digest = [], hashlib.sha256()
+        for path in self.paths:
+            tokens = open_shard(path)
+            if len(tokens) != listed.get(path.name, len(tokens)):
+                expected = f"its manifest says {listed[path.name]}"
+                raise ValueError(f"{path} has {len(tokens)} tokens, but {expected}: make it again")
+            self.lengths.append(len(tokens))
+            digest.update(path.name.encode() + fingerprint(tokens))
+        self.digest = digest.hexdigest()
+        self.stamps = list(map(stamp, self.paths))
+        self.files = lru_cache(maxsize=256)(open_shard)  # each holds a file descriptor
+
+    def read(self, shard: int, start: int, end: int) -> np.ndarray:
+        """Return some tokens of a shard. A network drive may come back, so its errors are retried."""
+        for delay_s in (*RETRY_S, None):
+            try:
+                return self.files(self.paths[shard])[start:end]
+            except OSError as error:
+                if delay_s is None:
+                    raise
+                self.say(f"warning: cannot read {self.paths[shard]} ({error}), trying again in {delay_s} s")
+                self.files.cache_clear()
+                time.sleep(delay_s)
+
+    def warn_of_changes(self) -> None:
+        """Name the files that have changed since the last call."""
+        for shard, path in enumerate(self.paths):
+            if (now := stamp(path)) != self.stamps[shard]:
+                self.say(f"warning: {path} has {'changed' if now else 'vanished'} since the run began")
+                self.stamps[shard] = now
+
+
+def stamp(path: Path) -> tuple[int, int] | None:
+    """Return the size of a file and when it was changed, or None if it cannot be found."""
     try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+class ShardFile:
+    """The tokens of a file, of which only slices are read: `tokens[start:end]`."""
+
+    def __init__(self, path: Path, tokens: int, offset: int):
+        self.path, self.tokens, self.offset = path, tokens, offset
+        self.file = open(path, "rb", buffering=0)
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, end, _ = part.indices(self.tokens)
+        self.file.seek(self.offset + 2 * start)
+        data = self.file.read(2 * (end - start))
+        if len(data) < 2 * (end - start):
+            raise ValueError(f"{self.path} was cut short while it was in use: make it again")
+        return np.frombuffer(data, dtype=np.uint16)
+
+
+def open_shard(path: Path) -> ShardFile:
+    """Open a shard. Raises ValueError if it is not a complete one-dimensional uint16 array."""
+    with parsing(path, "a .npy file", "make it again"):
         tokens = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is truncated or not a .npy file ({error}): make it again") from error
-    if tokens.dtype != np.uint16 or tokens.ndim != 1:
-        raise ValueError(f"{path} is {tokens.ndim}-dimensional {tokens.dtype}, not 1-dimensional uint16")
-    return tokens
+        if tokens.dtype != np.uint16 or tokens.ndim != 1:
+            raise ValueError(f"it is {tokens.ndim}-dimensional {tokens.dtype}, not 1-dimensional uint16")
+        return ShardFile(path, len(tokens), tokens.offset)
 
 
-def fingerprint(tokens: np.ndarray) -> bytes:
+def fingerprint(tokens: ShardFile) -> bytes:
     """Return a hash of a shard's length and of a few blocks of its tokens.
 
     It tells shards apart without reading all of them, and needs no manifest.
@@ -901,7 +977,8 @@ def prepare_demo(out_dir: str | Path) -> None:
     if not (found and found["complete"]):
         print(f"making shards from Python's standard library in {out_dir}/")
         source = {"standard library of Python": platform.python_version(), "text_column": None}
-        prepare(stdlib_inputs(), out_dir, source=source, tokenizer="byte")
+        with locked_folder(Path(out_dir), ".lock"):
+            prepare(stdlib_inputs(), out_dir, source=source, tokenizer="byte")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -939,32 +1016,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(args: argparse.Namespace) -> None:
-    keep_freed_memory()
-    out_dir = Path(args.out_dir)
-    if args.verify:
-        return verify(out_dir, args.task_index, args.task_count)
+def find_inputs(args: argparse.Namespace) -> tuple[list[Input], dict]:
+    """Return the files to read, and what the manifest says about them."""
     if args.files:
         inputs = local_inputs(args.files)
         files = [[Path(each.path).name, each.size] for each in inputs]
-        source = {"files": files, "text_column": args.text_column}
+        return inputs, {"files": files, "text_column": args.text_column}
+    source = {"dataset": args.dataset, "name": args.name, "text_column": args.text_column}
+    # An interrupted set, and that of several tasks, is completed from the revision it started with.
+    begun = [
+        manifest["source"]
+        for manifest in read_manifests(Path(args.out_dir))
+        if (args.resume or manifest["task_index"] != args.task_index)
+        and all(manifest["source"].get(name) == value for name, value in source.items())
+    ]
+    if begun:
+        inputs = [Input(*each) for each in begun[0]["inputs"]]
     else:
-        source = {"dataset": args.dataset, "name": args.name, "text_column": args.text_column}
-        # An interrupted set, and that of several tasks, is completed from the revision it started with.
-        begun = [
-            manifest["source"]
-            for manifest in read_manifests(out_dir)
-            if (args.resume or manifest["task_index"] != args.task_index)
-            and all(manifest["source"].get(name) == value for name, value in source.items())
-        ]
-        if begun:
-            inputs = [Input(*each) for each in begun[0]["inputs"]]
-        else:
-            inputs = hub_inputs(args.dataset, args.name)
-        source["inputs"] = [list(astuple(each)) for each in inputs]
+        inputs = hub_inputs(args.dataset, args.name)
+    return inputs, {**source, "inputs": [list(astuple(each)) for each in inputs]}
+
+
+def main(args: argparse.Namespace) -> None:
+    keep_freed_memory()
+    out_dir, task = Path(args.out_dir), (args.task_index, args.task_count)
+    if args.verify:
+        return verify(out_dir, *task)
     names = ("tokenizer", "shard_size", "max_tokens", "workers", "task_index", "task_count")
     options = {name: getattr(args, name) for name in (*names, "keep_downloads", "resume")}
-    manifest = prepare(inputs, out_dir, source=source, **options)
+    with locked_folder(out_dir, task_name(".lock", *task)):
+        inputs, source = find_inputs(args)
+        manifest = prepare(inputs, out_dir, source=source, **options)
     for split in ("val", "train"):
         shards = [shard for shard in manifest["shards"] if split in shard["name"]]
         tokens, documents = (sum(shard[what] for shard in shards) for what in ("tokens", "documents"))

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from model import GPT, head_rows
 from runtime.cli import Range, check_options, run
-from runtime.files import file_hash, write_json
+from runtime.files import check_output, file_hash, parsing, write_json
 from runtime.hardware import choose_device, masked_attention
 from sample import tokenizer_for
 
@@ -113,14 +113,11 @@ def load_items(path: str | Path) -> list[dict]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no HellaSwag items at {path}: `python hellaswag.py` downloads them")
-    items = []
-    with open(path, encoding="utf-8") as lines:
+    items, advice = [], "fix it, or delete the file to download it again"
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            try:
+            with parsing(f"{path}, line {number}", "a HellaSwag item", advice):
                 items.append(_check_item(json.loads(line)))
-            except ValueError as error:
-                reason = f"{path}, line {number}: {error}"
-                raise ValueError(f"{reason}: fix it, or delete the file to download it again") from error
     if not items:
         raise ValueError(f"{path} holds no items: delete it to download it again")
     return items
@@ -132,6 +129,8 @@ def _check_item(item: dict) -> dict:
     missing = {"ind", "activity_label", "ctx", "label", "endings"} - item.keys()
     if missing:
         raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    if any(not isinstance(item.get(name, ""), str) for name in ("activity_label", "ctx_a", "ctx_b")):
+        raise ValueError("its activity_label, ctx_a and ctx_b are not text")
     if item["label"] not in (0, 1, 2, 3):
         raise ValueError(f"its label is {item['label']!r}, not 0, 1, 2 or 3")
     if not isinstance(item["ctx"], str) or not item["ctx"].strip():
@@ -180,7 +179,8 @@ def render_lm_eval(items: list[dict], tokenizer: tiktoken.Encoding) -> list[Exam
 
     examples = []
     for item in items:
-        ctx = f"{item['ctx_a']} {item['ctx_b'].capitalize()}" if "ctx_a" in item else item["ctx"]
+        in_parts = {"ctx_a", "ctx_b"} <= item.keys()
+        ctx = f"{item['ctx_a']} {item['ctx_b'].capitalize()}" if in_parts else item["ctx"]
         query = clean(f"{item['activity_label']}: {ctx}")
         # The harness moves trailing white space of the context to the ending.
         stem = query.rstrip()
@@ -356,6 +356,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.output:
+        check_output(args.output)
     items = load_items(args.data or download())[: args.limit]
     device = choose_device(args.device)
     model = GPT.from_pretrained(args.model)

@@ -14,7 +14,6 @@ import argparse
 import codecs
 import contextlib
 import functools
-import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ import torch
 from model import GPT, KVCache
 from plot import read_log
 from runtime.cli import Range, check_options, run
-from runtime.files import whole_folder
+from runtime.files import check_new_folder, whole_folder
 from runtime.hardware import choose_device, masked_attention
 from tokenizer import get_tokenizer, to_hugging_face
 
@@ -346,8 +345,10 @@ def read_prompt(file: str) -> str:
         raise FileNotFoundError(f"cannot read {file} ({error.strerror}): check --prompt_file") from error
 
 
-def answer_prompts(args: argparse.Namespace) -> None:
-    """Continue the prompts of the command line, or export the model."""
+def main(args: argparse.Namespace) -> None:
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not be able to show every character
+    if args.export:
+        check_new_folder(Path(args.export))
     prompts = [read_prompt(args.prompt_file)] if args.prompt_file else args.prompt
     device = choose_device(args.device)
     model = GPT.from_pretrained(args.model)
@@ -391,14 +392,6 @@ def answer_prompts(args: argparse.Namespace) -> None:
             answer([prompt])
         except KeyboardInterrupt:  # ends this text, not the program
             print()
-
-
-def main(args: argparse.Namespace) -> None:
-    sys.stdout.reconfigure(errors="replace")  # a terminal may not be able to show every character
-    try:
-        answer_prompts(args)
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

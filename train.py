@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,14 +45,7 @@ from runtime.checkpoint import (
 )
 from runtime.cli import Range, check_options, run
 from runtime.distributed import Distributed, Problems, StopSignal, setup_distributed
-from runtime.records import (
-    Log,
-    about_run,
-    check_packages,
-    check_run_folder,
-    describe_run,
-    make_run_folder,
-)
+from runtime.records import Log, RunFolder, about_run, check_packages, describe_run
 from tokenizer import NAMES, get_tokenizer
 
 DEMO_DATA_DIR = "demo_data"
@@ -129,20 +122,8 @@ class DataLoaderLite:
     ):
         self.batch_size, self.block_size, self.vocab_size = batch_size, block_size, vocab_size
         self.dist, self.shuffle, self.seed, self.waited_s = dist, shuffle, seed, 0.0
-        data_dir = Path(data_dir)
-        manifest = fineweb.read_manifest(data_dir)
-        self.paths = fineweb.find_shards(data_dir, split, manifest)
-        listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
-        windows, digest = [], hashlib.sha256()
-        for path in self.paths:
-            shard = fineweb.open_shard(path)
-            tokens = len(shard)
-            digest.update(path.name.encode() + fineweb.fingerprint(shard))
-            if tokens != listed.get(path.name, tokens):
-                raise ValueError(
-                    f"{path} has {tokens} tokens, but its manifest says {listed[path.name]}: make it again"
-                )
-            windows.append(max(tokens - 1, 0) // block_size)
+        self.shards, self.epoch = fineweb.Shards(data_dir, split, dist.say), 0
+        windows = [max(tokens - 1, 0) // block_size for tokens in self.shards.lengths]
         self.first_windows = np.cumsum([0, *windows])  # index of each shard's first window in the epoch
         self.windows = int(self.first_windows[-1])
         if self.windows == 0:
@@ -150,8 +131,7 @@ class DataLoaderLite:
                 f"no {split} shard in {data_dir}/ holds a window of {block_size} + 1 tokens: "
                 "lower --block_size or give fineweb.py more text"
             )
-        self.description = f"{self.windows:,} windows, shards {digest.hexdigest()[:12]}"
-        self.cached_shard = lru_cache(maxsize=256)(fineweb.open_shard)  # each holds a file descriptor
+        self.description = f"{self.windows:,} windows, shards {self.shards.digest[:12]}"
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{split}-loader")
         self.seek(0)
         self.pending.result()  # a wrong tokenizer usually shows in the first micro-batch
@@ -161,15 +141,18 @@ class DataLoaderLite:
         rows = np.empty((self.batch_size, self.block_size + 1), dtype=np.int64)
         for row, window in zip(rows, range(first, first + self.batch_size), strict=True):
             epoch, window = divmod(window, self.windows)
+            if epoch != self.epoch:
+                self.shards.warn_of_changes()
+                self.epoch = epoch
             if self.shuffle:
                 window = shuffled(window, self.windows, self.seed, epoch)
             shard = int(np.searchsorted(self.first_windows, window, side="right")) - 1
             start = int(window - self.first_windows[shard]) * self.block_size
-            row[:] = self.cached_shard(self.paths[shard])[start : start + self.block_size + 1]
+            row[:] = self.shards.read(shard, start, start + self.block_size + 1)
             if row.max() >= self.vocab_size:
                 raise ValueError(
-                    f"{self.paths[shard]} holds token id {row.max()}, but the model's vocabulary ends at "
-                    f"{self.vocab_size - 1}: set --vocab_size and --tokenizer to those of the shards"
+                    f"{self.shards.paths[shard]} holds token id {row.max()}, but the model's vocabulary ends "
+                    f"at {self.vocab_size - 1}: set --vocab_size and --tokenizer to those of the shards"
                 )
         rows = torch.from_numpy(rows)
         return rows.pin_memory() if self.dist.device.type == "cuda" else rows
@@ -397,13 +380,13 @@ def load_model(args: argparse.Namespace, n_vocab: int, resumed: dict | None) -> 
 
 
 def prepare(
-    args: argparse.Namespace, dist: Distributed
+    args: argparse.Namespace, dist: Distributed, folder: RunFolder
 ) -> tuple[GPT, torch.dtype, dict[str, DataLoaderLite], list[hellaswag.Example], dict | None]:
     """Return model, dtype, loaders, HellaSwag examples, and the checkpoint to resume or None.
 
     Everything that can be wrong or missing is found here, before the first step. Fills in the options left
-    open. Raises ValueError, with a line for each problem, on the main rank and SystemExit on the others. A
-    collective.
+    open, and locks the folder if it exists. Raises ValueError, with a line for each problem, on the main rank
+    and SystemExit on the others. A collective.
     """
     model, tokenizer, items, loaders = None, None, [], {}
     problems = Problems(dist)
@@ -416,7 +399,8 @@ def prepare(
             if dist.is_main:
                 problems.call(fineweb.prepare_demo, DEMO_DATA_DIR)
             problems.none_on_any_rank()  # the other ranks wait for the shards
-    problems.call(check_run_folder, args.out_dir, args.data_dir)
+    if dist.is_main:
+        problems.call(folder.check, args.data_dir, not args.dry_run)
     if manifest := problems.call(fineweb.read_set, args.data_dir, args.tokenizer) or {}:
         args.tokenizer = manifest["tokenizer"]
     if args.hellaswag_every and args.hellaswag_data:
@@ -530,10 +514,9 @@ def train_step(
     return loss_sum.item(), norm
 
 
-def main(args: argparse.Namespace) -> None:
-    dist = setup_distributed(hardware.choose_device(args.device))
-    raw_model, dtype, loaders, examples, resumed = prepare(args, dist)
-    device, out_dir = dist.device, Path(args.out_dir).absolute()
+def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> None:
+    raw_model, dtype, loaders, examples, resumed = prepare(args, dist, folder)
+    device = dist.device
     optimizer = build_optimizer(raw_model, args, dist)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -585,10 +568,10 @@ def main(args: argparse.Namespace) -> None:
     log, writer = lambda step, kind, **values: None, None
     if dist.is_main:
         if is_new:
-            make_run_folder(out_dir)
-        log = Log(out_dir, args, progress.step, is_last_step(args, progress))
+            folder.begin()
+        log = Log(folder, args, progress.step, is_last_step(args, progress))
         milestone_steps = args.milestone_every * args.checkpoint_every
-        writer = CheckpointWriter(out_dir, args.keep, milestone_steps, log.checkpoint, recent)
+        writer = CheckpointWriter(folder, args.keep, milestone_steps, log.checkpoint, recent)
     log(progress.step, "run", **about)
 
     start_step, skipped, skipped_in_row = progress.step, 0, 0
@@ -627,7 +610,13 @@ def main(args: argparse.Namespace) -> None:
             break
 
         started = time.perf_counter()
-        loss, norm = take_step(step, accum)
+        try:
+            loss, norm = take_step(step, accum)
+        except (OSError, ValueError):  # shards that cannot be read; the weights are still those of this step
+            if args.checkpoint_every and dist.is_main:
+                writer.save([f"model_{step:05d}.pt"], state(), device)
+                writer.close()
+            raise
         skipped_in_row = 0 if math.isfinite(norm) else skipped_in_row + 1
         if skipped_in_row:
             skipped += 1
@@ -678,5 +667,11 @@ def main(args: argparse.Namespace) -> None:
     dist.leave()
 
 
+def main(args: argparse.Namespace) -> None:
+    dist = setup_distributed(hardware.choose_device(args.device))
+    with RunFolder(args.out_dir) as folder:
+        train(args, dist, folder)
+
+
 if __name__ == "__main__":
-    run(main, parse_args, hardware.explain_out_of_memory)
+    run(main, parse_args, hardware.explain_out_of_memory, needs_output=False)

@@ -2,7 +2,7 @@
 
     checkpoint = load_checkpoint("log")                   # the newest complete checkpoint of a run, as a dict
     config, state, metadata = read_pretrained("gpt2")     # what `GPT.from_pretrained` builds a model from
-    writer = CheckpointWriter(out_dir, keep=2, milestone_steps=5000, on_written=log.checkpoint)
+    writer = CheckpointWriter(folder, keep=2, milestone_steps=5000, on_written=log.checkpoint)
 
 No code from a file is ever executed.
 """
@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from runtime.files import whole_folder, write_atomically
+from runtime.files import existing_folder, whole_folder, write_atomically
 from runtime.hardware import is_out_of_memory, synchronize
+from runtime.records import RunFolder
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # OpenAI's checkpoints store these four as (in, out); `nn.Linear` expects (out, in).
@@ -388,9 +389,7 @@ def disk_usage(args: argparse.Namespace, groups: list[dict]) -> tuple[int, int, 
         milestones = args.milestone_every and args.max_steps // (args.checkpoint_every * args.milestone_every)
         number = min(number, args.keep + milestones) if args.keep else number
         number += 2  # model_best.pt, and the one being written
-    out_dir = Path(args.out_dir).absolute()
-    existing = next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())
-    return size, number * size, shutil.disk_usage(existing).free
+    return size, number * size, shutil.disk_usage(existing_folder(Path(args.out_dir))).free
 
 
 def check_disk(args: argparse.Namespace, groups: list[dict], resumed: dict | None) -> None:
@@ -444,19 +443,19 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        out_dir: Path,
+        folder: RunFolder,
         keep: int,
         milestone_steps: int,
         on_written: Callable[..., None],
         recent: dict[str, bool] | None = None,
     ):
-        self.out_dir, self.keep, self.milestone_steps = out_dir, keep, milestone_steps
+        self.folder, self.keep, self.milestone_steps = folder, keep, milestone_steps
         self.on_written, self.recent = on_written, recent or {}
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.pending = self.pool.submit(lambda: None)
         self.host: dict[tuple, torch.Tensor] = {}
         self.failure = ""  # of the last write
-        for unfinished in out_dir.glob("model_*.pt.tmp"):  # left behind by a run that was killed
+        for unfinished in folder.path.glob("model_*.pt.tmp"):  # left behind by a run that was killed
             if NUMBERED.fullmatch(unfinished.stem) or unfinished.stem == BEST:
                 unfinished.unlink()
 
@@ -478,13 +477,16 @@ class CheckpointWriter:
             recent = {}
         # Includes what is deleted next: a run that is killed before that deletes it when it is resumed.
         checkpoint = {**checkpoint, "recent": recent}
+        path = self.folder.path
         try:
+            self.folder.ensure()
             for name in sorted(names, key=lambda name: name == BEST):
-                write_atomically(self.out_dir / name, lambda file: torch.save(checkpoint, file))
+                path = self.folder.path / name
+                write_atomically(path, lambda file: torch.save(checkpoint, file))
         except (OSError, RuntimeError) as error:
             # torch.save replaces the error of the file with one of its own.
             reason = error.__context__ if isinstance(error.__context__, OSError) else error
-            before, self.failure = self.failure, f"could not write {self.out_dir / name} ({reason})"
+            before, self.failure = self.failure, f"could not write {path} ({reason})"
             if before:
                 raise ValueError(
                     f"{self.failure}, and the previous write failed too: free some disk space, then repeat "
@@ -502,13 +504,13 @@ class CheckpointWriter:
 
     def _delete(self, name: str) -> None:
         try:
-            (self.out_dir / name).unlink(missing_ok=True)
+            (self.folder.path / name).unlink(missing_ok=True)
         except OSError as error:
-            tqdm.write(f"warning: could not delete {self.out_dir / name} ({error.strerror})")
+            tqdm.write(f"warning: could not delete {self.folder.path / name} ({error.strerror})")
 
     def newest(self) -> str:
         """Return where --resume would continue, for messages."""
-        paths = checkpoints_in(self.out_dir)
+        paths = checkpoints_in(self.folder.path)
         return f"continues from {paths[-1]}" if paths else "no checkpoint has been written yet"
 
     def check(self) -> None:

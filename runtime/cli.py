@@ -1,12 +1,33 @@
 """What the command lines of all scripts share: options with a range, and errors that are one line."""
 
 import argparse
+import contextlib
+import errno
 import operator
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TextIO
 
 USER_ERRORS = (ValueError, OSError, MemoryError)  # what users and their machines can cause
+# What to do about an error of the system.
+ADVICE = {
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of the path is a file; use another one",
+    errno.EISDIR: "it is a folder; name a file",
+    errno.EEXIST: "it exists; use another name",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.EACCES: "change the permissions or use another path",
+    errno.EPERM: "change the permissions or use another path",
+    errno.EROFS: "nothing can be written there; use another path",
+    errno.ENOSPC: "free some space or use another disk",
+    errno.EDQUOT: "delete some of your files or use another disk",
+    errno.EMFILE: "raise the limit of open files with `ulimit -n`",
+    errno.EIO: "the disk or network drive fails; check it, then try again",
+    errno.ESTALE: "the network drive fails; check it, then try again",
+    errno.ETIMEDOUT: "check the network, then try again",
+}
 BOUNDS = {
     "at least": operator.ge,
     "more than": operator.gt,
@@ -70,19 +91,54 @@ def check_options(
 
 
 def error_lines(error: BaseException) -> list[str]:
-    """Return the lines of an error message, or the name of an error that has none."""
+    """Return the lines of an error message: for errors of the system what to do, for those without a message
+    their name."""
+    if isinstance(error, OSError) and error.strerror:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return [f"{what}: {ADVICE.get(error.errno, 'check the disk or network, then try again')}"]
     return str(error).splitlines() or [type(error).__name__]
+
+
+class Unbreakable:
+    """A stream that ignores errors, for a run that goes on when its terminal is gone or its disk is full."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
+def finish_output() -> None:
+    """Write what is still to be printed. What cannot be written is dropped, so that nothing fails later."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(
     main: Callable[[argparse.Namespace], None],
     parse_args: Callable[[], argparse.Namespace],
     explain: Callable[[BaseException, argparse.Namespace], str | None] = lambda error, args: None,
+    *,
+    needs_output: bool = True,
 ) -> None:
     """Run a script. Errors that its user can fix end it with one line per problem and exit status 1.
 
-    `explain` returns the line for a RuntimeError or KeyboardInterrupt that deserves one, or else None.
+    `explain` returns the line for a RuntimeError or KeyboardInterrupt that deserves one, or else None. If the
+    reader of a pipe has seen enough, the script ends without an error or, unless it `needs_output`, goes on.
     """
+    if not needs_output:
+        sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     try:
         args = parse_args()
         try:
@@ -93,6 +149,10 @@ def run(
             raise ValueError(message) from error
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        return
     except USER_ERRORS as error:
         script = Path(sys.argv[0]).name
         sys.exit("\n".join(f"{script}: error: {line}" for line in error_lines(error)))
+    finally:
+        finish_output()

@@ -145,11 +145,15 @@ class Problems:
 
 
 class StopSignal:
-    """True once SIGTERM or SIGINT has arrived; a second one ends the process at once."""
+    """True once SIGTERM, SIGINT or the end of the terminal (SIGHUP, which nohup ignores) has arrived; a
+    second one ends the process at once."""
 
     def __init__(self):
         self.arrived = None
-        self.before = {each: signal.signal(each, self._handle) for each in (signal.SIGTERM, signal.SIGINT)}
+        signals = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signals.append(signal.SIGHUP)
+        self.before = {each: signal.signal(each, self._handle) for each in signals}
 
     def _handle(self, number: int, frame) -> None:
         if self.arrived is None:

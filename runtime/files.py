@@ -1,16 +1,31 @@
-"""Files and folders that are either complete or absent, JSON, and hashes.
+"""Files and folders that are either complete or absent, JSON, hashes, and the lock of a folder.
 
 Everything is written under a temporary name (`NAME.tmp`) and renamed when it is complete and on disk.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import socket
+import tempfile
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
+
+BEYOND_THE_TEXT = 1 << 30  # msvcrt locks bytes, which nobody else can read then
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -39,6 +54,71 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_output(path: str | Path) -> None:
+    """Raise the error with which `write_atomically` would fail after hours of work."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    partial = path.with_name(path.name + ".tmp")
+    is_new = not partial.exists()
+    partial.open("ab").close()
+    if is_new:
+        partial.unlink()
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raise the error with which `whole_folder` would fail after the work: ValueError if it is not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty: remove it or choose another folder")
+    check_folder(folder.absolute().parent)
+
+
+def existing_folder(path: Path) -> Path:
+    """Return a folder or, if it does not exist, the closest one above it.
+
+    Raises NotADirectoryError if that is a file.
+    """
+    path = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    return path
+
+
+def check_folder(path: Path) -> None:
+    """Raise OSError if files cannot be created in a folder, which may not exist yet."""
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(path)  # the name may be too long
+    with tempfile.TemporaryFile(dir=existing_folder(path)):
+        pass
+
+
+@contextmanager
+def parsing(path: str | Path, what: str, advice: str) -> Iterator[None]:
+    """Raise ValueError, with the path and `advice`, for whatever goes wrong while a file is interpreted.
+
+    A damaged file can make a parser raise anything. Errors of the system say nothing about the file, so they
+    stay as they are.
+    """
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path} is damaged or not {what} ({reason}): {advice}") from error
+
+
+def read_records(path: Path) -> list[dict]:
+    """Return the JSON objects of a .jsonl file, without lines that are damaged or still being written."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
+    return records
+
+
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """Yield a temporary folder to fill; it is renamed to `folder` when the block ends without an error.
@@ -46,8 +126,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     Raises ValueError if `folder` exists and is not empty.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty: remove it or choose another folder")
+    check_new_folder(folder)
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -55,3 +134,79 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     if folder.exists():
         folder.rmdir()
     partial.rename(folder)
+
+
+class FolderLock:
+    """The right to write to a folder, which one process has until it releases the lock or ends.
+
+    The lock is the system's, on a file in the folder. The system drops it when the process ends, however that
+    happens, so no lock is ever stale. On a shared file system, it holds for all machines. Readers ignore it.
+    """
+
+    def __init__(self, folder: Path, name: str = ".lock"):
+        self.folder, self.name, self.file = folder, name, None
+
+    def acquire(self) -> None:
+        """Lock the folder, which has to exist. Raises ValueError, naming the holder, if it is in use."""
+        while not self.is_held():  # the folder may be renamed between the two steps
+            if self.file:
+                self.file.close()
+            self.file = open(os.open(self.folder / self.name, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+            try:
+                if fcntl:
+                    fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                else:
+                    self.file.seek(BEYOND_THE_TEXT)
+                    msvcrt.locking(self.file.fileno(), msvcrt.LK_NBLCK, 1)
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                    self.file.seek(0)
+                    holder = self.file.read(200).strip() or "another process"
+                    self.file.close()
+                    reason = f"{self.folder} is in use by {holder}"
+                    raise ValueError(f"{reason}: wait until it has ended, or use another folder") from error
+                advice = "make sure that no other command writes to it"
+                warnings.warn(f"{self.folder} cannot be locked ({error.strerror}): {advice}", stacklevel=2)
+        with contextlib.suppress(OSError):  # the name of the holder is a courtesy
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            self.file.truncate(0)
+            self.file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
+            self.file.flush()
+
+    def is_held(self) -> bool:
+        """Return whether this process has the lock of the folder that has this name now."""
+        return self.file is not None and is_same_file(self.folder / self.name, self.file)
+
+    def release(self) -> None:
+        """Remove the lock, if this process has it."""
+        if self.file and not self.file.closed:
+            if self.is_held():
+                with contextlib.suppress(OSError):  # Windows removes no open file
+                    (self.folder / self.name).unlink()
+            self.file.close()
+        self.file = None
+
+
+def is_same_file(path: Path, file: IO) -> bool:
+    """Return whether a path still leads to an open file, which may have been deleted, moved or replaced."""
+    try:
+        return not file.closed and os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+@contextmanager
+def locked_folder(folder: Path, name: str) -> Iterator[None]:
+    """Lock a folder during the block. One that did not exist is created, and removed if it stays empty."""
+    check_folder(folder)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(folder, name)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()

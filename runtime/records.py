@@ -7,6 +7,7 @@
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from runtime.files import write_atomically
+from runtime.files import FolderLock, check_folder, is_same_file, read_records, write_atomically
 from runtime.hardware import describe_machine
 
 PLOT = Path(__file__).parent.parent / "plot.py"
@@ -36,30 +37,64 @@ def check_packages(args: argparse.Namespace) -> None:
         raise ValueError("\n".join(lines))
 
 
-def check_run_folder(out_dir: str, data_dir: str) -> None:
-    """Raise ValueError if a folder cannot be that of a run.
+class RunFolder:
+    """The folder of a run, which is locked while the run writes to it. `path` is where it is now.
 
-    It has to be writable, and must not contain what a new run, which renames it, would take away.
+    A run whose folder is deleted, moved or replaced continues in a new one, see `ensure`.
     """
-    path = Path(out_dir).resolve()
-    if Path.cwd().is_relative_to(path):
-        raise ValueError(f"--out_dir {out_dir} contains the working directory: use another folder")
-    if Path(data_dir).resolve().is_relative_to(path):
-        raise ValueError(f"--out_dir {out_dir} contains --data_dir: use another folder")
-    existing = next(each for each in (path, *path.parents) if each.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--out_dir {out_dir}: {existing} is not a folder that can be written: use another")
 
+    def __init__(self, out_dir: str | Path):
+        self.out_dir, self.path = out_dir, Path(out_dir).absolute()
+        self.lock, self.mutex = FolderLock(self.path), threading.Lock()
 
-def make_run_folder(out_dir: Path) -> None:
-    """Create the folder of a new run. If it holds a run already, that is renamed by appending .1, .2, …"""
-    if (out_dir / "log.jsonl").exists() or any(out_dir.glob("model_*.pt")):
-        number = 1
-        while out_dir.with_name(f"{out_dir.name}.{number}").exists():
-            number += 1
-        old = out_dir.rename(out_dir.with_name(f"{out_dir.name}.{number}"))
-        print(f"renamed the run in {out_dir} to {old} (--resume would have continued it)")
-    out_dir.mkdir(parents=True, exist_ok=True)
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.lock.release()
+
+    def check(self, data_dir: str, lock: bool) -> None:
+        """Check that the folder can be that of a run, and `lock` it if it exists.
+
+        It has to be writable, and must not contain what a new run, which renames it, would take away. Raises
+        OSError if it cannot be written, and ValueError if another run uses it.
+        """
+        path = self.path.resolve()
+        if Path.cwd().is_relative_to(path):
+            raise ValueError(f"--out_dir {self.out_dir} contains the working directory: use another folder")
+        if Path(data_dir).resolve().is_relative_to(path):
+            raise ValueError(f"--out_dir {self.out_dir} contains --data_dir: use another folder")
+        check_folder(path)
+        if lock and path.exists():
+            self.lock.acquire()
+
+    def free_name(self) -> Path:
+        """Return the folder's name with .1, .2, … appended, whichever is free first."""
+        names = (self.path.with_name(f"{self.path.name}.{number}") for number in itertools.count(1))
+        return next(path for path in names if not path.exists())
+
+    def begin(self) -> None:
+        """Create and lock the folder of a new run. If it holds a run already, that is renamed."""
+        if (self.path / "log.jsonl").exists() or any(self.path.glob("model_*.pt")):
+            if os.name == "nt":  # Windows does not rename folders with open files
+                self.lock.release()
+            self.lock.folder = old = self.path.rename(self.free_name())
+            print(f"renamed the run in {self.path} to {old} (--resume would have continued it)")
+            self.lock.release()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = FolderLock(self.path)
+        self.lock.acquire()
+
+    def ensure(self) -> None:
+        """If the folder is gone, make it again; if there is another one in its place, use a free name."""
+        with self.mutex:
+            if self.lock.is_held():
+                return
+            was, self.path = self.path, self.free_name() if self.path.exists() else self.path
+            tqdm.write(f"warning: {was} was deleted, moved or replaced: the run continues in {self.path}")
+            self.path.mkdir(parents=True)
+            self.lock = FolderLock(self.path)
+            self.lock.acquire()
 
 
 def is_measured_again(record: dict, args: argparse.Namespace, start_step: int, last_step: bool) -> bool:
@@ -85,37 +120,33 @@ class Log:
     When a run is resumed, the records that it measures again and a line that was cut short are removed from
     log.jsonl and hidden in TensorBoard. At Weights & Biases the run continues under its old id.
 
+    What cannot be written, because the disk is full, is kept and written later, except for TensorBoard.
     Raises ValueError if Weights & Biases refuses to start.
     """
 
-    def __init__(self, out_dir: Path, args: argparse.Namespace, start_step: int, last_step: bool):
-        self.out_dir, self.args, self.start_step = out_dir, args, start_step
-        self.path, self.lock = out_dir / "log.jsonl", threading.Lock()
+    def __init__(self, folder: RunFolder, args: argparse.Namespace, start_step: int, last_step: bool):
+        self.folder, self.args, self.start_step = folder, args, start_step
+        self.lock, self.unwritten, self.is_failing = threading.Lock(), b"", False
+        path = folder.path / "log.jsonl"
         kept, wandb_id = [], None
-        text = self.path.read_text(errors="replace") if self.path.exists() else ""
-        for line in text.splitlines():
-            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-                record = json.loads(line)
+        for record in read_records(path) if path.exists() else ():
+            with contextlib.suppress(KeyError, TypeError):
                 if not is_measured_again(record, args, start_step, last_step):
                     kept.append(record)
                     wandb_id = record.get("wandb") or wandb_id
         lines = "".join(json.dumps(record) + "\n" for record in kept)
-        write_atomically(self.path, lambda file: file.write(lines.encode()))
-        self.file = open(self.path, "a", buffering=1)
+        write_atomically(path, lambda file: file.write(lines.encode()))
+        self.file = open(path, "ab+", buffering=0)
         self.tensorboard = self.wandb = None
         if args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(out_dir / "tensorboard", purge_step=start_step, flush_secs=10)
-            for record in kept:
-                if record["step"] == start_step > 0:  # hidden too, but not measured again
-                    self._report(**record)
+            # Hidden too, but not measured again.
+            self._start_tensorboard([record for record in kept if record["step"] == start_step > 0])
         if args.wandb:
             import wandb
 
             project = os.environ.get("WANDB_PROJECT", "gpt2")
             try:
-                self.wandb = wandb.init(project=project, dir=out_dir, id=wandb_id, resume="allow")
+                self.wandb = wandb.init(project=project, dir=folder.path, id=wandb_id, resume="allow")
             except wandb.errors.Error as error:
                 message = f"Weights & Biases: {error} (without an account: WANDB_MODE=offline)"
                 raise ValueError(" ".join(message.split())) from error
@@ -147,21 +178,60 @@ class Log:
             values["wandb"] = self.wandb.id
             self.wandb.config.update(values["args"], allow_val_change=True)
         with self.lock:
-            try:
-                self.file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-            except OSError as error:  # the file object keeps the line and retries with the next one
-                tqdm.write(f"warning: could not write {self.path} ({error}); training continues")
+            self.unwritten += json.dumps({"step": step, "kind": kind, **values}).encode() + b"\n"
+            self._write()
             numbers = self._report(step, kind, **values)
             if self.wandb:
                 self.wandb.log({"step": step, **numbers})
+
+    def _write(self) -> None:
+        """Append what has not been written yet. After an error, the next record tries again."""
+        try:
+            self._follow()
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            self.is_failing = False
+        except OSError as error:
+            if not self.is_failing:
+                tqdm.write(f"warning: cannot write {self.file.name} ({error.strerror}); training continues")
+            self.is_failing = True
+
+    def _follow(self) -> None:
+        """Continue in a new file if log.jsonl was deleted, moved or replaced; what was in it is kept."""
+        path = self.folder.path / "log.jsonl"
+        if is_same_file(path, self.file):
+            return
+        self.folder.ensure()
+        path = self.folder.path / "log.jsonl"
+        before = b""
+        if not path.exists():
+            self.file.seek(0)
+            before = self.file.read()
+        file = open(path, "ab+", buffering=0)
+        tqdm.write(f"warning: {self.file.name} was deleted, moved or replaced: continuing in {path}")
+        self.file.close()
+        self.file, self.unwritten = file, before + self.unwritten
+        if self.tensorboard:
+            self._start_tensorboard([])
+
+    def _start_tensorboard(self, records: list[dict]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = self.folder.path / "tensorboard"
+        self.tensorboard = SummaryWriter(folder, purge_step=self.start_step, flush_secs=10)
+        for record in records:
+            self._report(**record)
 
     def _report(self, step: int, kind: str, **values) -> dict[str, float]:
         """Return the numbers of a record by the names of their curves, and send them to TensorBoard."""
         values |= {f"lr {name}": rate for name, rate in values.pop("lrs", {}).items()}
         numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-        if self.tensorboard:
-            for name, value in numbers.items():
+        try:
+            for name, value in numbers.items() if self.tensorboard else ():
                 self.tensorboard.add_scalar(name, value, step)
+        except OSError as error:  # its writer gives up after the first one
+            tqdm.write(f"warning: TensorBoard's files end at step {step} ({error}); log.jsonl goes on")
+            self.tensorboard = None
         return numbers
 
     def checkpoint(self, step: int, **values) -> None:
@@ -177,17 +247,21 @@ class Log:
         A long log takes seconds and a gigabyte to draw, which should not be those of the training process.
         """
         try:
-            command = [sys.executable, PLOT, self.out_dir]
+            command = [sys.executable, PLOT, self.folder.path]
             subprocess.run(command, capture_output=True, text=True, timeout=PICTURE_TIMEOUT_S, check=True)
         except (OSError, subprocess.SubprocessError) as error:
             reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
             tqdm.write(f"warning: no picture of the loss: {reason}")
-        return self.out_dir / "loss.png"
+        return self.folder.path / "loss.png"
 
     def close(self) -> None:
-        """Write what TensorBoard and Weights & Biases have buffered, and remove the bar."""
+        """Write what is still unwritten, also by TensorBoard and Weights & Biases, and remove the bar."""
         self.bar.close()
+        with self.lock:
+            self._write()
         self.file.close()
+        if lost := self.unwritten.count(b"\n"):
+            tqdm.write(f"warning: the last {lost} records could not be written to {self.file.name}")
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:

@@ -68,8 +68,11 @@ def run_train(shards, monkeypatch):
     """Run train.main on a tiny model in fp32 with a string of options; return the log's records by kind."""
     draw = records.Log.draw
 
+    def no_picture(log):
+        return log.folder.path / "loss.png"
+
     def run(options: str = "", out_dir: Path | str = "log", picture: bool = False) -> dict[str, list[dict]]:
-        monkeypatch.setattr(records.Log, "draw", draw if picture else lambda log: log.out_dir / "loss.png")
+        monkeypatch.setattr(records.Log, "draw", draw if picture else no_picture)
         train.main(train.parse_args(f"{TINY} --out_dir {out_dir} {options}".split()))
         by_kind: dict[str, list[dict]] = {}
         for line in (Path(out_dir) / "log.jsonl").read_text().splitlines():

@@ -28,6 +28,7 @@ from model import GPT, GPTConfig
 from runtime import checkpoint
 from runtime.checkpoint import CheckpointWriter, load_checkpoint
 from runtime.distributed import Distributed
+from runtime.records import RunFolder
 
 KILLS = 20
 
@@ -303,7 +304,7 @@ def test_unreadable_folder_or_step_ends_the_command(run_train, monkeypatch):
 
     for owner, name, fails, message in (
         (torch, "load", loads, "cannot read log/model_best.pt .Input/output error.: nothing has been"),
-        (Path, "iterdir", lists, "Permission denied: 'log'"),
+        (Path, "iterdir", lists, "log: Permission denied: change the permissions"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fails)
@@ -337,15 +338,22 @@ def test_truncated_checkpoint_is_skipped(tmp_path):
     assert "\n" not in str(pytest.raises(ValueError, load_checkpoint, newest).value)
 
 
-def test_writer_deletes_only_what_its_run_has_written(tmp_path):
+@pytest.fixture
+def run_folder(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        folder.begin()
+        yield folder
+
+
+def test_writer_deletes_only_what_its_run_has_written(run_folder, tmp_path):
     others = ("model_00030.pt", "model_00007.pt", "model_00009_mine.pt", "notes.tmp")
     for name in (*others, "model_00027.pt", "model_00028.pt.tmp"):
         (tmp_path / name).touch()
-    writer = CheckpointWriter(tmp_path, 1, 0, lambda step, **values: None, {"model_00027.pt": True})
+    writer = CheckpointWriter(run_folder, 1, 0, lambda step, **values: None, {"model_00027.pt": True})
     for step in (28, 29):
         writer.save([f"model_{step:05d}.pt"], {"step": step}, torch.device("cpu"))
     writer.close()
-    assert {path.name for path in tmp_path.iterdir()} == {*others, "model_00029.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "model_00029.pt", ".lock"}
 
 
 @pytest.mark.parametrize(
@@ -408,11 +416,11 @@ def test_disk_check_counts_what_a_resumed_run_has_yet_to_write(run_train, monkey
         run_train(f"{options} --max_steps 8 --resume")
 
 
-def test_checkpoint_holds_the_state_at_the_time_of_saving(tmp_path, monkeypatch):
+def test_checkpoint_holds_the_state_at_the_time_of_saving(run_folder, tmp_path, monkeypatch):
     release, write = threading.Event(), torch.save
     monkeypatch.setattr(checkpoint.torch, "save", lambda *a: release.wait(60) and write(*a))
     logged = []
-    writer = CheckpointWriter(tmp_path, 0, 0, lambda step, names, **times: logged.append((step, names)))
+    writer = CheckpointWriter(run_folder, 0, 0, lambda step, names, **times: logged.append((step, names)))
     wte = torch.ones(1000)
     tensors = {"wte": wte, "lm_head": wte.view(1000), "state": [torch.arange(3), {"plain": (0.9, None)}]}
     writer.save(["model_00001.pt", "model_best.pt"], {"step": 1, **tensors}, torch.device("cpu"))

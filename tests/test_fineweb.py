@@ -374,6 +374,7 @@ def test_next_input_is_downloaded_only_when_it_may_be_needed(monkeypatch):
     for max_tokens, expected in ((20_000, ["0"]), (80_000, ["0", "1"]), (180_000, ["0", "1", "2"])):
         downloaded.clear()
         options = dict(tokenizer="byte", shard_size=7_000, max_tokens=max_tokens, workers=4)
+        Path(f"out{max_tokens}").mkdir()
         fineweb.prepare(inputs, f"out{max_tokens}", source=source, **options)  # never waits for input 2
         assert downloaded == expected
         assert not list(Path(f"out{max_tokens}").glob("downloads/*.parquet"))
@@ -449,7 +450,7 @@ def test_full_disk_keeps_whole_shards_and_says_what_is_missing(files, monkeypatc
     assert out == whole
     Path("file").write_text("a file, not a folder")
     for folder in ("file", "file/folder"):
-        with pytest.raises(OSError, match="cannot write to file.*(File exists|Not a directory)"):
+        with pytest.raises(OSError, match="Not a directory: .*file"):
             cli(*arguments[:-1], folder)
 
 

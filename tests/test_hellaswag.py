@@ -189,13 +189,13 @@ def test_evaluation_keeps_training_mode_and_random_state():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"endings": ["a", "b", " ", "d"]}, "items.jsonl, line 2: it needs four non-empty endings"),
-        ({"endings": ["a", "b"]}, "line 2: it needs four non-empty endings"),
-        ({"label": None}, "line 2: its label is None, not 0, 1, 2 or 3"),
-        ({"ctx": ""}, "line 2: its ctx is empty"),
-        ({"label": ...}, "line 2: it has no label"),
-        ("{cut", "line 2: .* fix it"),
-        ("[]", "line 2: it is not a JSON object"),
+        ({"endings": ["a", "b", " ", "d"]}, "items.jsonl, line 2 is .*it needs four non-empty endings"),
+        ({"endings": ["a", "b"]}, "line 2 .*it needs four non-empty endings"),
+        ({"label": None}, "line 2 .*its label is None, not 0, 1, 2 or 3"),
+        ({"ctx": ""}, "line 2 .*its ctx is empty"),
+        ({"label": ...}, "line 2 .*it has no label"),
+        ("{cut", "line 2 .* fix it"),
+        ("[]", "line 2 .*it is not a JSON object"),
     ],
 )
 def test_bad_items_are_reported_with_their_line(change, message):

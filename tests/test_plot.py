@@ -19,7 +19,7 @@ def write_log(folder, steps, cut=False, max_steps=30):
         values |= {"tokens_per_s": 8.0, "dt_ms": 30000 if step < 20 else 60000}
         records.append({"step": step, "kind": "train", **values})
     records += [{"step": step, "kind": "val", "loss": 4.0 - step / 100} for step in range(0, steps, 10)]
-    records += [{"step": 0, "kind": "hellaswag", "acc_norm": 0.25}]
+    records += [{"step": 0, "kind": "hellaswag", "acc": 0.2, "acc_norm": 0.25, "n": 44}]
     records += [{"step": steps, "kind": "end"}] * (steps >= max_steps)
     lines = "".join(json.dumps(record) + "\n" for record in records)
     Path(folder, "log.jsonl").write_text(lines + '{"step": 9, "ki' * cut)

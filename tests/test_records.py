@@ -186,7 +186,7 @@ def test_missing_packages_are_reported_before_the_first_step(run_train, monkeypa
 def test_run_folder_that_cannot_be_written_is_refused_at_once(run_train, check):
     Path("file").write_text("not a folder")
     for out_dir in ("file", "file/log"):
-        with pytest.raises(ValueError, match=f"--out_dir {out_dir}: .*/file is not a folder that can be"):
+        with pytest.raises(ValueError, match="/file.*: Not a directory: a part of the path is a file; use"):
             run_train(check, out_dir=out_dir)
     with pytest.raises(ValueError, match="--price is for the forecast of --dry_run: add it, or leave out"):
         run_train("--price 2")

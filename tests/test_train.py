@@ -79,14 +79,14 @@ def test_bad_shards_are_reported_by_name(shards):
         loader(shards, block_size=1000)
     bad = shards / "train_000003.npy"
     np.save(bad, np.zeros(100, dtype=np.int32))
-    with pytest.raises(ValueError, match="train_000003.npy is 1-dimensional int32, not 1-dimensional uint16"):
+    with pytest.raises(ValueError, match="train_000003.npy .*is 1-dimensional int32, not 1-dim"):
         loader(shards)
     np.save(bad, np.zeros((10, 10), dtype=np.uint16))
     with pytest.raises(ValueError, match="is 2-dimensional uint16"):
         loader(shards)
     np.save(bad, np.zeros(1000, dtype=np.uint16))
     bad.write_bytes(bad.read_bytes()[:-500])
-    with pytest.raises(ValueError, match="train_000003.npy is truncated"):
+    with pytest.raises(ValueError, match="train_000003.npy is damaged or not a .npy file .*: make it again"):
         loader(shards)
     np.save(bad, np.zeros(1000, dtype=np.uint16))
     records = [{"name": path.name, "tokens": len(np.load(path))} for path in shards.glob("*.npy")]
@@ -267,7 +267,7 @@ def read_windows(monkeypatch):
     read, seen = DataLoaderLite.next_batch, []
 
     def next_batch(self):
-        if "train" in self.paths[0].name:
+        if "train" in self.shards.paths[0].name:
             seen.append((self.window, self.batch_size))
         return read(self)
 
