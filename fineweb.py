@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 from runtime.cli import Range, check_options, count, run
 from runtime.files import (
+    check_types,
     existing_folder,
     file_hash,
     locked_folder,
@@ -59,6 +60,15 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 # What all tasks of a set have in common.
 SAME_IN_ALL_TASKS = ("source", "tokenizer", "vocab_size", "shard_size", "max_tokens", "task_count")
+# What a manifest says, and what only sets of fineweb.py need; the same for each of its shards.
+MANIFEST_TYPES = (
+    {"complete": bool, "shards": list},
+    {
+        **{"tokenizer": str, "source": dict, "vocab_size": int, "eot_token": int, "shard_size": int},
+        **{"max_tokens": int | None, "task_index": int, "task_count": int, "skipped_documents": int},
+    },
+)
+SHARD_TYPES = ({"name": str, "tokens": int}, {"documents": int, "sha256": str, "next": list | None})
 SINGLE_TASK = {"task_index": 0, "task_count": 1}
 MOST_VALIDATION = 0.2  # share of a set; where the first shard is more, a tenth of the set is validation
 DOCUMENTS_PER_CHUNK = 64  # enough to hide the cost of passing a chunk to a thread
@@ -674,18 +684,37 @@ def task_name(name: str, task_index: int, task_count: int) -> str:
     return name if task_count == 1 else f"{name}_{task_index:04d}_of_{task_count:04d}"
 
 
+def check_next(position: object) -> None:
+    """Raise ValueError unless it is a Position, as JSON has it, or None."""
+    if position is not None and not (len(position) == 3 and all(type(n) is int and n >= 0 for n in position)):
+        raise ValueError("it says wrongly where a shard begins")
+
+
+def check_source(source: dict) -> None:
+    """Raise ValueError unless the files in the `source` of a manifest are described as `find_inputs` does."""
+    for name, size, *_ in [*source.get("files", []), *source.get("inputs", [])]:
+        check_types({"name": name, "size": size}, {"name": str, "size": int})
+    for each in source.get("inputs", []):
+        Input(*each)
+
+
 def read_manifests(out_dir: Path) -> list[dict]:
     """Return the manifests of all tasks. Raises ValueError for a file that is damaged."""
     manifests = []
     for path in sorted(out_dir.glob("manifest*.json")):
-        try:
-            manifest = json.loads(path.read_text())
-            manifest |= {name: manifest.get(name, value) for name, value in SINGLE_TASK.items()}
-            if not manifest.keys() >= {"complete", "shards"}:
-                raise ValueError("it does not describe shards")
-        except (ValueError, AttributeError) as error:
-            reason = f"is damaged or not a manifest of shards ({error})"
-            raise ValueError(f"{path} {reason}: make the set again in another folder") from error
+        with parsing(path, "a manifest of shards", "make the set again in another folder"):
+            manifest = json.loads(path.read_bytes())
+            check_types(manifest, *MANIFEST_TYPES)
+            if not 0 < manifest.get("vocab_size", 1) <= 2**16 or not 0 < manifest.get("shard_size", 1):
+                raise ValueError("its sizes are out of range")
+            for shard in manifest["shards"]:
+                check_types(shard, *SHARD_TYPES)
+                if Path(shard["name"]).name != shard["name"]:
+                    raise ValueError(f"it names {shard['name']!r}, which is not in its folder")
+                check_next(shard.get("next"))
+            check_source(manifest.get("source", {}))
+        for name, value in SINGLE_TASK.items():
+            manifest.setdefault(name, value)
         manifests.append(manifest)
     return manifests
 
@@ -851,9 +880,11 @@ class Shards:
         manifest, self.say = read_manifest(Path(data_dir)), say
         self.paths = find_shards(Path(data_dir), split, manifest)
         listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
+        # Each holds a file descriptor, through which the shard stays readable if it is deleted.
+        self.files = lru_cache(maxsize=256)(open_shard)
         self.lengths, digest = [], hashlib.sha256()
         for path in self.paths:
-            tokens = open_shard(path)
+            tokens = self.files(path)
             if len(tokens) != listed.get(path.name, len(tokens)):
                 expected = f"its manifest says {listed[path.name]}"
                 raise ValueError(f"{path} has {len(tokens)} tokens, but {expected}: make it again")
@@ -861,7 +892,6 @@ class Shards:
             digest.update(path.name.encode() + fingerprint(tokens))
         self.digest = digest.hexdigest()
         self.stamps = list(map(stamp, self.paths))
-        self.files = lru_cache(maxsize=256)(open_shard)  # each holds a file descriptor
 
     def read(self, shard: int, start: int, end: int) -> np.ndarray:
         """Return some tokens of a shard. A network drive may come back, so its errors are retried."""

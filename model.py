@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from runtime import checkpoint
+from runtime.files import parsing
 
 GPT2_VOCAB_SIZE = 50257
 PADDED_VOCAB_SIZE = 50304  # the next multiple of 128, for even tiles; the extra ids are never targets
@@ -372,20 +373,18 @@ class GPT(nn.Module):
         return groups
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, dropout: float = 0.0) -> "GPT":
+    def from_pretrained(cls, source: str | Path | dict, dropout: float = 0.0) -> "GPT":
         """Load a checkpoint file, the newest checkpoint of a run folder, a Hugging Face folder or a Hub name.
 
-        Checkpoints of other GPT-2 repositories work too (`runtime.checkpoint.read_pretrained`). No code from
-        a file is executed. Raises FileNotFoundError if the source does not exist, and ValueError if it does
-        not hold a complete GPT-2.
+        `source` may also be a checkpoint that has been loaded. Checkpoints of other GPT-2 repositories work
+        too (`runtime.checkpoint.read_pretrained`). No code from a file is executed. Raises FileNotFoundError
+        if the source does not exist, and ValueError if it does not hold a complete GPT-2.
         """
         config, state, metadata = checkpoint.read_pretrained(source)
-        try:
+        name = "the checkpoint" if isinstance(source, dict) else source
+        with parsing(name, "a GPT-2", "use another model"):
             model = cls(GPTConfig(**config, dropout=dropout))
             model.load_state_dict(state)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{source} is not a GPT-2 ({reason}): its tensors differ") from error
         model.metadata = metadata
         return model
 

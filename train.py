@@ -354,7 +354,8 @@ def load_model(args: argparse.Namespace, n_vocab: int, resumed: dict | None) -> 
     """
     model, known = None, {"vocab_size": math.ceil(n_vocab / 64) * 64}
     if resumed:
-        source, known = args.out_dir, {**resumed["config"], "block_size": resumed["args"]["block_size"]}
+        source, model = args.out_dir, GPT.from_pretrained(resumed, dropout=args.dropout)
+        known = {**asdict(model.config), "block_size": resumed["args"]["block_size"]}
     elif args.init_from:
         source, model = args.init_from, GPT.from_pretrained(args.init_from, dropout=args.dropout)
         known = asdict(model.config)
@@ -362,21 +363,16 @@ def load_model(args: argparse.Namespace, n_vocab: int, resumed: dict | None) -> 
     for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
         asked = getattr(args, name)
         # Windows may be shorter than the model's context.
-        shorter_windows = model is not None and name == "block_size" and asked and asked < known[name]
+        shorter_windows = model and not resumed and name == "block_size" and asked and asked < known[name]
         if asked is None:
             setattr(args, name, known[name])
-        elif (resumed or model) and asked != known[name] and not shorter_windows:
+        elif model and asked != known[name] and not shorter_windows:
             problems.append(f"--{name} is {asked}, but {source} has {known[name]}: leave it out")
     if args.vocab_size < n_vocab:
         problems.append(f"--vocab_size is {args.vocab_size}, but the shards' tokenizer has {n_vocab} ids")
     if problems:
         raise ValueError("\n".join(problems))
-    if model is None:
-        config = resumed["config"] if resumed else {name: getattr(args, name) for name in ARCHITECTURE}
-        model = GPT(GPTConfig(**{**config, "dropout": args.dropout}))
-    if resumed:
-        model.load_state_dict(resumed["model"])
-    return model
+    return model or GPT(GPTConfig(**{name: getattr(args, name) for name in ARCHITECTURE}))
 
 
 def prepare(
@@ -652,7 +648,8 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
                 peak_bytes = (hardware.memory(device) or [None])[0]
                 log(step, "end", peak_bytes=peak_bytes)
     if stopping:
-        dist.say(f"stopped by a signal after step {step}: the same command with --resume continues")
+        again = f"the same command with --resume --out_dir {folder.name} continues"
+        dist.say(f"stopped by a signal after step {step}: {again}")
     elif args.overfit_batch and train_loss >= OVERFIT_LOSS:
         raise dist.leave_with_error(
             f"one batch still has loss {train_loss:.3f} after {args.max_steps} steps, not {OVERFIT_LOSS}: "
@@ -663,7 +660,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
     elif dist.is_main:
         dist.say(f"loss curve: {log.draw()}")
         prompt = json.dumps(args.sample_prompt)
-        dist.say(f"next:       python sample.py --model {args.out_dir} --prompt {prompt}")
+        dist.say(f"next:       python sample.py --model {folder.name} --prompt {prompt}")
     dist.leave()
 
 

@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from runtime.files import existing_folder, whole_folder, write_atomically
-from runtime.hardware import is_out_of_memory, synchronize
+from runtime.files import check_types, existing_folder, parsing, whole_folder, write_atomically
+from runtime.hardware import synchronize
+from runtime.memory import is_out_of_memory
 from runtime.records import RunFolder
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -35,7 +36,13 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")
 NUMBERED = re.compile(r"model_(\d+)\.pt")  # the names of a run's checkpoints, besides BEST
 BEST = "model_best.pt"
-TRAINING_STATE = {"optimizer", "scaler", "step", "val_loss", "best_val_loss", "best_step", "args"}
+TRAINING_STATE = {
+    **{"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "args": dict},
+    **{"step": int, "best_step": int, "best_val_loss": float, "val_loss": float | None},
+}
+NEWER_STATE = {"windows": int, "epoch_windows": int, "data": dict, "recent": dict}  # older versions lack it
+PLAIN = str | int | float | None
+SAVED_OPTIONS = {"optimizer": str, "total_batch_size": int, "block_size": int, "val_tokens": int}
 
 
 def is_damage(error: Exception) -> bool:
@@ -53,7 +60,8 @@ def step_of(path: Path) -> float:
     if number := NUMBERED.fullmatch(path.name):
         return int(number[1])
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+        step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+        return step if isinstance(step, int) else math.inf
     except Exception as error:
         if not is_damage(error):
             raise system_error(path, error) from error
@@ -114,9 +122,13 @@ def load_checkpoint(source: str | Path) -> dict:
         with open(source, "rb") as file:
             with contextlib.suppress(zipfile.BadZipFile):  # formats of older versions of torch
                 archive, mapped = zipfile.ZipFile(file), True
+                entries = archive.infolist()
+                size = sum(entry.file_size for entry in entries)
+                if any(entry.compress_type for entry in entries) or size > source.stat().st_size:
+                    raise ValueError("it claims to hold more than its size")
                 if broken := archive.testzip():  # torch.load does not verify checksums
                     raise ValueError(f"{broken} fails its checksum")
-                if any(entry.external_attr & 0x10 for entry in archive.infolist()):  # and skips folders
+                if any(entry.external_attr & 0x10 for entry in entries):  # and skips folders
                     raise ValueError("it has an entry that claims to be a folder")
             file.seek(0)
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
@@ -125,6 +137,7 @@ def load_checkpoint(source: str | Path) -> dict:
                 # Ranks share the memory of a file that is mapped. The checks above have read all of it.
                 what = source if mapped else file
                 checkpoint = torch.load(what, map_location="cpu", weights_only=True, mmap=mapped)
+            check_tensors(checkpoint)
     except Exception as error:
         if not is_damage(error):
             raise system_error(source, error) from error
@@ -134,6 +147,30 @@ def load_checkpoint(source: str | Path) -> dict:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{source} is not a checkpoint: it holds a {type(checkpoint).__name__}")
     return checkpoint
+
+
+def check_tensors(value: object) -> None:
+    """Raise ValueError if the tensors in nested dicts and lists are larger than what was stored for them.
+
+    A damaged or malicious file can repeat a few bytes to any size, which is allocated when they are copied.
+    """
+    todo, seen, stored, claimed = [value], set(), {}, 0
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:  # a list may hold itself
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            todo += value.values()
+        elif isinstance(value, list | tuple):
+            todo += value
+        elif isinstance(value, torch.Tensor):
+            if value.device.type != "cpu" or value.layout != torch.strided:
+                raise ValueError("it holds a tensor without data")
+            stored[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            claimed += value.numel() * value.element_size()
+    if claimed > 2 * sum(stored.values()):  # embedding and head are the same, and are listed twice
+        raise ValueError("its tensors are larger than what it stores")
 
 
 def load_newest(paths: list[Path]) -> dict | None:
@@ -157,8 +194,16 @@ def load_training_state(out_dir: str | Path, optimizer: str, max_steps: int) -> 
         return None
     if (checkpoint := load_newest(paths)) is None:
         raise ValueError(f"no checkpoint in {out_dir} is complete: omit --resume to start a new run")
-    if not checkpoint.keys() >= TRAINING_STATE:
+    if not checkpoint.keys() >= TRAINING_STATE.keys():
         raise ValueError(f"the checkpoint in {out_dir} holds only weights: pass it to --init_from")
+    with parsing(out_dir, "a run that can be resumed", "delete its newest checkpoint"):
+        check_types(checkpoint, TRAINING_STATE, NEWER_STATE)
+        check_types(checkpoint["args"], SAVED_OPTIONS)
+        if not checkpoint["args"]["block_size"]:
+            raise ValueError("its block_size is 0")
+    checkpoint["args"] = {name: v for name, v in checkpoint["args"].items() if isinstance(v, PLAIN)}
+    recent = checkpoint.get("recent", {})  # files that are deleted one day
+    checkpoint["recent"] = {name: recent[name] is True for name in recent if NUMBERED.fullmatch(str(name))}
     if (saved := checkpoint["args"]["optimizer"]) != optimizer:
         raise ValueError(
             f"--optimizer is {optimizer}, but the checkpoint in {out_dir} has the state of {saved}: repeat "
@@ -226,14 +271,22 @@ def restore(
     # Only the optimizer's moments are restored; this command's options win. They are copied, because the file
     # is mapped.
     groups = optimizer.state_dict()["param_groups"]
-    device = optimizer.param_groups[0]["params"][0].device
-    state = {
-        index: {name: value.to(device, copy=True) for name, value in moments.items()}
-        for index, moments in resumed["optimizer"]["state"].items()
-    }
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    if resumed["scaler"]:  # empty unless the run used fp16
-        scaler.load_state_dict(resumed["scaler"])
+    weights = [(weight, group) for group in optimizer.param_groups for weight in group["params"]]
+    with parsing(args.out_dir, "the state of this run", "use an older checkpoint"):
+        state = {}
+        for index, moments in resumed["optimizer"]["state"].items():
+            weight, group = weights[index]
+            names = ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")
+            wanted = {"step": (), **dict.fromkeys(names, weight.shape)}
+            if {name: value.shape for name, value in moments.items()} != wanted:
+                raise ValueError("moments do not fit their weights")
+            to = dict(device=weight.device, dtype=torch.float32, copy=True)
+            state[index] = {name: value.to(**to) for name, value in moments.items()}
+        if len(state) not in (0, len(weights)):  # there are none before the first step
+            raise ValueError("some weights have no moments")
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if resumed["scaler"]:  # empty unless the run used fp16
+            scaler.load_state_dict(resumed["scaler"])
     before = resumed["args"]
     changed = {name for name, value in vars(args).items() if before.get(name) != value}
     changed -= {"resume", "dry_run", "price"}
@@ -243,7 +296,7 @@ def restore(
     progress = Progress(**{field.name: known[field.name] for field in fields(Progress)})
     older = "data" not in resumed
     other_data = {
-        split: "data_dir" in changed if older else resumed["data"][split] != loader.description
+        split: "data_dir" in changed if older else resumed["data"].get(split) != loader.description
         for split, loader in loaders.items()
     }
     names = ", ".join(sorted(changed)) or "none"
@@ -265,46 +318,56 @@ def restore(
     return progress, lines
 
 
-def read_pretrained(source: str | Path) -> tuple[dict, dict[str, torch.Tensor], dict]:
+def read_pretrained(source: str | Path | dict) -> tuple[dict, dict[str, torch.Tensor], dict]:
     """Return config, state dict and metadata of a checkpoint, run folder, Hugging Face folder or Hub name.
 
-    Raises FileNotFoundError if the source does not exist, and ValueError if it is not a GPT-2.
+    A dict is a checkpoint that has been loaded. Raises FileNotFoundError if the source does not exist, and
+    ValueError if it is not a GPT-2.
     """
+    if isinstance(source, dict):
+        return _read_gpt2_checkpoint("the checkpoint", source)
     if str(source) in HUB_NAMES and not Path(source).exists() or (Path(source) / "config.json").exists():
         return _read_hugging_face(str(source))
-    return _read_gpt2_checkpoint(source)
+    return _read_gpt2_checkpoint(source, load_checkpoint(source))
 
 
 def _read_hugging_face(source: str) -> tuple[dict, dict[str, torch.Tensor], dict]:
     """Read a Hugging Face folder or Hub name; the metadata is empty."""
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel
 
+    sizes = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    sizes["block_size"] = "n_positions"
     try:
-        theirs = AutoConfig.from_pretrained(source)
-        if theirs.model_type != "gpt2":
-            raise ValueError(f"{source} holds a {theirs.model_type} model: only GPT-2 is supported")
-        wanted = {
-            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-            "n_inner": (None, 4 * theirs.n_embd),
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "tie_word_embeddings": (True,),
-            "layer_norm_epsilon": (1e-5,),
-        }
-        for name, allowed in wanted.items():
-            if getattr(theirs, name) not in allowed:
-                raise ValueError(f"{source}: {name} is {getattr(theirs, name)}, but GPT-2 has {allowed[0]}")
-        hf_model, report = GPT2LMHeadModel.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
-        )
-        if report["missing_keys"]:
-            raise ValueError(f"{source} is not a complete GPT-2: {min(report['missing_keys'])} is missing")
-    except (OSError, SafetensorError) as error:
+        with parsing(source, "a GPT-2 in Hugging Face's format", "use another model"):
+            values, _ = GPT2Config.get_config_dict(source)
+            if values.get("model_type") != "gpt2":
+                raise ValueError(f"it is a {values.get('model_type')}")
+            theirs = GPT2Config.from_dict(values)
+            wanted = {
+                "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+                "n_inner": (None, 4 * theirs.n_embd),
+                "scale_attn_weights": (True,),
+                "scale_attn_by_inverse_layer_idx": (False,),
+                "tie_word_embeddings": (True,),
+                "layer_norm_epsilon": (1e-5,),
+            }
+            for name, allowed in wanted.items():
+                if getattr(theirs, name) not in allowed:
+                    raise ValueError(f"its {name} is {getattr(theirs, name)}, but GPT-2 has {allowed[0]}")
+            config = {ours: getattr(theirs, name) for ours, name in sizes.items()}
+            if not all(isinstance(size, int) and size > 0 for size in config.values()):
+                raise ValueError(f"its sizes are {config}")
+            if files := [path for path in Path(source).glob("*") if path.suffix in (".safetensors", ".bin")]:
+                check_size(config, sum(path.stat().st_size for path in files))  # at least a byte per weight
+            hf_model, report = GPT2LMHeadModel.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True
+            )
+            if report["missing_keys"]:
+                raise ValueError(f"{min(report['missing_keys'])} is missing")
+    except OSError as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(f"cannot load {source} ({reason}): check folder or network") from error
-    config = {name: getattr(theirs, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    return {**config, "block_size": theirs.n_positions}, _transpose(hf_model.state_dict()), {}
+    return config, _transpose(hf_model.state_dict()), {}
 
 
 def write_hugging_face(
@@ -335,43 +398,59 @@ def _transpose(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: w.t().contiguous() if name.endswith(TRANSPOSED) else w for name, w in state.items()}
 
 
-def _read_gpt2_checkpoint(source: str | Path) -> tuple[dict, dict[str, torch.Tensor], dict]:
-    """Read a checkpoint of ours or of another GPT-2 repository.
+def _read_gpt2_checkpoint(
+    source: str | Path, checkpoint: dict
+) -> tuple[dict, dict[str, torch.Tensor], dict]:
+    """Find the GPT-2 in a checkpoint of ours or of another GPT-2 repository.
 
     Tensor names may have prefixes of DDP, torch.compile or a wrapper module. Sizes are read off the tensors;
     `n_head` comes from a dict or object beside them, and defaults to heads that are 64 wide, as in all of
     OpenAI's models. Weights may have OpenAI's layout. Missing biases become zeros. A model trained with exact
     GELU, like nanoGPT's, runs with GPT-2's tanh GELU. Raises ValueError for anything else.
     """
-    checkpoint = load_checkpoint(source)
-    values = [checkpoint, *checkpoint.values()]
-    for state in (value for value in values if isinstance(value, dict)):
-        state = {PREFIXES.sub("", str(name)): w for name, w in state.items() if isinstance(w, torch.Tensor)}
-        if {"transformer.wte.weight", "transformer.wpe.weight"} <= state.keys():
-            break
-    else:
-        raise ValueError(
-            f"{source} is not a GPT-2: it has no transformer.wte.weight and transformer.wpe.weight"
-        )
-    # Older models store their causal masks.
-    state = {name: w for name, w in state.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-    wte, wpe = state["transformer.wte.weight"], state["transformer.wpe.weight"]
-    if not torch.equal(state.setdefault("lm_head.weight", wte), wte):
-        raise ValueError(f"{source} is not a GPT-2: its lm_head is not tied to its embedding")
-    config = {"vocab_size": len(wte), "n_embd": wte[0].numel(), "block_size": len(wpe)}
-    config["n_layer"] = sum(name.endswith(".ln_1.weight") for name in state)
-    beside = [value if isinstance(value, dict) else getattr(value, "__dict__", {}) for value in values]
-    n_heads = [each["n_head"] for each in beside if isinstance(each.get("n_head"), int)]
-    config["n_head"] = n_heads[0] if n_heads else max(config["n_embd"] // 64, 1)
-    if state.get("transformer.h.0.attn.c_attn.weight", wte).size(-1) == 3 * config["n_embd"]:
-        state = _transpose(state)
-    if not any(name.endswith(".bias") for name in state):
-        layers = [name for name in state if re.search(r"\.(c|ln)_\w+\.weight$", name)]
-        state |= {name.removesuffix("weight") + "bias": torch.zeros(len(state[name])) for name in layers}
-    metadata = {name: checkpoint.get(name) for name in ("step", "val_loss", "args")}
-    if not isinstance(metadata["args"], dict):
-        metadata["args"] = None
-    return config, state, metadata
+    with parsing(source, "a GPT-2", "use another model"):
+        values = [checkpoint, *checkpoint.values()]
+        for state in (value for value in values if isinstance(value, dict)):
+            tensors = {name: w for name, w in state.items() if isinstance(w, torch.Tensor)}
+            state = {PREFIXES.sub("", str(name)): w for name, w in tensors.items()}
+            if {"transformer.wte.weight", "transformer.wpe.weight"} <= state.keys():
+                break
+        else:
+            raise ValueError("it has no transformer.wte.weight and transformer.wpe.weight")
+        # Older models store their causal masks.
+        masks = (".attn.bias", ".attn.masked_bias")
+        state = {name: w for name, w in state.items() if not name.endswith(masks)}
+        wte, wpe = state["transformer.wte.weight"], state["transformer.wpe.weight"]
+        head = state.setdefault("lm_head.weight", wte)
+        if not torch.allclose(head, wte, rtol=0, atol=0, equal_nan=True):
+            raise ValueError("its lm_head is not tied to its embedding")
+        config = {"vocab_size": len(wte), "n_embd": wte[0].numel(), "block_size": len(wpe)}
+        config["n_layer"] = sum(name.endswith(".ln_1.weight") for name in state)
+        beside = [value if isinstance(value, dict) else getattr(value, "__dict__", {}) for value in values]
+        n_heads = [each["n_head"] for each in beside if isinstance(each.get("n_head"), int)]
+        config["n_head"] = n_heads[0] if n_heads else max(config["n_embd"] // 64, 1)
+        check_size(config, sum(w.numel() for w in state.values()))
+        if state.get("transformer.h.0.attn.c_attn.weight", wte).size(-1) == 3 * config["n_embd"]:
+            state = _transpose(state)
+        if not any(name.endswith(".bias") for name in state):
+            layers = [name for name in state if re.search(r"\.(c|ln)_\w+\.weight$", name)]
+            state |= {name.removesuffix("weight") + "bias": torch.zeros(len(state[name])) for name in layers}
+        kinds = {"step": int, "val_loss": float, "args": dict}
+        known = {name: checkpoint.get(name) for name in kinds}
+        metadata = {name: v if isinstance(v, kinds[name]) else None for name, v in known.items()}
+        if args := metadata["args"]:
+            metadata["args"] = {name: value for name, value in args.items() if isinstance(value, PLAIN)}
+        return config, state, metadata
+
+
+def check_size(config: dict, stored: int) -> None:
+    """Raise ValueError if a model with these sizes would be larger than the `stored` weights.
+
+    It would be allocated before the difference is noticed.
+    """
+    V, T, L, C = (config[name] for name in ("vocab_size", "block_size", "n_layer", "n_embd"))
+    if (V + T + 12 * L * C) * C > stored:
+        raise ValueError("it has too few weights for its sizes")
 
 
 def disk_usage(args: argparse.Namespace, groups: list[dict]) -> tuple[int, int, int]:

@@ -6,6 +6,7 @@ import errno
 import operator
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TextIO
@@ -117,6 +118,15 @@ class Unbreakable:
             self.stream.flush()
 
 
+def report_failed_thread(failed: threading.ExceptHookArgs) -> None:
+    """Print one line for a thread of a library that an error of the system has ended."""
+    if isinstance(failed.exc_value, USER_ERRORS):
+        name = failed.thread.name if failed.thread else "a thread"
+        print(f"warning: {name} has ended: {' '.join(error_lines(failed.exc_value))}", file=sys.stderr)
+    else:
+        threading.__excepthook__(failed)
+
+
 def finish_output() -> None:
     """Write what is still to be printed. What cannot be written is dropped, so that nothing fails later."""
     try:
@@ -137,6 +147,7 @@ def run(
     `explain` returns the line for a RuntimeError or KeyboardInterrupt that deserves one, or else None. If the
     reader of a pipe has seen enough, the script ends without an error or, unless it `needs_output`, goes on.
     """
+    threading.excepthook = report_failed_thread
     if not needs_output:
         sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     try:

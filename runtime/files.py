@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO
 
+from runtime.memory import is_out_of_memory
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -61,9 +63,10 @@ def check_output(path: str | Path) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     partial = path.with_name(path.name + ".tmp")
     is_new = not partial.exists()
-    partial.open("ab").close()
-    if is_new:
-        partial.unlink()
+    with named(path):
+        partial.open("ab").close()
+        if is_new:
+            partial.unlink()
 
 
 def check_new_folder(folder: Path) -> None:
@@ -88,8 +91,17 @@ def check_folder(path: Path) -> None:
     """Raise OSError if files cannot be created in a folder, which may not exist yet."""
     with contextlib.suppress(FileNotFoundError):
         os.lstat(path)  # the name may be too long
-    with tempfile.TemporaryFile(dir=existing_folder(path)):
+    with named(existing_folder(path)) as folder, tempfile.TemporaryFile(dir=folder):
         pass
+
+
+@contextmanager
+def named(path: Path) -> Iterator[Path]:
+    """Yield a path, and name it in errors of the system about temporary files."""
+    try:
+        yield path
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager
@@ -101,11 +113,23 @@ def parsing(path: str | Path, what: str, advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, MemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, OSError) or is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{path} is damaged or not {what} ({reason}): {advice}") from error
+
+
+def check_types(record: object, needed: dict[str, type], optional: dict[str, type] | None = None) -> None:
+    """Raise ValueError if a dict lacks values of these types; an int is at least 0."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{type(record).__name__} instead of names and values")
+    for name, kind in {**needed, **(optional or {})}.items():
+        value = record.get(name)
+        good = isinstance(value, kind) and (kind is not int or (type(value) is int and value >= 0))
+        if not good and (name in needed or name in record):
+            shown = value if isinstance(value, int | float) else type(value).__name__
+            raise ValueError(f"its {name} is {shown}" if name in record else f"it has no {name}")
 
 
 def read_records(path: Path) -> list[dict]:

@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from runtime.distributed import Distributed
-from runtime.memory import installed_memory, keep_freed_memory
+from runtime.memory import installed_memory, is_out_of_memory, keep_freed_memory
 
 # Dense bf16/fp16 FLOP/s with fp32 accumulation, from NVIDIA's data sheets, keyed by the driver's device name.
 PEAK_FLOPS = {
@@ -246,12 +246,6 @@ def find_batch_size(
         if not misfits:
             return batch_size
     raise ValueError("not even --batch_size 1 fits into memory: use --recompute or a smaller --block_size")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the system or a device has refused to allocate memory."""
-    pattern = "out of memory|(can't|cannot) allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
-    return isinstance(error, MemoryError) or bool(re.search(pattern, str(error), re.IGNORECASE))
 
 
 def explain_out_of_memory(error: BaseException, args: argparse.Namespace) -> str | None:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,12 @@ def resident_bytes() -> int | None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except FileNotFoundError:
         return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the system or a device has refused to allocate memory."""
+    pattern = "out of memory|(can't|cannot) allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
+    return isinstance(error, MemoryError) or bool(re.search(pattern, str(error), re.IGNORECASE))
 
 
 def keep_freed_memory() -> None:

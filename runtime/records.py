@@ -38,13 +38,13 @@ def check_packages(args: argparse.Namespace) -> None:
 
 
 class RunFolder:
-    """The folder of a run, which is locked while the run writes to it. `path` is where it is now.
+    """The folder of a run, which is locked while the run writes to it. `name` and `path` are what it is now.
 
     A run whose folder is deleted, moved or replaced continues in a new one, see `ensure`.
     """
 
     def __init__(self, out_dir: str | Path):
-        self.out_dir, self.path = out_dir, Path(out_dir).absolute()
+        self.name, self.path = str(out_dir), Path(out_dir).absolute()
         self.lock, self.mutex = FolderLock(self.path), threading.Lock()
 
     def __enter__(self) -> "RunFolder":
@@ -61,9 +61,9 @@ class RunFolder:
         """
         path = self.path.resolve()
         if Path.cwd().is_relative_to(path):
-            raise ValueError(f"--out_dir {self.out_dir} contains the working directory: use another folder")
+            raise ValueError(f"--out_dir {self.name} contains the working directory: use another folder")
         if Path(data_dir).resolve().is_relative_to(path):
-            raise ValueError(f"--out_dir {self.out_dir} contains --data_dir: use another folder")
+            raise ValueError(f"--out_dir {self.name} contains --data_dir: use another folder")
         check_folder(path)
         if lock and path.exists():
             self.lock.acquire()
@@ -90,7 +90,10 @@ class RunFolder:
         with self.mutex:
             if self.lock.is_held():
                 return
-            was, self.path = self.path, self.free_name() if self.path.exists() else self.path
+            was = self.path
+            if was.exists():
+                self.path = self.free_name()
+                self.name = str(self.path)
             tqdm.write(f"warning: {was} was deleted, moved or replaced: the run continues in {self.path}")
             self.path.mkdir(parents=True)
             self.lock = FolderLock(self.path)

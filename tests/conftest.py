@@ -12,12 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 
 import train
 from model import GPT, GPTConfig
 from runtime import records
 
 REPOSITORY = Path(train.__file__).parent
+# The fixtures of a test are the same for all of its examples.
+CHECKS = list(HealthCheck)
+EXAMPLES = settings(None, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=CHECKS)
+settings.register_profile("short", EXAMPLES, max_examples=25, derandomize=True)
+settings.register_profile("long", EXAMPLES, max_examples=1000)
+settings.load_profile("short")
 
 
 def pytest_collection_modifyitems(items):

@@ -70,7 +70,8 @@ def test_sweep_runs_what_is_missing_and_compares_all_runs(monkeypatch, tmp_path,
         if args.learning_rate == 0.1:
             return subprocess.CompletedProcess(command, 1, stderr="warning: x\ntrain.py: error: no shards")
         losses = [5, 3 - args.learning_rate + 0.1 * args.seed]
-        records = [{"kind": "run", "step": 0, "args": vars(args)}, {"kind": "train", "step": 0, "dt_ms": 500, "tokens_per_s": 1}]
+        records = [{"kind": "run", "step": 0, "args": vars(args)}]
+        records += [{"kind": "train", "step": 0, "dt_ms": 500, "tokens_per_s": 1}]
         records += [{"kind": "val", "step": step, "loss": x} for step, x in zip((0, 10), losses, strict=True)]
         Path(args.out_dir).mkdir(parents=True)
         Path(args.out_dir, "log.jsonl").write_text("\n".join(map(json.dumps, records)))

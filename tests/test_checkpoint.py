@@ -477,16 +477,16 @@ def test_load_errors_are_one_line(tmp_path, hf_folder):
     with pytest.raises(ValueError, match="text.pt is damaged or not a checkpoint"):
         GPT.from_pretrained(tmp_path / "text.pt")
     torch.save({"weights": 1}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="other.pt is not a GPT-2: it has no transformer.wte.weight"):
+    with pytest.raises(ValueError, match="other.pt is .* not a GPT-2 .it has no transformer.wte.weight"):
         GPT.from_pretrained(tmp_path / "other.pt")
     weights = hf_folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1000])
-    with pytest.raises(FileNotFoundError, match="cannot load .*hf .*check folder"):
+    with pytest.raises(ValueError, match="hf is damaged or not a GPT-2 .*deserializing header"):
         GPT.from_pretrained(hf_folder)
     tensors = {k: v for k, v in load_tensors(whole).items() if k != "transformer.h.1.mlp.c_fc.bias"}
     save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="not a complete GPT-2: transformer.h.1.mlp.c_fc.bias is missing"):
+    with pytest.raises(ValueError, match=" .transformer.h.1.mlp.c_fc.bias is missing.: use another model"):
         GPT.from_pretrained(hf_folder)
     weights.write_bytes(whole)
     config = hf_folder / "config.json"
@@ -556,7 +556,7 @@ def test_missing_biases_become_zeros(tmp_path):
     read = GPT.from_pretrained(tmp_path / "foreign.pt")
     assert all(torch.equal(w, model.state_dict()[name]) for name, w in read.state_dict().items())
     torch.save({"model": {**state, "transformer.ln_f.bias": torch.ones(32)}}, tmp_path / "foreign.pt")
-    with pytest.raises(ValueError, match="is not a GPT-2 .*Missing key.*c_attn.bias"):
+    with pytest.raises(ValueError, match="not a GPT-2 .*Missing key.*c_attn.bias"):
         GPT.from_pretrained(tmp_path / "foreign.pt")
 
 

@@ -18,6 +18,7 @@ from conftest import token_stream
 
 import fineweb
 from runtime.distributed import Distributed
+from runtime.files import locked_folder
 from train import DataLoaderLite
 
 TEXTS = ["first", "", "a second text\nof two lines", None, "<|endoftext|>", "naïve 漢字 🙂", "tail " * 40]
@@ -621,3 +622,72 @@ def test_bad_input_names_a_fix_and_leaves_nothing_behind(files, tmp_path):
     Path("out/manifest.json").unlink()
     with pytest.raises(ValueError, match="no manifest describes"):
         cli("--files", *files, "--tokenizer", "byte", "--out_dir", "out")
+
+
+def test_folder_in_use_is_refused_and_other_tasks_are_not(files):
+    arguments = ("--files", *files, "--tokenizer", "byte", "--out_dir", "out", "--shard_size", 30)
+    with locked_folder(Path("out"), ".lock"):
+        with pytest.raises(ValueError, match="out is in use by process .*: wait until it has ended, or use"):
+            cli(*arguments)
+    with locked_folder(Path("out"), ".lock_0000_of_0002"):
+        with pytest.raises(ValueError, match="out is in use by process"):
+            cli(*arguments, "--task_count", 2, "--task_index", 0)
+        cli(*arguments, "--task_count", 2, "--task_index", 1)
+    cli(*arguments, "--task_count", 2, "--task_index", 0)
+    assert len(load_shards("out")) > 2 and not list(Path("out").glob(".lock*"))
+
+
+@pytest.fixture
+def three_shards():
+    Path("set").mkdir()
+    for i, split in enumerate(("val", "train", "train")):
+        np.save(f"set/edufineweb_{split}_{i:06d}.npy", np.arange(1000 * i, 1000 * i + 500, dtype=np.uint16))
+    return sorted(Path("set").glob("*train*"))
+
+
+def test_network_drive_that_comes_back_costs_only_time(three_shards, monkeypatch):
+    said, waited = [], []
+    shards = fineweb.Shards("set", "train", said.append)
+    assert shards.lengths == [500, 500]
+    expected = np.load(three_shards[1])[10:20]
+    three_shards[1].rename("away.npy")
+    assert np.array_equal(shards.read(1, 10, 20), expected)  # it is still open
+    shards.files.cache_clear()
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if len(waited) == 3:
+            Path("away.npy").rename(three_shards[1])
+
+    monkeypatch.setattr(fineweb.time, "sleep", sleep)
+    assert np.array_equal(shards.read(1, 10, 20), expected)
+    assert waited == list(fineweb.RETRY_S[:3]) and len(said) == 3
+    assert all(f"cannot read {three_shards[1]} ([Errno 2] No such file" in each for each in said)
+    three_shards[0].unlink()
+    with pytest.raises(FileNotFoundError):  # after the last try
+        shards.read(0, 0, 10)
+    assert waited[3:] == list(fineweb.RETRY_S)
+
+
+def test_shard_that_is_cut_short_while_it_is_read_is_an_error_and_not_a_crash(three_shards):
+    shards = fineweb.Shards("set", "train")
+    assert shards.read(0, 400, 500)[-1] == 1499
+    os.truncate(three_shards[0], 600)
+    assert np.array_equal(shards.read(0, 0, 100), np.arange(1000, 1100))
+    with pytest.raises(ValueError, match="train_000001.npy was cut short while it was in use: make it again"):
+        shards.read(0, 400, 500)
+
+
+def test_shards_that_change_are_named_once(three_shards):
+    said = []
+    shards = fineweb.Shards("set", "train", said.append)
+    shards.warn_of_changes()
+    assert said == []
+    np.save(three_shards[0], np.zeros(600, dtype=np.uint16))
+    three_shards[1].unlink()
+    shards.warn_of_changes()
+    shards.warn_of_changes()
+    assert said == [
+        f"warning: {three_shards[0]} has changed since the run began",
+        f"warning: {three_shards[1]} has vanished since the run began",
+    ]

@@ -1,17 +1,24 @@
 """log.jsonl, console, TensorBoard and Weights & Biases, and the folder of a run."""
 
+import io
+import itertools
 import json
 import re
+import shutil
 import struct
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
-from conftest import MUON, plain_windows
+from conftest import MUON, TINY, begin, count_lines, losses, plain_windows, read_losses, wait_until
 
+import plot
 import train
 from model import GPT
-from runtime import records
+from runtime import cli, records
+from runtime.checkpoint import CheckpointWriter
 
 
 def test_console_describes_the_run_and_aligns_steps(run_train, shards, capsys):
@@ -190,3 +197,129 @@ def test_run_folder_that_cannot_be_written_is_refused_at_once(run_train, check):
             run_train(check, out_dir=out_dir)
     with pytest.raises(ValueError, match="--price is for the forecast of --dry_run: add it, or leave out"):
         run_train("--price 2")
+
+
+def test_folder_in_use_is_refused_and_the_run_in_it_is_not_disturbed(run_train, shards):
+    alone = run_train("--max_steps 400 --val_every 0", out_dir="alone")
+    process = begin(f"{TINY} --max_steps 400 --val_every 0")
+    wait_until(lambda: count_lines("log") > 10)
+    for options in ("", "--resume"):
+        with pytest.raises(ValueError, match=f"/log is in use by process {process.pid} on .*: wait until it"):
+            run_train(options)
+    plot.plot(["log"], "picture.png")  # readers are not refused
+    run_train("--dry_run --max_steps 20")
+    process.join(60)
+    assert process.exitcode == 0
+    assert read_losses("log") == [(record["step"], record["loss"]) for record in alone["train"]]
+    assert not Path("log.1").exists() and not Path("log/.lock").exists()
+    run_train()  # free again
+
+
+def test_run_continues_in_a_new_folder_if_its_own_is_deleted_or_replaced(run_train, monkeypatch, capsys):
+    alone = run_train("--max_steps 12 --checkpoint_every 2 --keep 0", out_dir="alone")
+    take_step = train.train_step
+    save = CheckpointWriter.save
+
+    def save_and_wait(writer, *words):
+        save(writer, *words)
+        writer.pending.result()
+
+    def replace():
+        Path("log").rename("again")
+        Path("log").mkdir()
+        Path("log/log.jsonl").write_text("mine")
+
+    events = {3: lambda: shutil.rmtree("log"), 6: lambda: Path("log").rename("moved"), 9: replace}
+
+    def step_with_events(*words):
+        events.pop(words[-2], lambda: None)()
+        return take_step(*words)
+
+    monkeypatch.setattr(CheckpointWriter, "save", save_and_wait)
+    monkeypatch.setattr(train, "train_step", step_with_events)
+    train.main(train.parse_args(f"{TINY} --max_steps 12 --checkpoint_every 2 --keep 0 --tensorboard".split()))
+    assert not events and Path("log/log.jsonl").read_text() == "mine"
+    assert read_losses("log.1") == [(record["step"], record["loss"]) for record in alone["train"]]
+    assert {path.name for path in Path("log.1").glob("*.pt")} >= {"model_00010.pt", "model_00012.pt"}
+    assert list(Path("log.1/tensorboard").iterdir())
+    printed = capsys.readouterr().out
+    assert printed.count("was deleted, moved or replaced: the run continues in ") == 3
+    assert f"next:       python sample.py --model {Path('log.1').absolute()}" in printed
+
+
+class FullDisk(io.FileIO):
+    """A file that takes a few bytes of each write, and none while `full` is set."""
+
+    full = False
+
+    def write(self, data):
+        if FullDisk.full:
+            raise OSError(28, "No space left on device")
+        return super().write(data[:100])
+
+
+def test_records_that_do_not_fit_on_the_disk_are_written_later(run_train, monkeypatch, capsys):
+    take_step = train.train_step
+
+    def step_with_full_disk(*words):
+        FullDisk.full = words[-2] in (2, 3, 4)
+        return take_step(*words)
+
+    monkeypatch.setattr(train, "train_step", step_with_full_disk)
+    monkeypatch.setattr(records, "open", lambda path, mode, buffering: FullDisk(path, "a+"), raising=False)
+    by_kind = run_train("--max_steps 8 --val_every 0 --checkpoint_every 0")
+    assert [record["step"] for record in by_kind["train"]] == list(range(8))
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("log.jsonl (No space left on device); training continues" in line for line in lines) == 1
+
+
+def test_records_that_are_lost_are_counted(run_train, monkeypatch, capsys):
+    monkeypatch.setattr(records, "open", lambda path, mode, buffering: FullDisk(path, "a+"), raising=False)
+    monkeypatch.setattr(FullDisk, "full", True)
+    train.main(train.parse_args(f"{TINY} --max_steps 8 --val_every 0 --checkpoint_every 0".split()))
+    assert "warning: the last 10 records could not be written to " in capsys.readouterr().out
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", folder], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting a file system needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_full_disk_ends_neither_log_nor_picture_nor_tensorboard(run_train, small_disk, monkeypatch, capsys):
+    take_step = train.train_step
+
+    def step_with_full_disk(*words):
+        if words[-2] == 2:
+            with pytest.raises(OSError), open(small_disk / "big", "wb", buffering=0) as big:
+                while True:
+                    big.write(bytes(4096))
+            with pytest.raises(OSError, match="No space left"):
+                plot.plot([small_disk / "log"], small_disk / "loss.png")
+        if words[-2] == 30:
+            Path(small_disk / "big").unlink()
+        return take_step(*words)
+
+    monkeypatch.setattr(train, "train_step", step_with_full_disk)
+    monkeypatch.setattr(threading, "excepthook", cli.report_failed_thread)
+    options = "--max_steps 40 --val_every 20 --checkpoint_every 40 --keep 1 --milestone_every 0 --tensorboard"
+    by_kind = run_train(options, out_dir=small_disk / "log", picture=True)
+    assert [record["step"] for record in by_kind["train"]] == list(range(40))
+    printed = capsys.readouterr()
+    for warning in ("TensorBoard's files end at", "cannot write ", "could not write "):
+        assert printed.out.count(f"warning: {warning}") >= 1, warning
+    assert "Traceback" not in printed.err
+    assert GPT.from_pretrained(small_disk / "log").metadata["step"] == 40
+    assert not list(small_disk.rglob("*.tmp")) and not Path(small_disk / "loss.png").exists()
+
+
+def test_jumping_clock_changes_nothing(run_train, monkeypatch):
+    first, clock, now = run_train(), itertools.count(), time.time
+    monkeypatch.setattr(time, "time", lambda: now() + (-1) ** next(clock) * 1e9)
+    assert losses(run_train("--tensorboard", out_dir="jumping")) == losses(first)

@@ -600,3 +600,27 @@ def test_gpu_resumed_run_matches_uninterrupted_run(run_train):
     resumed = run_train(options + " --resume")
     assert [record["step"] for record in resumed["run"]] == [0, 3]
     assert losses(resumed) == pytest.approx(losses(whole), abs=1e-2)
+
+
+def test_run_whose_shards_vanish_goes_on_and_then_saves(run_train, shards, monkeypatch, capsys):
+    alone = run_train("--max_steps 60 --val_every 0 --checkpoint_every 50", out_dir="alone")
+    take_step = train.train_step
+
+    def step_without_shards(*words):
+        if words[-2] == 10:
+            shutil.rmtree(shards)
+        if words[-2] == 40:  # as if more shards had been read since than may be open
+            words[3].shards.files.cache_clear()
+        return take_step(*words)
+
+    monkeypatch.setattr(train, "train_step", step_without_shards)
+    monkeypatch.setattr(fineweb.time, "sleep", lambda seconds: None)
+    with pytest.raises(FileNotFoundError, match="train_00000[12].npy"):
+        run_train("--max_steps 60 --val_every 0 --checkpoint_every 50")
+    printed = capsys.readouterr().out
+    for words in ("train_000001.npy has vanished since the run began", "cannot read ", "again in 125 s"):
+        assert words in printed
+    done = read_losses()
+    assert done == [(record["step"], record["loss"]) for record in alone["train"][: len(done)]]
+    state = torch.load(f"log/model_{len(done):05d}.pt", weights_only=True)  # nothing is lost
+    assert state["step"] == len(done) >= 40 and state["windows"] == 4 * len(done)
