@@ -9,6 +9,7 @@
     python bench.py memory --n_layer 6 --n_embd 1600 --n_head 25 --output memory.json
     python bench.py optimizer
     python bench.py sweep --name adamw -- --preset demo --learning_rate 3e-3 6e-3    # three seeds each
+    python bench.py soak --steps 6000               # memory and open files of a long run that is killed twice
     python bench.py gpu --output measured           # what to run on a GPU that is rented for ten minutes
 
 Every subcommand prints a table and, with --output, writes it as JSON with machine, versions and commit. The
@@ -861,6 +862,40 @@ def alternate(
     return rows, list(results.values())
 
 
+def bench_soak(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Memory and open files of a run of many steps that evaluates, samples and saves, and is killed twice.
+
+    Linux only. The model and the data are those of the demo, evaluated and saved every 20 steps. A row is
+    what the process used after a fifth, two fifths, … of the steps that it took until it was killed.
+    """
+    folder = Path(args.out_dir)
+    often = [f"--{name}=20" for name in ("val_every", "hellaswag_every", "sample_every", "checkpoint_every")]
+    options = [*often, "--val_tokens=4096", "--sample_tokens=20", f"--max_steps={args.steps}", "--resume"]
+    options += ["--preset=demo", f"--out_dir={folder}", f"--device={device}"]
+    command = [sys.executable, train.__file__, *options]
+    shutil.rmtree(folder, ignore_errors=True)
+    rows, page = [], os.sysconf("SC_PAGE_SIZE")
+    for life, end in enumerate((args.steps // 3, 2 * args.steps // 3, args.steps), start=1):
+        process, seen = subprocess.Popen(command, stdout=subprocess.DEVNULL), []
+        proc, log = Path("/proc", str(process.pid)), folder / "log.jsonl"
+        while process.poll() is None:
+            time.sleep(0.2)
+            lines = log.read_bytes()[-2000:].splitlines() if log.exists() else []
+            with contextlib.suppress(ValueError, IndexError, OSError):
+                step, pages = json.loads(lines[-1])["step"], int((proc / "statm").read_text().split()[1])
+                seen.append((step, pages * page / 1e6, len(list((proc / "fd").iterdir()))))
+                if step >= end and end < args.steps:
+                    process.kill()
+        if end == args.steps and process.returncode:
+            raise ValueError(f"the run in {folder} failed: see above")
+        first = seen[0][0]
+        for fifth in range(1, 6):
+            at = first + fifth * (end - first) / 5
+            step, megabytes, files = next((each for each in seen if each[0] >= at), seen[-1])
+            rows.append({"way": f"life {life}", "step": step, "MB": megabytes, "files": files})
+    return rows
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     at_least_1 = Range(count, 1)
@@ -924,6 +959,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data_dir", required=True, help="Tiny Shakespeare: fineweb.py --files input.txt --tokenizer byte")
     add("--steps", type=at_least_1, default=400, help="training steps of train.py")
     command("gpu", bench_gpu)
+    add = command("soak", bench_soak)
+    add("--out_dir", default="soak", help="folder of the run, which is replaced")
+    add("--steps", type=at_least_1, default=6000, help="training steps")
     add = command("memory", bench_memory, sized)
     add("--vocab_size", type=int, default=PADDED_VOCAB_SIZE, help="token ids")
     add("--block_size", type=int, default=256, help="context in tokens")
