@@ -92,7 +92,7 @@ def bench_hellaswag(args: argparse.Namespace, device: torch.device) -> list[dict
     items = itertools.islice(itertools.cycle(hellaswag.load_items(args.data)), args.limit)
     examples = hellaswag.render(list(items), tokenizer)
     torch.manual_seed(0)
-    config = config_of(args)
+    config = config_of(args, vocab_size=128 * math.ceil(tokenizer.n_vocab / 128))
     model = GPT(config).eval().to(device=device, dtype=getattr(torch, args.dtype))
 
     def packed() -> list[int]:

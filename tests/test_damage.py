@@ -17,6 +17,7 @@ import torch
 from conftest import REPOSITORY, TINY
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 import fineweb
 import hellaswag
@@ -259,7 +260,9 @@ def test_manifest_with_wrong_values(copies, change, is_deep):
     read_shards()
 
 
-def read_log() -> None:
+def read_log(monkeypatch) -> None:
+    # A picture takes half a second: it is drawn without being written.
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"a picture"))
     attempt(plot, "log", "--references", "--against", "tokens")
     shutil.copy("model.pt", "log/model_00003.pt")
     assert attempt(sample, "--model", "log", "--export", "card") is None
@@ -267,22 +270,22 @@ def read_log() -> None:
 
 
 @given(change=damage())
-def test_damaged_log(copies, change):
+def test_damaged_log(copies, monkeypatch, change):
     copies()
     path = Path("log", "log.jsonl")
     path.write_bytes(change(path.read_bytes()))
-    read_log()
+    read_log(monkeypatch)
 
 
 @given(changes=st.lists(replacements(WRONG), min_size=1, max_size=4), is_deep=st.integers(0, 9))
-def test_log_with_wrong_values(copies, changes, is_deep):
+def test_log_with_wrong_values(copies, monkeypatch, changes, is_deep):
     copies()
     path = Path("log", "log.jsonl")
     lines = path.read_text().splitlines()
     for number, change in enumerate(changes):
         lines[-1 - number] = json.dumps(change(json.loads(lines[-1 - number])))
     path.write_text("\n".join([*lines, deep] if is_deep == 0 else lines))
-    read_log()
+    read_log(monkeypatch)
 
 
 def read_items() -> None:

@@ -200,8 +200,8 @@ def test_run_folder_that_cannot_be_written_is_refused_at_once(run_train, check):
 
 
 def test_folder_in_use_is_refused_and_the_run_in_it_is_not_disturbed(run_train, shards):
-    alone = run_train("--max_steps 400 --val_every 0", out_dir="alone")
-    process = begin(f"{TINY} --max_steps 400 --val_every 0")
+    alone = run_train("--max_steps 150 --val_every 0", out_dir="alone")
+    process = begin(f"{TINY} --max_steps 150 --val_every 0")
     wait_until(lambda: count_lines("log") > 10)
     for options in ("", "--resume"):
         with pytest.raises(ValueError, match=f"/log is in use by process {process.pid} on .*: wait until it"):
