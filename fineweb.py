@@ -720,10 +720,15 @@ def read_manifests(out_dir: Path) -> list[dict]:
 
 
 def read_task_manifest(out_dir: Path, task_index: int = 0, task_count: int = 1) -> dict | None:
-    """Return the manifest of one task, or None if there is none."""
-    task = (task_index, task_count)
-    found = [each for each in read_manifests(out_dir) if (each["task_index"], each["task_count"]) == task]
-    return found[0] if found else None
+    """Return the manifest of one task, or None if there is none. Raises ValueError if it lacks something."""
+    for manifest in read_manifests(out_dir):
+        if (manifest["task_index"], manifest["task_count"]) == (task_index, task_count):
+            with parsing(out_dir, "a set of fineweb.py", "make it again in another folder"):
+                check_types(manifest, MANIFEST_TYPES[0] | MANIFEST_TYPES[1])
+                for shard in manifest["shards"]:
+                    check_types(shard, SHARD_TYPES[0] | SHARD_TYPES[1])
+            return manifest
+    return None
 
 
 def read_manifest(out_dir: Path) -> dict:
@@ -1058,7 +1063,7 @@ def find_inputs(args: argparse.Namespace) -> tuple[list[Input], dict]:
         manifest["source"]
         for manifest in read_manifests(Path(args.out_dir))
         if (args.resume or manifest["task_index"] != args.task_index)
-        and all(manifest["source"].get(name) == value for name, value in source.items())
+        and all(manifest.get("source", {}).get(name) == value for name, value in source.items())
     ]
     if begun:
         inputs = [Input(*each) for each in begun[0]["inputs"]]

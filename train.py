@@ -14,7 +14,6 @@ HellaSwag after 19,073 steps (build-nanogpt's log); OpenAI's GPT-2 scores 29.55 
 import argparse
 import contextlib
 import hashlib
-import json
 import math
 import struct
 import time
@@ -647,20 +646,13 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
             if not stopping:
                 peak_bytes = (hardware.memory(device) or [None])[0]
                 log(step, "end", peak_bytes=peak_bytes)
-    if stopping:
-        again = f"the same command with --resume --out_dir {folder.name} continues"
-        dist.say(f"stopped by a signal after step {step}: {again}")
-    elif args.overfit_batch and train_loss >= OVERFIT_LOSS:
+    if args.overfit_batch and not stopping and train_loss >= OVERFIT_LOSS:
         raise dist.leave_with_error(
             f"one batch still has loss {train_loss:.3f} after {args.max_steps} steps, not {OVERFIT_LOSS}: "
             "the model is broken, or needs more --max_steps, another --learning_rate or no --dropout"
         )
-    elif args.overfit_batch:
-        dist.say(f"overfit check passed: loss {train_loss:.4f} after {step + 1} steps")
-    elif dist.is_main:
-        dist.say(f"loss curve: {log.draw()}")
-        prompt = json.dumps(args.sample_prompt)
-        dist.say(f"next:       python sample.py --model {folder.name} --prompt {prompt}")
+    if dist.is_main:
+        log.report_end(step, train_loss if args.overfit_batch else None, stopping)
     dist.leave()
 
 

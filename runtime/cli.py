@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 USER_ERRORS = (ValueError, OSError, MemoryError)  # what users and their machines can cause
+LONGEST_LINE = 700
 # What to do about an error of the system.
 ADVICE = {
     errno.ENOENT: "check the path",
@@ -93,11 +94,12 @@ def check_options(
 
 def error_lines(error: BaseException) -> list[str]:
     """Return the lines of an error message: for errors of the system what to do, for those without a message
-    their name."""
+    their name. Lines that a damaged file has made very long are cut."""
     if isinstance(error, OSError) and error.strerror:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         return [f"{what}: {ADVICE.get(error.errno, 'check the disk or network, then try again')}"]
-    return str(error).splitlines() or [type(error).__name__]
+    lines = str(error).splitlines() or [type(error).__name__]
+    return [line if len(line) < LONGEST_LINE else f"{line[:400]} … {line[-200:]}" for line in lines]
 
 
 class Unbreakable:

@@ -257,6 +257,18 @@ class Log:
             tqdm.write(f"warning: no picture of the loss: {reason}")
         return self.folder.path / "loss.png"
 
+    def report_end(self, step: int, overfit_loss: float | None, stopped: bool) -> None:
+        """Print how the run has ended and what to do next. Draws its picture if it went to its end."""
+        if stopped:
+            again = f"the same command with --resume --out_dir {self.folder.name} continues"
+            tqdm.write(f"stopped by a signal after step {step}: {again}")
+        elif overfit_loss is not None:
+            tqdm.write(f"overfit check passed: loss {overfit_loss:.4f} after {step + 1} steps")
+        else:
+            prompt = json.dumps(self.args.sample_prompt)
+            tqdm.write(f"loss curve: {self.draw()}")
+            tqdm.write(f"next:       python sample.py --model {self.folder.name} --prompt {prompt}")
+
     def close(self) -> None:
         """Write what is still unwritten, also by TensorBoard and Weights & Biases, and remove the bar."""
         self.bar.close()
