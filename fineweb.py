@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 from runtime.cli import Range, check_options, count, run
 from runtime.files import (
+    FolderLock,
     check_types,
     existing_folder,
     file_hash,
@@ -57,7 +58,6 @@ from tokenizer import NAMES, BatchTokenizer, get_tokenizer
 if TYPE_CHECKING:
     import pyarrow
 
-MANIFEST = "manifest.json"
 # What all tasks of a set have in common.
 SAME_IN_ALL_TASKS = ("source", "tokenizer", "vocab_size", "shard_size", "max_tokens", "task_count")
 # What a manifest says, and what only sets of fineweb.py need; the same for each of its shards.
@@ -464,9 +464,10 @@ class ShardSet:
         fetcher: Fetcher,
         tokenizer: BatchTokenizer | None = None,
         workers: int = 1,
+        lock: FolderLock | None = None,
     ):
         self.out_dir, self.manifest, self.fetcher = out_dir, manifest, fetcher
-        self.tokenizer, self.workers = tokenizer, workers
+        self.tokenizer, self.workers, self.lock = tokenizer, workers, lock
         task = manifest["task_index"], manifest["task_count"]
         self.path = out_dir / f"{task_name('manifest', *task)}.json"
         self.sizes = np.cumsum([0, *(each.size for each in fetcher.inputs)])
@@ -530,7 +531,13 @@ class ShardSet:
             self.save_manifest()
             self.fetcher.release(following[0] if following else len(self.fetcher.inputs))
 
+    def check_folder(self) -> None:
+        """Raise ValueError if the folder is no longer the one that was locked."""
+        if self.lock and not self.lock.is_held():
+            raise ValueError(f"{self.out_dir} was deleted, moved or replaced: repeat the command")
+
     def save_manifest(self) -> None:
+        self.check_folder()
         with explained(self.out_dir, 0):
             write_json(self.path, self.manifest)
 
@@ -541,6 +548,7 @@ class ShardSet:
         digest = hashlib.sha256(data.getbuffer()).hexdigest()
         if sha256 not in (None, digest):
             raise ValueError(f"the inputs of {name} have changed: --no-resume makes the whole set again")
+        self.check_folder()
         with explained(self.out_dir, data.getbuffer().nbytes):
             write_atomically(self.out_dir / name, lambda file: file.write(data.getbuffer()))
         documents = int(np.count_nonzero(tokens == self.manifest["eot_token"]))
@@ -765,13 +773,14 @@ def prepare(
     task_count: int = 1,
     keep_downloads: bool = False,
     resume: bool = True,
+    lock: FolderLock | None = None,
 ) -> dict:
     """Write the documents of the inputs to a folder as shards with a manifest, and return the manifest.
 
-    `source` says in plain types where the documents come from. Resumes an interrupted set and rebuilds
-    damaged shards of a finished one; without `resume`, rebuilds all. Each of `task_count` tasks
-    processes every `task_count`-th input. Raises ValueError if the folder holds a set made with other
-    arguments, or other shards.
+    `source` says in plain types where the documents come from, and `lock` is that of the folder. Resumes an
+    interrupted set and rebuilds damaged shards of a finished one; without `resume`, rebuilds all. Each of
+    `task_count` tasks processes every `task_count`-th input. Raises ValueError if the folder holds a set made
+    with other arguments, or other shards.
     """
     out_dir, names = Path(out_dir), token_files(source)
     check_token_files(inputs, names, tokenizer)
@@ -813,9 +822,9 @@ def prepare(
     # A folder for each task, because the first one to finish deletes its own.
     fetcher = Fetcher(inputs, out_dir / task_name("downloads", task_index, task_count), keep_downloads)
     if names:
-        shards = TokenShardSet(out_dir, manifest, fetcher)
+        shards = TokenShardSet(out_dir, manifest, fetcher, lock=lock)
     else:
-        shards = ShardSet(out_dir, manifest, fetcher, BatchTokenizer(tokenizer), workers)
+        shards = ShardSet(out_dir, manifest, fetcher, BatchTokenizer(tokenizer), workers, lock)
     if not manifest["complete"]:
         shards.save_manifest()
         shards.extend()
@@ -1063,7 +1072,8 @@ def find_inputs(args: argparse.Namespace) -> tuple[list[Input], dict]:
         manifest["source"]
         for manifest in read_manifests(Path(args.out_dir))
         if (args.resume or manifest["task_index"] != args.task_index)
-        and all(manifest.get("source", {}).get(name) == value for name, value in source.items())
+        and "inputs" in manifest.get("source", {})
+        and all(manifest["source"].get(name) == value for name, value in source.items())
     ]
     if begun:
         inputs = [Input(*each) for each in begun[0]["inputs"]]
@@ -1079,9 +1089,9 @@ def main(args: argparse.Namespace) -> None:
         return verify(out_dir, *task)
     names = ("tokenizer", "shard_size", "max_tokens", "workers", "task_index", "task_count")
     options = {name: getattr(args, name) for name in (*names, "keep_downloads", "resume")}
-    with locked_folder(out_dir, task_name(".lock", *task)):
+    with locked_folder(out_dir, task_name(".lock", *task)) as lock:
         inputs, source = find_inputs(args)
-        manifest = prepare(inputs, out_dir, source=source, **options)
+        manifest = prepare(inputs, out_dir, source=source, lock=lock, **options)
     for split in ("val", "train"):
         shards = [shard for shard in manifest["shards"] if split in shard["name"]]
         tokens, documents = (sum(shard[what] for shard in shards) for what in ("tokens", "documents"))
@@ -1096,4 +1106,4 @@ def explain_interruption(error: BaseException, args: argparse.Namespace) -> str 
 
 
 if __name__ == "__main__":
-    run(main, parse_args, explain_interruption)
+    run(main, parse_args, explain_interruption, needs_output=False)

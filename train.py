@@ -42,7 +42,7 @@ from runtime.checkpoint import (
     restore,
     training_state,
 )
-from runtime.cli import Range, check_options, run
+from runtime.cli import Range, check_options, error_lines, run
 from runtime.distributed import Distributed, Problems, StopSignal, setup_distributed
 from runtime.records import Log, RunFolder, about_run, check_packages, describe_run
 from tokenizer import NAMES, get_tokenizer
@@ -121,7 +121,7 @@ class DataLoaderLite:
     ):
         self.batch_size, self.block_size, self.vocab_size = batch_size, block_size, vocab_size
         self.dist, self.shuffle, self.seed, self.waited_s = dist, shuffle, seed, 0.0
-        self.shards, self.epoch = fineweb.Shards(data_dir, split, dist.say), 0
+        self.shards, self.epoch, self.failure = fineweb.Shards(data_dir, split, dist.say), 0, None
         windows = [max(tokens - 1, 0) // block_size for tokens in self.shards.lengths]
         self.first_windows = np.cumsum([0, *windows])  # index of each shard's first window in the epoch
         self.windows = int(self.first_windows[-1])
@@ -164,12 +164,29 @@ class DataLoaderLite:
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs and targets, both (batch_size, block_size) int64 on the device."""
         started = time.perf_counter()
-        rows = self.pending.result()
+        try:
+            rows = self.pending.result()
+        except (OSError, ValueError) as error:
+            # The other ranks wait for this one. Without targets, the norm is not a number, and no rank steps.
+            self.failure = error
+            return self.without_targets()
         self.waited_s += time.perf_counter() - started
         self.seek(self.window + self.dist.world_size * self.batch_size)
         rows = rows.to(self.dist.device, non_blocking=True)
         # Of one form, so that validation and training are compiled for the same one.
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+    def without_targets(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a batch whose loss is 0 in sum and NaN in the mean."""
+        x = torch.zeros(self.batch_size, self.block_size, dtype=torch.int64, device=self.dist.device)
+        return x, torch.full_like(x, -100)
+
+    def end_run(self) -> BaseException:
+        """Return the exception to raise if any rank has a `failure`. A collective."""
+        lines = self.dist.union(error_lines(self.failure) if self.failure else [])
+        self.failure = self.failure or OSError(lines)
+        return self.dist.leave_with_error("\n".join(lines))
 
 
 @torch.no_grad()
@@ -194,7 +211,9 @@ def validate(
         with autocast:
             losses[i] = model(x, y, reduction="sum")[1]
     model.train()
-    (nats,) = dist.sum(losses.cpu().double().sum().item())
+    nats, failures = dist.sum(losses.cpu().double().sum().item(), loader.failure is not None)
+    if failures:
+        raise loader.end_run()
     return nats / (windows * T)
 
 
@@ -562,11 +581,18 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
 
     log, writer = lambda step, kind, **values: None, None
     if dist.is_main:
-        if is_new:
-            folder.begin()
+        folder.begin(is_new)
         log = Log(folder, args, progress.step, is_last_step(args, progress))
         milestone_steps = args.milestone_every * args.checkpoint_every
+        folder.callback(log.close)
         writer = CheckpointWriter(folder, args.keep, milestone_steps, log.checkpoint, recent)
+        folder.callback(writer.pool.shutdown)
+
+        @folder.push
+        def save_if_shards_failed(*_) -> None:  # the weights are still those of the step
+            if args.checkpoint_every and any(loader.failure for loader in loaders.values()):
+                writer.save([f"model_{progress.step:05d}.pt"], state(), device)
+
     log(progress.step, "run", **about)
 
     start_step, skipped, skipped_in_row = progress.step, 0, 0
@@ -605,20 +631,17 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
             break
 
         started = time.perf_counter()
-        try:
-            loss, norm = take_step(step, accum)
-        except (OSError, ValueError):  # shards that cannot be read; the weights are still those of this step
-            if args.checkpoint_every and dist.is_main:
-                writer.save([f"model_{step:05d}.pt"], state(), device)
-                writer.close()
-            raise
+        loss, norm = take_step(step, accum)
+        failed = loaders["train"].failure is not None
+        # The mean loss, and whether any rank has got a signal: one collective stops all after the same step.
+        train_loss, stopping, failures = dist.sum(loss / dist.world_size, bool(stop), failed)
+        if failures:
+            raise loaders["train"].end_run()
         skipped_in_row = 0 if math.isfinite(norm) else skipped_in_row + 1
         if skipped_in_row:
             skipped += 1
             dist.say(f"step {step:5d} | gradient norm {norm}: step skipped, {skipped_in_row} in a row")
         progress.windows += args.total_batch_size // args.block_size
-        # The mean loss, and whether any rank has got a signal: one collective stops all after the same step.
-        train_loss, stopping = dist.sum(loss / dist.world_size, bool(stop))
         hardware.synchronize(device)
         seconds = time.perf_counter() - started
 
@@ -641,11 +664,10 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
 
     stop.restore()
     if dist.is_main:
-        with contextlib.closing(log):
-            writer.close()
-            if not stopping:
-                peak_bytes = (hardware.memory(device) or [None])[0]
-                log(step, "end", peak_bytes=peak_bytes)
+        writer.close()
+        if not stopping:
+            peak_bytes = (hardware.memory(device) or [None])[0]
+            log(step, "end", peak_bytes=peak_bytes)
     if args.overfit_batch and not stopping and train_loss >= OVERFIT_LOSS:
         raise dist.leave_with_error(
             f"one batch still has loss {train_loss:.3f} after {args.max_steps} steps, not {OVERFIT_LOSS}: "

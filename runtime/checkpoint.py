@@ -60,6 +60,8 @@ def step_of(path: Path) -> float:
     if number := NUMBERED.fullmatch(path.name):
         return int(number[1])
     try:
+        with zipfile.ZipFile(path) as archive:
+            check_pickles(archive)
         step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
         return step if isinstance(step, int) else math.inf
     except Exception as error:
@@ -130,6 +132,7 @@ def load_checkpoint(source: str | Path) -> dict:
                     raise ValueError(f"{broken} fails its checksum")
                 if any(entry.external_attr & 0x10 for entry in entries):  # and skips folders
                     raise ValueError("it has an entry that claims to be a folder")
+                check_pickles(archive)
             file.seek(0)
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
             file.seek(0)
@@ -147,6 +150,13 @@ def load_checkpoint(source: str | Path) -> dict:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{source} is not a checkpoint: it holds a {type(checkpoint).__name__}")
     return checkpoint
+
+
+def check_pickles(archive: zipfile.ZipFile) -> None:
+    """Raise ValueError if a pickle makes a bytearray: no checkpoint has one, and it can be of any size."""
+    for entry in archive.infolist():
+        if entry.filename.endswith(".pkl") and b"bytearray" in archive.read(entry):
+            raise ValueError("it asks for memory that it does not fill")
 
 
 def check_tensors(value: object) -> None:
@@ -589,7 +599,9 @@ class CheckpointWriter:
 
     def newest(self) -> str:
         """Return where --resume would continue, for messages."""
-        paths = checkpoints_in(self.folder.path)
+        paths = []
+        with contextlib.suppress(OSError):
+            paths = checkpoints_in(self.folder.path)
         return f"continues from {paths[-1]}" if paths else "no checkpoint has been written yet"
 
     def check(self) -> None:

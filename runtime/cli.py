@@ -116,8 +116,10 @@ class Unbreakable:
             self.stream.write(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        try:
             self.stream.flush()
+        except OSError:  # what is left in the buffer would fail again when Python exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def report_failed_thread(failed: threading.ExceptHookArgs) -> None:
@@ -129,14 +131,6 @@ def report_failed_thread(failed: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failed)
 
 
-def finish_output() -> None:
-    """Write what is still to be printed. What cannot be written is dropped, so that nothing fails later."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def run(
     main: Callable[[argparse.Namespace], None],
     parse_args: Callable[[], argparse.Namespace],
@@ -146,26 +140,36 @@ def run(
 ) -> None:
     """Run a script. Errors that its user can fix end it with one line per problem and exit status 1.
 
-    `explain` returns the line for a RuntimeError or KeyboardInterrupt that deserves one, or else None. If the
-    reader of a pipe has seen enough, the script ends without an error or, unless it `needs_output`, goes on.
+    `explain` returns the line for a RuntimeError or KeyboardInterrupt that deserves one, or else None. A
+    script that `needs_output` ends when it can no longer print: without an error if the reader of a pipe has
+    seen enough. Any other goes on.
     """
     threading.excepthook = report_failed_thread
-    if not needs_output:
-        sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
+    for name in ("stdout", "stderr"):  # None if it was closed
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        setattr(sys, name, stream if needs_output else Unbreakable(stream))
     try:
         args = parse_args()
         try:
             main(args)
+            sys.stdout.flush()
         except (RuntimeError, KeyboardInterrupt) as error:
             if not (message := explain(error, args)):
                 raise
             raise ValueError(message) from error
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        return
     except USER_ERRORS as error:
+        if isinstance(error, BrokenPipeError) and needs_output:
+            return drop_output()
         script = Path(sys.argv[0]).name
+        drop_output()
         sys.exit("\n".join(f"{script}: error: {line}" for line in error_lines(error)))
-    finally:
-        finish_output()
+
+
+def drop_output() -> None:
+    """Print what can be printed, and drop the rest, which Python would try to print again when it exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

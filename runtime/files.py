@@ -114,8 +114,10 @@ def parsing(path: str | Path, what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) or is_out_of_memory(error):
+        if isinstance(error, OSError):
             raise
+        if is_out_of_memory(error):
+            raise MemoryError(f"too little memory to read {path}: nothing has been changed") from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{path} is damaged or not {what} ({reason}): {advice}") from error
 
@@ -175,7 +177,10 @@ class FolderLock:
         while not self.is_held():  # the folder may be renamed between the two steps
             if self.file:
                 self.file.close()
-            self.file = open(os.open(self.folder / self.name, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+            number = os.open(self.folder / self.name, os.O_RDWR | os.O_CREAT, 0o666)
+            with contextlib.suppress(OSError):  # it outlives a killed process, and may be another user's then
+                os.chmod(self.folder / self.name, 0o666)
+            self.file = open(number, "r+b", buffering=0)
             try:
                 if fcntl:
                     fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,7 +190,7 @@ class FolderLock:
             except OSError as error:
                 if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
                     self.file.seek(0)
-                    holder = self.file.read(200).strip() or "another process"
+                    holder = self.file.read(200).decode(errors="replace").strip() or "another process"
                     self.file.close()
                     reason = f"{self.folder} is in use by {holder}"
                     raise ValueError(f"{reason}: wait until it has ended, or use another folder") from error
@@ -194,8 +199,8 @@ class FolderLock:
         with contextlib.suppress(OSError):  # the name of the holder is a courtesy
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             self.file.truncate(0)
-            self.file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
-            self.file.flush()
+            self.file.seek(0)
+            self.file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}".encode())
 
     def is_held(self) -> bool:
         """Return whether this process has the lock of the folder that has this name now."""
@@ -203,10 +208,10 @@ class FolderLock:
 
     def release(self) -> None:
         """Remove the lock, if this process has it."""
-        if self.file and not self.file.closed:
+        with contextlib.suppress(OSError):  # Windows removes no open file, and a network drive may be gone
             if self.is_held():
-                with contextlib.suppress(OSError):  # Windows removes no open file
-                    (self.folder / self.name).unlink()
+                (self.folder / self.name).unlink()
+        if self.file:
             self.file.close()
         self.file = None
 
@@ -220,7 +225,7 @@ def is_same_file(path: Path, file: IO) -> bool:
 
 
 @contextmanager
-def locked_folder(folder: Path, name: str) -> Iterator[None]:
+def locked_folder(folder: Path, name: str) -> Iterator[FolderLock]:
     """Lock a folder during the block. One that did not exist is created, and removed if it stays empty."""
     check_folder(folder)
     is_new = not folder.exists()
@@ -228,8 +233,10 @@ def locked_folder(folder: Path, name: str) -> Iterator[None]:
     lock = FolderLock(folder, name)
     lock.acquire()
     try:
-        yield
+        yield lock
     finally:
+        with contextlib.suppress(OSError):
+            is_new = is_new and lock.is_held()
         lock.release()
         if is_new:
             with contextlib.suppress(OSError):

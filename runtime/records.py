@@ -37,21 +37,25 @@ def check_packages(args: argparse.Namespace) -> None:
         raise ValueError("\n".join(lines))
 
 
-class RunFolder:
+class RunFolder(contextlib.ExitStack):
     """The folder of a run, which is locked while the run writes to it. `name` and `path` are what it is now.
 
-    A run whose folder is deleted, moved or replaced continues in a new one, see `ensure`.
+    A run whose folder is deleted, moved or replaced continues in a new one, see `ensure`. Whatever writes to
+    the folder registers its end with `callback`, so that it ends before the lock is released.
     """
 
     def __init__(self, out_dir: str | Path):
+        super().__init__()
         self.name, self.path = str(out_dir), Path(out_dir).absolute()
-        self.lock, self.mutex = FolderLock(self.path), threading.Lock()
+        self.lock, self.status, self.mutex = FolderLock(self.path), None, threading.Lock()
+        self.callback(lambda: self.lock.release())
 
-    def __enter__(self) -> "RunFolder":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.lock.release()
+    def _acquire(self) -> None:
+        """Create the folder if it does not exist, and lock it. Raises ValueError if it is in use."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock.folder = self.path
+        self.lock.acquire()
+        self.status = os.stat(self.path)
 
     def check(self, data_dir: str, lock: bool) -> None:
         """Check that the folder can be that of a run, and `lock` it if it exists.
@@ -66,38 +70,42 @@ class RunFolder:
             raise ValueError(f"--out_dir {self.name} contains --data_dir: use another folder")
         check_folder(path)
         if lock and path.exists():
-            self.lock.acquire()
+            self._acquire()
 
     def free_name(self) -> Path:
         """Return the folder's name with .1, .2, … appended, whichever is free first."""
         names = (self.path.with_name(f"{self.path.name}.{number}") for number in itertools.count(1))
         return next(path for path in names if not path.exists())
 
-    def begin(self) -> None:
-        """Create and lock the folder of a new run. If it holds a run already, that is renamed."""
-        if (self.path / "log.jsonl").exists() or any(self.path.glob("model_*.pt")):
+    def begin(self, is_new: bool) -> None:
+        """Create and lock the folder of a run. If a new one finds another run in it, that is renamed."""
+        self._acquire()
+        if is_new and ((self.path / "log.jsonl").exists() or any(self.path.glob("model_*.pt"))):
             if os.name == "nt":  # Windows does not rename folders with open files
                 self.lock.release()
             self.lock.folder = old = self.path.rename(self.free_name())
             print(f"renamed the run in {self.path} to {old} (--resume would have continued it)")
             self.lock.release()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = FolderLock(self.path)
-        self.lock.acquire()
+            self._acquire()
 
-    def ensure(self) -> None:
-        """If the folder is gone, make it again; if there is another one in its place, use a free name."""
+    def ensure(self) -> bool:
+        """If the folder is gone, make it again; if there is another one in its place, use a free name.
+
+        Return whether that has happened.
+        """
         with self.mutex:
             if self.lock.is_held():
-                return
+                return False
+            if self.path.exists() and os.path.samestat(self.status, os.stat(self.path)):
+                self._acquire()  # only the file of the lock was removed
+                return False
             was = self.path
             if was.exists():
                 self.path = self.free_name()
                 self.name = str(self.path)
             tqdm.write(f"warning: {was} was deleted, moved or replaced: the run continues in {self.path}")
-            self.path.mkdir(parents=True)
-            self.lock = FolderLock(self.path)
-            self.lock.acquire()
+            self._acquire()
+            return True
 
 
 def is_measured_again(record: dict, args: argparse.Namespace, start_step: int, last_step: bool) -> bool:
@@ -204,7 +212,7 @@ class Log:
         path = self.folder.path / "log.jsonl"
         if is_same_file(path, self.file):
             return
-        self.folder.ensure()
+        is_new = self.folder.ensure()
         path = self.folder.path / "log.jsonl"
         before = b""
         if not path.exists():
@@ -214,7 +222,7 @@ class Log:
         tqdm.write(f"warning: {self.file.name} was deleted, moved or replaced: continuing in {path}")
         self.file.close()
         self.file, self.unwritten = file, before + self.unwritten
-        if self.tensorboard:
+        if self.tensorboard and is_new:
             self._start_tensorboard([])
 
     def _start_tensorboard(self, records: list[dict]) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -341,7 +342,7 @@ def test_truncated_checkpoint_is_skipped(tmp_path):
 @pytest.fixture
 def run_folder(tmp_path):
     with RunFolder(tmp_path) as folder:
-        folder.begin()
+        folder.begin(is_new=True)
         yield folder
 
 
@@ -595,3 +596,16 @@ def test_file_never_runs_code_and_untied_head_is_rejected(tmp_path):
     torch.save({"model": untied, "config": vars(TINY_GPT)}, tmp_path / "untied.pt")
     with pytest.raises(ValueError, match="lm_head is not tied"):
         GPT.from_pretrained(tmp_path / "untied.pt")
+
+
+class Greedy:
+    def __reduce__(self):
+        return bytearray, (10**10,)
+
+
+def test_checkpoint_that_asks_for_memory_is_damaged(tmp_path):
+    torch.save({"model": {}, "x": Greedy()}, tmp_path / "model_best.pt")
+    for source in (tmp_path / "model_best.pt", tmp_path):
+        with pytest.raises((ValueError, FileNotFoundError)), warnings.catch_warnings(action="ignore"):
+            load_checkpoint(source)
+    assert checkpoint.step_of(tmp_path / "model_best.pt") == float("inf")

@@ -1,8 +1,14 @@
 """Option ranges and one-line errors."""
 
 import argparse
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
 from runtime import cli
 
@@ -71,3 +77,44 @@ def test_other_errors_keep_their_traceback():
     for error in (RuntimeError("a bug"), ZeroDivisionError()):
         with pytest.raises(type(error)):
             cli.run(lambda args, error=error: (_ for _ in ()).throw(error), lambda: None)
+
+
+SCRIPT = """
+import argparse, sys
+from runtime import cli
+def main(args):
+    print("x" * 100, flush={flush})
+    open("done", "w").close()
+cli.run(main, argparse.Namespace, needs_output={needs_output})
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("flush", [True, False])
+@pytest.mark.parametrize(
+    "needs_output, shell, ending",
+    [
+        (True, "{} > /dev/full", "script.py: error: No space left on device: free some space or use another"),
+        (True, "{{ sleep 0.3; {}; echo $? >&2; }} | true", "0"),
+        (True, "{} >&-", ""),
+        (False, "{} > /dev/full", ""),
+        (False, "{{ sleep 0.3; {}; echo $? >&2; }} | true", "0"),
+        (False, "{} >&- 2>&-", ""),
+    ],
+)
+def test_output_that_nobody_can_get_ends_only_what_needs_it(needs_output, shell, ending, flush):
+    Path("script.py").write_text(SCRIPT.format(needs_output=needs_output, flush=flush))
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": ""}
+    command = ["bash", "-c", shell.format(f"{sys.executable} script.py")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.stderr.startswith(ending) and result.stderr.count("\n") == (ending != "")
+    assert result.returncode == ("error" in ending)
+    assert Path("done").exists() or (needs_output and flush)
+
+
+def test_failure_of_a_thread_is_one_line(capsys):
+    hook = threading.ExceptHookArgs
+    cli.report_failed_thread(hook((OSError, OSError(28, "Full", "x"), None, threading.Thread(name="tb"))))
+    assert capsys.readouterr().err == "warning: tb has ended: x: Full: free some space or use another disk\n"
+    cli.report_failed_thread(hook((KeyError, KeyError("a bug"), None, threading.Thread(name="tb"))))
+    assert "a bug" in capsys.readouterr().err

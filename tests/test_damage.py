@@ -215,7 +215,7 @@ def test_damaged_shard(copies, change, shard, with_manifest):
     path = sorted(Path("set").glob("*.npy"))[shard]
     path.write_bytes(change(path.read_bytes()))
     if not with_manifest:
-        Path("set", fineweb.MANIFEST).unlink()
+        Path("set", "manifest.json").unlink()
     read_shards()
 
 
@@ -234,7 +234,7 @@ def test_shard_with_a_wrong_header(copies, dtype, order, shape, version, length)
     data = b"\x93NUMPY" + bytes([version, 0]) + length.to_bytes(width, "little") + text + bytes(800)
     path = sorted(Path("set").glob("*.npy"))[1]
     path.write_bytes(data)
-    Path("set", fineweb.MANIFEST).unlink()
+    Path("set", "manifest.json").unlink()
     read_shards()
 
 
@@ -245,7 +245,7 @@ def change_json(path: Path, change: Callable[[object], object]) -> None:
 @given(change=damage())
 def test_damaged_manifest(copies, change):
     copies()
-    path = Path("set", fineweb.MANIFEST)
+    path = Path("set", "manifest.json")
     path.write_bytes(change(path.read_bytes()))
     read_shards()
 
@@ -253,7 +253,7 @@ def test_damaged_manifest(copies, change):
 @given(change=replacements(WRONG), is_deep=st.integers(0, 9))
 def test_manifest_with_wrong_values(copies, change, is_deep):
     copies()
-    path = Path("set", fineweb.MANIFEST)
+    path = Path("set", "manifest.json")
     change_json(path, change)
     if is_deep == 0:
         path.write_text(deep)

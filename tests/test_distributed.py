@@ -180,3 +180,33 @@ def test_failing_rank_ends_the_job_with_its_error(start, tmp_path):
     process = start("--batch_size 3", torchrun_command("--standalone", "--nproc_per_node=2"))
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and errors.count("not divisible by --batch_size 3") == 1
+
+
+UNREADABLE_SHARDS_SCRIPT = """
+import fineweb, os, train
+fineweb.RETRY_S = ()
+read, rank = fineweb.Shards.read, os.environ["RANK"]
+
+def fails(shards, shard, start, end):
+    if rank == "1" and {split!r} in shards.paths[0].name and os.path.exists("log/model_00003.pt"):
+        raise OSError(5, "Input/output error", "drive")
+    return read(shards, shard, start, end)
+
+fineweb.Shards.read = fails
+try:
+    train.main(train.parse_args({options!r}.split()))
+except (SystemExit, ValueError) as error:
+    print(f"rank {{rank}}: {{error}}\\n", end="", flush=True)
+"""
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_rank_that_cannot_read_its_shards_ends_all_after_a_checkpoint(run_train, two_ranks, split):
+    options = f"{TINY} --batch_size 1 --max_steps 200 --val_every 20 --checkpoint_every 3 --keep 0"
+    Path("two.py").write_text(UNREADABLE_SHARDS_SCRIPT.format(options=options, split=split))
+    output = two_ranks("two.py")
+    assert "rank 0: drive: Input/output error: the disk or network drive fails; check it, then" in output
+    assert "rank 1: 1\n" in output
+    done = len(read_losses())
+    assert load_checkpoint("log")["step"] == done < 200  # no step is lost
+    run_train(f"{options} --batch_size 4 --max_steps {done + 2} --warmup_steps 1 --resume")

@@ -173,3 +173,20 @@ def test_whatever_a_parser_raises_is_one_line_but_errors_of_the_system_stay():
     for error in (OSError(5, "a"), MemoryError()):
         with pytest.raises(type(error)), files.parsing("f.x", "a y", "do z"):
             raise error
+
+
+def test_release_never_replaces_the_error_of_the_work(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with pytest.raises(KeyError), files.locked_folder(tmp_path, ".lock"):
+        monkeypatch.setattr(os, "stat", fails)
+        raise KeyError
+    monkeypatch.undo()
+    Path(tmp_path, ".lock").write_bytes(b"\xff\xfe")
+    assert os.stat(tmp_path / ".lock").st_mode & 0o777 == 0o666  # for other users, after a kill
+    lock = files.FolderLock(tmp_path)
+    lock.acquire()
+    Path(tmp_path, ".lock").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="is in use by .*: wait"):
+        files.FolderLock(tmp_path).acquire()

@@ -691,3 +691,20 @@ def test_shards_that_change_are_named_once(three_shards):
         f"warning: {three_shards[0]} has changed since the run began",
         f"warning: {three_shards[1]} has vanished since the run began",
     ]
+
+
+def test_set_whose_folder_is_replaced_does_not_write_into_the_other_one(files, monkeypatch):
+    arguments = ("--files", *files, "--tokenizer", "byte", "--out_dir", "out", "--shard_size", 30)
+    write, written = fineweb.ShardSet.write, []
+
+    def write_and_replace(shards, *words):
+        written.append(write(shards, *words))
+        if len(written) == 2:
+            Path("out").rename("moved")
+            Path("out").mkdir()
+        return written[-1]
+
+    monkeypatch.setattr(fineweb.ShardSet, "write", write_and_replace)
+    with pytest.raises(ValueError, match="out was deleted, moved or replaced: repeat the command"):
+        cli(*arguments)
+    assert list(Path("out").iterdir()) == [] and len(load_shards("moved")) == 2

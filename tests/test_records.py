@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import MUON, TINY, begin, count_lines, losses, plain_windows, read_losses, wait_until
 
 import plot
@@ -323,3 +324,57 @@ def test_jumping_clock_changes_nothing(run_train, monkeypatch):
     first, clock, now = run_train(), itertools.count(), time.time
     monkeypatch.setattr(time, "time", lambda: now() + (-1) ** next(clock) * 1e9)
     assert losses(run_train("--tensorboard", out_dir="jumping")) == losses(first)
+
+
+def test_folder_that_another_run_took_during_the_start_is_left_to_it(tmp_path):
+    first, second = records.RunFolder("log"), records.RunFolder("log")
+    for folder in (first, second):
+        folder.check(str(tmp_path / "shards"), lock=True)  # there is nothing to lock yet
+    first.begin(is_new=True)
+    Path("log/log.jsonl").touch()
+    for is_new in (True, False):
+        with pytest.raises(ValueError, match="/log is in use by process"):
+            second.begin(is_new)
+    assert first.lock.is_held() and Path("log/log.jsonl").exists()
+    first.close()
+    second.begin(is_new=True)
+    assert Path("log.1/log.jsonl").exists() and not list(Path("log.1").glob(".lock"))
+
+
+def test_lock_file_that_somebody_deletes_is_made_again(tmp_path, capsys):
+    with records.RunFolder("log") as folder:
+        folder.begin(is_new=True)
+        Path("log/.lock").unlink()
+        assert not folder.ensure() and folder.lock.is_held() and folder.path == Path("log").absolute()
+    assert capsys.readouterr().out == ""
+
+
+def test_lock_is_released_after_the_last_checkpoint(run_train, monkeypatch):
+    save, held = torch.save, []
+
+    def slow_save(*words):
+        time.sleep(0.3)
+        save(*words)
+        held.append(Path("log/.lock").exists())
+
+    monkeypatch.setattr(torch, "save", slow_save)
+    monkeypatch.setattr(train.Log, "report_end", lambda *words: 1 / 0)
+    monkeypatch.setattr(CheckpointWriter, "close", lambda writer: None)
+    with pytest.raises(ZeroDivisionError):
+        run_train("--val_every 0 --checkpoint_every 6")
+    assert held == [True] and not Path("log/.lock").exists()
+
+
+def test_log_that_is_replaced_by_an_editor_keeps_its_curves(run_train, monkeypatch):
+    take_step = train.train_step
+
+    def step_with_editor(*words):
+        if words[-2] == 3:
+            shutil.copy("log/log.jsonl", "edited")
+            Path("edited").rename("log/log.jsonl")
+        return take_step(*words)
+
+    monkeypatch.setattr(train, "train_step", step_with_editor)
+    by_kind = run_train("--tensorboard")
+    assert [record["step"] for record in by_kind["train"]] == list(range(6))
+    assert len(list(Path("log/tensorboard").iterdir())) == 1

@@ -96,16 +96,16 @@ def test_bad_shards_are_reported_by_name(shards):
         ([*records, {"name": "a_train.npy", "tokens": 1}], "1 of the 5 shards .* first is a_train.npy: rep"),
     ]
     for listed, message in cases:
-        (shards / fineweb.MANIFEST).write_text(json.dumps({"complete": True, "shards": listed}))
+        (shards / "manifest.json").write_text(json.dumps({"complete": True, "shards": listed}))
         with pytest.raises(ValueError, match=message):
             loader(shards)
     incomplete = '{"complete": false, "shards": []}'
     cases = ((incomplete, "are incomplete"), ("{", "json is damaged"), ("[]", "json is damaged"))
     for text, message in cases:
-        (shards / fineweb.MANIFEST).write_text(text)
+        (shards / "manifest.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             loader(shards)
-    (shards / fineweb.MANIFEST).unlink()
+    (shards / "manifest.json").unlink()
     bad.rename(shards / "train_of_validation.npy")
     with pytest.raises(ValueError, match="train_of_validation.npy has both train and val in its name"):
         loader(shards)
@@ -336,7 +336,7 @@ def test_data_are_told_apart_without_a_manifest(run_train, shards, capsys):
     run_train("--max_steps 3")
     manifest = {"complete": True, "tokenizer": "byte", "vocab_size": 257}
     listed = [{"name": path.name, "tokens": len(np.load(path))} for path in shards.glob("*.npy")]
-    (shards / fineweb.MANIFEST).write_text(json.dumps({**manifest, "shards": listed}))
+    (shards / "manifest.json").write_text(json.dumps({**manifest, "shards": listed}))
     run_train("--max_steps 6 --resume")
     assert "warning" not in capsys.readouterr().out  # the same tokens, now with a manifest
     path = shards / "edufineweb_train_000001.npy"
@@ -506,7 +506,7 @@ def test_fine_tuning_works_with_shorter_windows(run_train, hf_folder):
 )
 def test_option_errors_are_one_line_with_a_fix(run_train, shards, hf_folder, options, message):
     manifest = {"complete": True, "tokenizer": "byte", "vocab_size": 257, "shards": []}
-    (shards / fineweb.MANIFEST).write_text(json.dumps(manifest))
+    (shards / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         run_train(options)
     assert len(str(caught.value).splitlines()) == 1
@@ -615,7 +615,7 @@ def test_run_whose_shards_vanish_goes_on_and_then_saves(run_train, shards, monke
 
     monkeypatch.setattr(train, "train_step", step_without_shards)
     monkeypatch.setattr(fineweb.time, "sleep", lambda seconds: None)
-    with pytest.raises(FileNotFoundError, match="train_00000[12].npy"):
+    with pytest.raises(ValueError, match="train_00000[12].npy: No such file or directory: check the path"):
         run_train("--max_steps 60 --val_every 0 --checkpoint_every 50")
     printed = capsys.readouterr().out
     for words in ("train_000001.npy has vanished since the run began", "cannot read ", "again in 125 s"):
