@@ -1,5 +1,6 @@
 """Fixtures and helpers that several test files share: tiny shards, tiny runs of train.py, ranks, models."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -14,19 +15,21 @@ os.environ["OMP_NUM_THREADS"] = "1"  # more threads only wait for each other, in
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
 
 import train
 from model import GPT, GPTConfig
 from runtime import records
 
 REPOSITORY = Path(train.__file__).parent
-# The fixtures of a test are the same for all of its examples.
-CHECKS = list(HealthCheck)
-EXAMPLES = settings(None, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=CHECKS)
-settings.register_profile("short", EXAMPLES, max_examples=25, derandomize=True)
-settings.register_profile("long", EXAMPLES, max_examples=1000)
-settings.load_profile("short")
+with contextlib.suppress(ImportError):  # test_damage.py is skipped without it
+    from hypothesis import HealthCheck, Phase, settings
+
+    # The fixtures of a test are the same for all of its examples.
+    checks, phases = list(HealthCheck), [Phase.generate]
+    examples = settings(None, deadline=None, database=None, phases=phases, suppress_health_check=checks)
+    settings.register_profile("short", examples, max_examples=25, derandomize=True)
+    settings.register_profile("long", examples, max_examples=1000)
+    settings.load_profile("short")
 
 
 def pytest_collection_modifyitems(items):

@@ -15,8 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, TINY
-from hypothesis import given
-from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 import fineweb
@@ -26,6 +24,8 @@ import sample
 import train
 from runtime.cli import USER_ERRORS, error_lines
 
+st = pytest.importorskip("hypothesis.strategies")
+given = pytest.importorskip("hypothesis").given
 MOST_SECONDS, MOST_BYTES = 60, 500_000_000
 TEXT = REPOSITORY / "tests" / "test_muon.py"
 RUN = f"{TINY} --n_layer 1 --n_embd 8 --val_every 2 --max_steps 3 --data_dir set --out_dir log"

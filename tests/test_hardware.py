@@ -95,9 +95,9 @@ def test_only_attention_without_a_mask_may_use_cudnn(run_train, masked_calls):
 
 def test_out_of_memory_suggests_a_batch_size(start):
     def limit():  # not RLIMIT_AS: CUDA maps more addresses than that without using them
-        resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
+        resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, 2 << 30))
 
-    process = start("--vocab_size 1000000 --batch_size 64 --total_batch_size 1024", preexec_fn=limit)
+    process = start("--vocab_size 500000 --batch_size 64 --total_batch_size 1024", preexec_fn=limit)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert errors.splitlines()[-1].startswith(
