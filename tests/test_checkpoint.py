@@ -609,3 +609,36 @@ def test_checkpoint_that_asks_for_memory_is_damaged(tmp_path):
         with pytest.raises((ValueError, FileNotFoundError)), warnings.catch_warnings(action="ignore"):
             load_checkpoint(source)
     assert checkpoint.step_of(tmp_path / "model_best.pt") == float("inf")
+
+
+def test_names_in_a_checkpoint_delete_nothing_outside_its_folder(run_train):
+    run_train("--checkpoint_every 1 --keep 1 --milestone_every 0 --max_steps 3 --learning_rate 1e-9")
+    state = torch.load("log/model_00003.pt", weights_only=True)
+    torch.save({**state, "recent": {"../keep.pt": True, "notes.txt": True}}, "log/model_00003.pt")
+    for path in (Path("keep.pt"), Path("log/notes.txt")):
+        path.touch()
+    options = "--checkpoint_every 1 --keep 1 --milestone_every 0 --max_steps 6 --learning_rate 1e-9"
+    run_train(f"{options} --resume")
+    assert Path("keep.pt").exists() and Path("log/notes.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["optimizer"]["state"].pop(0),
+        lambda state: state["optimizer"]["state"][0].pop("exp_avg_sq"),
+        lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+        lambda state: state["args"].update(block_size=0),
+        lambda state: state.update(windows=-1),
+        lambda state: state.update(step="3"),
+        lambda state: state["model"].update({"transformer.wpe.weight": torch.zeros(1).expand(10**6, 32)}),
+    ],
+)
+def test_checkpoint_whose_parts_do_not_fit_is_refused(run_train, change):
+    run_train("--max_steps 3 --val_every 0")
+    state = torch.load("log/model_00003.pt", weights_only=True)
+    change(state)
+    torch.save(state, "log/model_00003.pt")
+    with pytest.raises(ValueError, match="damaged|no checkpoint in log is complete"):
+        with warnings.catch_warnings(action="ignore"):
+            run_train("--resume")

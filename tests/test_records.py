@@ -18,7 +18,7 @@ from conftest import MUON, TINY, begin, count_lines, losses, plain_windows, read
 import plot
 import train
 from model import GPT
-from runtime import cli, records
+from runtime import cli, dry_run, records
 from runtime.checkpoint import CheckpointWriter
 
 
@@ -200,7 +200,7 @@ def test_run_folder_that_cannot_be_written_is_refused_at_once(run_train, check):
         run_train("--price 2")
 
 
-def test_folder_in_use_is_refused_and_the_run_in_it_is_not_disturbed(run_train, shards):
+def test_folder_in_use_is_refused_and_the_run_in_it_is_not_disturbed(run_train, shards, monkeypatch):
     alone = run_train("--max_steps 150 --val_every 0", out_dir="alone")
     process = begin(f"{TINY} --max_steps 150 --val_every 0")
     wait_until(lambda: count_lines("log") > 10)
@@ -208,6 +208,7 @@ def test_folder_in_use_is_refused_and_the_run_in_it_is_not_disturbed(run_train, 
         with pytest.raises(ValueError, match=f"/log is in use by process {process.pid} on .*: wait until it"):
             run_train(options)
     plot.plot(["log"], "picture.png")  # readers are not refused
+    monkeypatch.setattr(dry_run, "STEPS_S", 0.01)
     run_train("--dry_run --max_steps 20")
     process.join(60)
     assert process.exitcode == 0

@@ -1,4 +1,5 @@
 import builtins
+import functools
 import os
 import random
 from collections import Counter
@@ -43,6 +44,7 @@ def test_unknown_and_unreachable_tokenizers_name_a_fix(monkeypatch):
         get_tokenizer("gpt2")
 
 
+@functools.cache
 def trained(text, merges):
     """Return ranks of byte pair encoding: the plain algorithm, on the words of a text."""
     ranks = {bytes([i]): i for i in range(256)}
