@@ -126,6 +126,8 @@ def stream(
     try:
         with contextlib.nullcontext() if compiled else model.packed_weights():
             logits = read(idx[:, -filled:], 0)
+            if not logits.isfinite().all():
+                raise ValueError("the model's logits are not finite: its weights are damaged or have diverged")
             for layer in cache:
                 layer.repeat(num_samples)
             if compiled:
@@ -282,7 +284,7 @@ def model_card(model: GPT, vocab_size: int, source: Path, name: str) -> str:
     if metadata.get("val_loss") is not None:
         at = f", at step {last['val'][0]['step']:,}" if last.get("val") else ""
         facts["validation loss"] = f"{metadata['val_loss']:.4f} nats per token{at}"
-    for record in [each for each in log.get("train", []) if each["step"] < step and each["loss"]][-1:]:
+    for record in [each for each in log.get("train", []) if each["step"] < step and each.get("loss")][-1:]:
         facts["training loss"] = f"{record['loss']:.4f} nats per token, at step {record['step']:,}"
     for record in last.get("hellaswag", []):
         scores = f"acc_norm {record['acc_norm']:.2%}, acc {record['acc']:.2%}, {record['n']:,} items"

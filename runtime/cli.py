@@ -97,8 +97,9 @@ def error_lines(error: BaseException) -> list[str]:
     their name. Lines that a damaged file has made very long are cut."""
     if isinstance(error, OSError) and error.strerror:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        return [f"{what}: {ADVICE.get(error.errno, 'check the disk or network, then try again')}"]
-    lines = str(error).splitlines() or [type(error).__name__]
+        lines = [f"{what}: {ADVICE.get(error.errno, 'check the disk or network, then try again')}"]
+    else:
+        lines = str(error).splitlines() or [type(error).__name__]
     return [line if len(line) < LONGEST_LINE else f"{line[:400]} … {line[-200:]}" for line in lines]
 
 
