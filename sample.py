@@ -127,7 +127,7 @@ def stream(
         with contextlib.nullcontext() if compiled else model.packed_weights():
             logits = read(idx[:, -filled:], 0)
             if not logits.isfinite().all():
-                raise ValueError("the model's logits are not finite: its weights are damaged or have diverged")
+                raise ValueError("the model's logits are not finite: its weights are damaged or diverged")
             for layer in cache:
                 layer.repeat(num_samples)
             if compiled:

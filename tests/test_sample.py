@@ -364,3 +364,10 @@ def test_exported_tokenizer_makes_the_same_tokens(tmp_path):
     assert theirs.decode(theirs(text)["input_ids"]) == text
     merges = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())["model"]["merges"]
     assert len(merges) == 400 - 256
+
+
+def test_model_whose_weights_have_diverged_is_one_line(model):
+    with torch.no_grad():
+        model.transformer.wte.weight[3, 3] = float("nan")
+    with pytest.raises(ValueError, match="logits are not finite: its weights are damaged or diverged"):
+        sample.generate(model, torch.zeros(1, 4, dtype=torch.int64), 3)
