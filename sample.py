@@ -276,7 +276,7 @@ def model_card(model: GPT, vocab_size: int, source: Path, name: str) -> str:
     folder = source if source.is_dir() else source.parent
     log = read_log(folder) if step is not None and (folder / "log.jsonl").exists() else {}
     facts = {"parameters": f"{parameters:,}", "context": f"{config.block_size:,} tokens"}
-    if step is not None and "total_batch_size" in args:
+    if step is not None and isinstance(args.get("total_batch_size"), int):
         facts["trained for"] = f"{step:,} steps of {args['total_batch_size']:,} tokens"
         facts["tokens seen"] = f"{step * args['total_batch_size']:,}"
     # An evaluation may be older than the checkpoint.
