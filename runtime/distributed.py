@@ -15,6 +15,7 @@ from runtime.cli import USER_ERRORS, error_lines
 
 # Ranks wait for rank 0: for a download, for a large checkpoint on a slow disk. NCCL's default is ten minutes.
 TIMEOUT = datetime.timedelta(hours=2)
+SECOND_THREAD_S = 0.3  # far more than it takes to free a tensor, also on a machine that is busy
 SAME_SIGNAL_S = 1.0  # torchrun repeats a signal that a terminal or Slurm has already sent to every process
 
 
@@ -62,8 +63,11 @@ class Distributed:
             # A gloo thread needs the interpreter lock to free the tensors of a collective. If the group is
             # freed meanwhile, which holds the lock and waits for that thread, both wait for ever: seen in
             # tests. The barrier lets the thread finish, and `work` keeps it from freeing the barrier itself.
+            # The group has a second thread, which may still be freeing an earlier collective: sleeping gives
+            # it the lock.
             work = torch.distributed.barrier(async_op=True)
             work.wait()
+            time.sleep(SECOND_THREAD_S)
             torch.distributed.destroy_process_group()
 
     def leave_with_error(self, message: str) -> BaseException:

@@ -214,3 +214,18 @@ def test_refused_command_is_reported_once_and_ends_all_ranks(shards, two_ranks):
     Path("two.py").write_text(UNREADABLE_SHARDS_SCRIPT.format(options=options, split="none"))
     output = two_ranks("two.py")
     assert output.count("not divisible by --batch_size 3") == 1 and "rank 1: 1\n" in output
+
+
+def test_end_of_the_terminal_is_a_signal_to_stop_unless_it_is_ignored():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, stops in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):  # nohup ignores it
+            signal.signal(signal.SIGHUP, handler)
+            stop = distributed.StopSignal()
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0)
+            assert bool(stop) == stops
+            stop.restore()
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
