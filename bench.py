@@ -1,6 +1,6 @@
 """Measure the figures that the README and LOG.md quote.
 
-    python bench.py hellaswag                       # 124M random weights, the project's own items, a minute
+    python bench.py hellaswag                       # random weights, the project's own items
     python bench.py hellaswag --data hellaswag_val.jsonl --tokenizer gpt2 --limit 200
     python bench.py data --files 'edu_text/*.parquet' --tokenizer gpt2
     python bench.py generate --batch_size 8 --dtype bfloat16

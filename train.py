@@ -176,11 +176,15 @@ class DataLoaderLite:
         # Of one form, so that validation and training are compiled for the same one.
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-
     def without_targets(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a batch whose loss is 0 in sum and NaN in the mean."""
         x = torch.zeros(self.batch_size, self.block_size, dtype=torch.int64, device=self.dist.device)
         return x, torch.full_like(x, -100)
+
+    def check(self) -> None:
+        """End the run if any rank has a `failure`. A collective."""
+        if any(self.dist.sum(self.failure is not None)):
+            raise self.end_run()
 
     def end_run(self) -> BaseException:
         """Return the exception to raise if any rank has a `failure`. A collective."""

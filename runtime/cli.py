@@ -117,10 +117,15 @@ class Unbreakable:
             self.stream.write(text)
 
     def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except OSError:  # what is left in the buffer would fail again when Python exits
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        flush_or_drop(self.stream)
+
+
+def flush_or_drop(stream: TextIO) -> None:
+    """Print what can be printed, and drop the rest, which Python would try to print again when it exits."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def report_failed_thread(failed: threading.ExceptHookArgs) -> None:
@@ -162,15 +167,7 @@ def run(
         sys.exit(130)
     except USER_ERRORS as error:
         if isinstance(error, BrokenPipeError) and needs_output:
-            return drop_output()
+            return flush_or_drop(sys.stdout)
         script = Path(sys.argv[0]).name
-        drop_output()
+        flush_or_drop(sys.stdout)
         sys.exit("\n".join(f"{script}: error: {line}" for line in error_lines(error)))
-
-
-def drop_output() -> None:
-    """Print what can be printed, and drop the rest, which Python would try to print again when it exits."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

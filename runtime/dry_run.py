@@ -122,6 +122,7 @@ def check_gradients(
         if dist.is_main:
             found[f"{dist.world_size} ranks and one"] = largest_difference(reduced, alone)
     raw_model.train()
+    loader.check()  # a batch that could not be read has wrong gradients
     loader.seek(start)
 
     without = ", without dropout" if raw_model.config.dropout else ""
@@ -282,6 +283,7 @@ def rehearse(
     waited_s, started = loader.waited_s, time.perf_counter()
     accum = args.total_batch_size / (windows * args.block_size)
     step_seconds, results = time_steps(stopwatch, take_step, start_step, accum)
+    loader.check()
     waiting = (loader.waited_s - waited_s) / (time.perf_counter() - started)
     step_s = statistics.mean(step_seconds)
     speed, peak = args.total_batch_size / step_s, hardware.peak_flops(device, dtype)

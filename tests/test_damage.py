@@ -246,8 +246,9 @@ def test_shard_with_a_wrong_header(copies, dtype, order, shape, version, length)
     read_shards()
 
 
-def change_json(path: Path, change: Callable[[object], object]) -> None:
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+def change_json(path: Path, change: Callable[[object], object], is_deep: int) -> None:
+    """Change a JSON file, or nest it deeply in a tenth of the cases."""
+    path.write_text(deep if is_deep == 0 else json.dumps(change(json.loads(path.read_text()))))
 
 
 @given(change=damage())
@@ -261,10 +262,7 @@ def test_damaged_manifest(copies, change):
 @given(change=replacements(WRONG), is_deep=st.integers(0, 9))
 def test_manifest_with_wrong_values(copies, change, is_deep):
     copies()
-    path = Path("set", "manifest.json")
-    change_json(path, change)
-    if is_deep == 0:
-        path.write_text(deep)
+    change_json(Path("set", "manifest.json"), change, is_deep)
     read_shards()
 
 
@@ -338,8 +336,5 @@ def test_damaged_hugging_face_folder(copies, change, name):
 @given(change=replacements(WRONG), is_deep=st.integers(0, 9))
 def test_hugging_face_config_with_wrong_values(copies, change, is_deep):
     copies()
-    path = Path("hf", "config.json")
-    change_json(path, change)
-    if is_deep == 0:
-        path.write_text(deep)
+    change_json(Path("hf", "config.json"), change, is_deep)
     read_hugging_face()

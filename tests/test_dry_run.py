@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 
+import fineweb
 import train
 from runtime import dry_run
 from runtime.distributed import Distributed
@@ -280,3 +281,18 @@ def test_gpu_dry_run_passes_and_reports_memory(rehearse, capsys):
     rehearse("--device cuda --dtype bfloat16 --n_embd 64")
     printed = capsys.readouterr().out
     assert "compiled and eager differ" in printed and "at the peak" in printed and "forecast" in printed
+
+
+def test_shard_that_cannot_be_read_is_not_called_a_wrong_gradient(rehearse, monkeypatch):
+    read, calls = fineweb.Shards.read, []
+
+    def fails(shards, *where):
+        calls.append(where)
+        if len(calls) > 8:  # after the first batches of both loaders
+            raise OSError(5, "Input/output error", "drive")
+        return read(shards, *where)
+
+    monkeypatch.setattr(fineweb, "RETRY_S", ())
+    monkeypatch.setattr(fineweb.Shards, "read", fails)
+    with pytest.raises(ValueError, match="^drive: Input/output error: the disk or network drive fails"):
+        rehearse("")

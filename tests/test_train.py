@@ -79,7 +79,7 @@ def test_bad_shards_are_reported_by_name(shards):
         loader(shards, block_size=1000)
     bad = shards / "train_000003.npy"
     np.save(bad, np.zeros(100, dtype=np.int32))
-    with pytest.raises(ValueError, match="train_000003.npy .*is 1-dimensional int32, not 1-dim"):
+    with pytest.raises(ValueError, match="000003.npy .*is 1-dimensional int32, not 1-dimensional uint16"):
         loader(shards)
     np.save(bad, np.zeros((10, 10), dtype=np.uint16))
     with pytest.raises(ValueError, match="is 2-dimensional uint16"):
