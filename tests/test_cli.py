@@ -47,7 +47,7 @@ def test_options_out_of_range_are_reported_together_defaults_included():
         (ValueError("one\ntwo"), "script.py: error: one\nscript.py: error: two"),
         (FileNotFoundError("no file"), "script.py: error: no file"),
         (OSError(28, "Full", "log"), "script.py: error: log: Full: free some space or use another disk"),
-        (OSError(5, "Bad"), "script.py: error: Bad: the disk or network drive fails; check it, then try again"),
+        (OSError(110, "Late"), "script.py: error: Late: check the network, then try again"),
         (OSError(999, "New", "a"), "script.py: error: a: New: check the disk or network, then try again"),
         (MemoryError(), "script.py: error: MemoryError"),
         (RuntimeError("out of memory"), "script.py: error: buy more"),
