@@ -37,8 +37,10 @@ from tqdm import tqdm
 
 from model import GPT, head_rows
 from runtime.cli import Range, check_options, run
+from runtime.distributed import Interrupted
 from runtime.files import check_output, file_hash, parsing, write_json
 from runtime.hardware import choose_device, masked_attention
+from runtime.records import watched
 from sample import tokenizer_for
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -278,14 +280,15 @@ def score_batch(model: GPT, batch: list[Sequence]) -> tuple[list[int], torch.Ten
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, examples: list[Example], *, batch_tokens: int | None = None, progress: bool = False
+    model: GPT, examples: list[Example], *, batch_tokens: int | None = None, stop: object = False
 ) -> dict[str, float | int | list[dict]]:
     """Score all examples and return `acc`, `acc_norm`, their standard errors, `n` and `seconds`; and in
     `items`, for each example, the chosen endings (`pred`, `pred_norm`) and the four losses in nats.
 
     The HellaSwag validation set has 10,042 items; GPT-2 (124M) scores 28.59 % and 29.55 %. Under
     torch.distributed, every rank has to call this. Each scores its share of the batches and returns the whole
-    result, which does not depend on the number of ranks. Raises ValueError if a loss is not finite.
+    result, which does not depend on the number of ranks. Raises ValueError if a loss is not finite, and
+    Interrupted on every rank once `stop` is true on one of them.
     """
     start = time.perf_counter()
     dist = torch.distributed if torch.distributed.is_initialized() else None
@@ -299,9 +302,8 @@ def evaluate(
     limit = model.config.block_size + (examples[0].lengths is not None)
     batches = list(to_batches(to_sequences(examples, limit), batch_tokens))[rank::world_size]
     sums, counts = np.zeros(4 * len(examples)), np.zeros(4 * len(examples))
-    scored = [
-        score_batch(model, batch) for batch in tqdm(batches, unit="batch", disable=None if progress else True)
-    ]
+    watching = watched(batches, "HellaSwag", shown=rank == 0, stop=stop)
+    scored = [score_batch(model, batch) for batch in watching]
     for places, losses in scored:
         sums += np.bincount(places, weights=losses.cpu().numpy(), minlength=len(sums))
         counts += np.bincount(places, minlength=len(counts))
@@ -310,6 +312,8 @@ def evaluate(
         total = torch.from_numpy(np.stack((sums, counts))).to(model.transformer.wte.weight.device)
         dist.all_reduce(total)
         sums, counts = total.cpu().numpy()
+    if not counts.all():  # every ending has tokens, so a rank has not scored all of its batches
+        raise Interrupted
     if not np.isfinite(sums).all():
         ind = examples[int(np.isfinite(sums).argmin()) // 4].ind
         raise ValueError(
@@ -365,7 +369,7 @@ def main(args: argparse.Namespace) -> None:
     model.to(device=device, dtype=getattr(torch, args.dtype))
     results = {}
     for style, renderer in (("completion", render), ("lm_eval", render_lm_eval))[: 1 + args.lm_eval]:
-        result = evaluate(model, renderer(items, tokenizer), batch_tokens=args.batch_tokens, progress=True)
+        result = evaluate(model, renderer(items, tokenizer), batch_tokens=args.batch_tokens)
         results[style] = result
         name = {"completion": "completion style", "lm_eval": "lm-evaluation-harness style"}[style]
         print(

@@ -16,6 +16,8 @@ import contextlib
 import hashlib
 import math
 import struct
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +34,7 @@ import hellaswag
 import sample
 from model import GPT, GPTConfig
 from muon import Muon
-from runtime import dry_run, hardware
+from runtime import dry_run, eval_only, hardware
 from runtime.checkpoint import (
     CheckpointWriter,
     Progress,
@@ -42,9 +44,18 @@ from runtime.checkpoint import (
     restore,
     training_state,
 )
-from runtime.cli import Range, check_options, error_lines, run
-from runtime.distributed import Distributed, Problems, StopSignal, setup_distributed
-from runtime.records import Log, RunFolder, about_run, check_packages, describe_run
+from runtime.cli import Range, as_words, check_options, error_lines, run
+from runtime.distributed import Distributed, Interrupted, Problems, StopSignal, setup_distributed
+from runtime.files import parsing
+from runtime.records import (
+    Log,
+    RunFolder,
+    about_run,
+    check_packages,
+    describe_run,
+    read_options,
+    watched,
+)
 from tokenizer import NAMES, get_tokenizer
 
 DEMO_DATA_DIR = "demo_data"
@@ -135,6 +146,18 @@ class DataLoaderLite:
         self.seek(0)
         self.pending.result()  # a wrong tokenizer usually shows in the first micro-batch
 
+    def read(self, window: int) -> np.ndarray:
+        """Return the block_size + 1 tokens of a window, counted in file order."""
+        shard = int(np.searchsorted(self.first_windows, window, side="right")) - 1
+        start = int(window - self.first_windows[shard]) * self.block_size
+        tokens = self.shards.read(shard, start, start + self.block_size + 1)
+        if (largest := tokens.max()) >= self.vocab_size:
+            raise ValueError(
+                f"{self.shards.paths[shard]} holds token id {largest}, but the model's vocabulary ends "
+                f"at {self.vocab_size - 1}: set --vocab_size and --tokenizer to those of the shards"
+            )
+        return tokens
+
     def _read(self, first: int) -> torch.Tensor:
         """Read `batch_size` windows of block_size + 1 tokens; `first` counts windows since training began."""
         rows = np.empty((self.batch_size, self.block_size + 1), dtype=np.int64)
@@ -143,16 +166,7 @@ class DataLoaderLite:
             if epoch != self.epoch:
                 self.shards.warn_of_changes()
                 self.epoch = epoch
-            if self.shuffle:
-                window = shuffled(window, self.windows, self.seed, epoch)
-            shard = int(np.searchsorted(self.first_windows, window, side="right")) - 1
-            start = int(window - self.first_windows[shard]) * self.block_size
-            row[:] = self.shards.read(shard, start, start + self.block_size + 1)
-            if row.max() >= self.vocab_size:
-                raise ValueError(
-                    f"{self.shards.paths[shard]} holds token id {row.max()}, but the model's vocabulary ends "
-                    f"at {self.vocab_size - 1}: set --vocab_size and --tokenizer to those of the shards"
-                )
+            row[:] = self.read(shuffled(window, self.windows, self.seed, epoch) if self.shuffle else window)
         rows = torch.from_numpy(rows)
         return rows.pin_memory() if self.dist.device.type == "cuda" else rows
 
@@ -195,12 +209,16 @@ class DataLoaderLite:
 
 @torch.no_grad()
 def validate(
-    model: torch.nn.Module, loader: DataLoaderLite, autocast: torch.autocast, val_tokens: int
+    model: torch.nn.Module,
+    loader: DataLoaderLite,
+    autocast: torch.autocast,
+    val_tokens: int,
+    stop: object = False,
 ) -> float:
     """Return the mean loss in nats per token over the first `val_tokens` of the split.
 
     Any number of ranks sums over the same tokens. Rows past the last window are masked, so that shapes stay
-    fixed.
+    fixed. Raises Interrupted on every rank once `stop` is true on one of them.
     """
     dist, B, T = loader.dist, loader.batch_size, loader.block_size
     windows = min(max(val_tokens // T, 1), loader.windows)
@@ -208,16 +226,19 @@ def validate(
     loader.seek(0)
     # Allocated up front: a tensor that outlives its batch would fragment the memory that the logits free.
     losses = torch.zeros(math.ceil(windows / (B * dist.world_size)), device=dist.device)
-    for i in range(len(losses)):
+    for i in watched(range(len(losses)), "validation", shown=dist.is_main, stop=stop):
         x, y = loader.next_batch()
         first = (i * dist.world_size + dist.rank) * B
         y = y.masked_fill(torch.arange(first, first + B, device=y.device)[:, None] >= windows, -100)
         with autocast:
             losses[i] = model(x, y, reduction="sum")[1]
     model.train()
-    nats, failures = dist.sum(losses.cpu().double().sum().item(), loader.failure is not None)
+    nats, *flags = dist.sum(losses.cpu().double().sum().item(), loader.failure is not None, bool(stop))
+    failures, stops = flags
     if failures:
         raise loader.end_run()
+    if stops:
+        raise Interrupted
     return nats / (windows * T)
 
 
@@ -245,21 +266,23 @@ AT_LEAST_1, AT_LEAST_0, POSITIVE = Range(int, 1), Range(int, 0), Range(float, ab
 NOT_NEGATIVE, FRACTION, BELOW_1 = Range(float, 0), Range(float, 0, 1), Range(float, 0, below=1)
 
 
-def option_parser() -> argparse.ArgumentParser:
+def option_parser(**settings) -> argparse.ArgumentParser:
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
+    description = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter, **settings)
     add = parser.add_argument_group("run").add_argument
-    add("--preset", default="gpt2", help=f"defaults that other options override: {', '.join(PRESETS)}")
+    add("--preset", help=f"defaults that other options override: {', '.join(PRESETS)} (None: gpt2)")
     add("--data_dir", help="folder of shards (None: edu_fineweb10B, or demo_data, which the demo makes)")
     add("--out_dir", default="log", help="folder for log, checkpoints and picture")
     add("--init_from", help="initial weights: checkpoint, run folder, Hugging Face folder, gpt2 … gpt2-xl")
-    add("--resume", action="store_true", help="continue the run in --out_dir if there is one")
+    add("--resume", action="store_true", help="continue the run in --out_dir, with its options")
     add("--tokenizer", choices=NAMES, help="tokenizer of the shards (None: from their manifest, or gpt2)")
     add("--seed", type=AT_LEAST_0, default=1337, help="seed of weights, dropout, samples and --shuffle")
     add = parser.add_argument_group("checks").add_argument
     add("--dry_run", action="store_true", help="check gradients, forecast the run; leaves --out_dir alone")
     add("--price", type=NOT_NEGATIVE, default=0.0, help="price of a GPU-hour, for the forecast of --dry_run")
-    add("--overfit_batch", action="store_true", help="fit one batch to a loss near zero")
+    add("--overfit_batch", action="store_true", help="fit one batch to a loss near zero; writes nothing")
+    add("--eval_only", action="store_true", help="evaluate --init_from, print the results also as JSON")
     add = parser.add_argument_group("model (None: from the preset or --init_from)").add_argument
     add("--block_size", type=AT_LEAST_1, help="context in tokens")
     add("--vocab_size", type=AT_LEAST_1, help="token ids (None: the tokenizer's, padded to a multiple of 64)")
@@ -292,6 +315,7 @@ def option_parser() -> argparse.ArgumentParser:
     add("--val_every", type=AT_LEAST_0, default=250, help="steps between validations (0: disabled)")
     add("--val_tokens", type=AT_LEAST_1, default=10485760, help="tokens per validation, always the same ones")
     add("--hellaswag_every", type=AT_LEAST_0, default=250, help="steps between evaluations (0: disabled)")
+    add("--hellaswag_limit", type=AT_LEAST_1, help="score only the first N items (None: all)")
     add("--hellaswag_data", help=f"items to score (None: {hellaswag.DATA}, downloaded if missing)")
     add("--sample_every", type=AT_LEAST_0, default=250, help="steps between samples (0: disabled)")
     add("--sample_prompt", default="Hello, I'm a language model,", help="prompt of the samples")
@@ -313,13 +337,25 @@ def option_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = option_parser()
-    preset = parser.parse_known_args(argv)[0].preset
+    parser, words = option_parser(), sys.argv[1:] if argv is None else argv
+    given = parser.parse_known_args(words)[0]
+    preset = given.preset
+    if given.resume:
+        before = as_words(parser, read_options(given.out_dir))
+        with parsing(given.out_dir, "the folder of a run", "delete the broken lines of its log.jsonl"):
+            preset = option_parser(exit_on_error=False).parse_args(before).preset
+        if preset and given.preset not in (None, preset):
+            raise ValueError(
+                f"--preset is {given.preset}, but {given.out_dir} was started with {preset}: leave it out to "
+                "resume that run, or leave out --resume to start another one"
+            )
+        preset, words = preset or given.preset, [*before, *words]  # what is given comes last, so it wins
+    preset = preset or "gpt2"
     if preset not in PRESETS:
         raise ValueError(f"unknown --preset {preset!r}: choose from {', '.join(PRESETS)}")
     derived = (*ARCHITECTURE, "warmup_steps")  # filled in below
-    parser.set_defaults(**{k: v for k, v in PRESETS[preset].items() if k not in derived})
-    args = parser.parse_args(argv)
+    parser.set_defaults(**{k: v for k, v in PRESETS[preset].items() if k not in derived}, preset=preset)
+    args = parser.parse_args(words)
     if args.warmup_steps is None:
         full = {"warmup_steps": CLASSIC_WARMUP_STEPS, "max_steps": CLASSIC_STEPS, **PRESETS[preset]}
         args.warmup_steps = round(full["warmup_steps"] * min(args.max_steps / full["max_steps"], 1))
@@ -331,7 +367,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.min_lr is None:
         args.min_lr = args.learning_rate / 10
     if args.overfit_batch:
-        args.val_every = args.hellaswag_every = args.sample_every = args.checkpoint_every = 0
+        args.val_every = args.hellaswag_every = args.sample_every = 0
+    if args.overfit_batch or args.eval_only:
+        args.checkpoint_every = 0
     return args
 
 
@@ -343,10 +381,14 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
             f"--warmup_steps is {args.warmup_steps}, but --max_steps is {args.max_steps}: the run would end "
             "during warm-up; lower --warmup_steps or leave it out"
         )
-    if args.overfit_batch and args.resume:
-        problems.append("--overfit_batch checks a new model: leave out --resume")
-    if args.overfit_batch and args.dry_run:
-        problems.append("--overfit_batch and --dry_run are different checks: use one of them")
+    checks = [name for name in ("dry_run", "overfit_batch", "eval_only") if getattr(args, name)]
+    if len(checks) > 1:
+        names = " and ".join(f"--{name}" for name in checks)
+        problems.append(f"{names} are different checks: use one of them")
+    if args.resume and (args.overfit_batch or args.eval_only):
+        problems.append(f"--{checks[0]} does not continue a run: leave out --resume")
+    if args.eval_only and not args.init_from:
+        problems.append("--eval_only needs a model: add --init_from with a checkpoint, run folder or gpt2")
     if args.price and not args.dry_run:
         problems.append("--price is for the forecast of --dry_run: add it, or leave out --price")
     if args.early_stop and not args.val_every:
@@ -358,7 +400,7 @@ def check_args(args: argparse.Namespace, world_size: int) -> None:
         )
     batch_size = 1 if args.batch_size == "auto" else args.batch_size
     micro_step = batch_size * (args.block_size or 0) * world_size
-    if micro_step > 0 and args.total_batch_size % micro_step:
+    if micro_step > 0 and args.total_batch_size % micro_step and not args.eval_only:
         nearest = max(round(args.total_batch_size / micro_step), 1) * micro_step
         problems.append(
             f"--total_batch_size {args.total_batch_size} is not divisible by --batch_size {batch_size} x "
@@ -418,11 +460,11 @@ def prepare(
                 problems.call(fineweb.prepare_demo, DEMO_DATA_DIR)
             problems.none_on_any_rank()  # the other ranks wait for the shards
     if dist.is_main:
-        problems.call(folder.check, args.data_dir, not args.dry_run)
+        problems.call(folder.check, args.data_dir, not (args.dry_run or args.eval_only))
     if manifest := problems.call(fineweb.read_set, args.data_dir, args.tokenizer) or {}:
         args.tokenizer = manifest["tokenizer"]
     if args.hellaswag_every and args.hellaswag_data:
-        items = problems.call(hellaswag.load_items, args.hellaswag_data)
+        items = problems.call(hellaswag.load_items, args.hellaswag_data) or []
     resumed = None
     if args.resume:
         resumed = problems.call(load_training_state, args.out_dir, args.optimizer, args.max_steps)
@@ -435,7 +477,7 @@ def prepare(
             if dist.is_main:
                 problems.call(hellaswag.download)
             if problems.none_on_any_rank():  # the other ranks wait for the file
-                items = problems.call(hellaswag.load_items, hellaswag.DATA)
+                items = problems.call(hellaswag.load_items, hellaswag.DATA) or []
     if problems.none_on_any_rank():
         n_vocab = tokenizer.n_vocab if tokenizer else manifest["vocab_size"]
         torch.manual_seed(args.seed)
@@ -461,7 +503,7 @@ def prepare(
         hint = f"the ranks see different shards; {args.data_dir} has to be the same on every node"
         problems.call(dist.check_same, found, hint)
     problems.raise_all()
-    return model, dtype, loaders, hellaswag.render(items, tokenizer), resumed
+    return model, dtype, loaders, hellaswag.render(items[: args.hellaswag_limit], tokenizer), resumed
 
 
 def build_optimizer(model: GPT, args: argparse.Namespace, dist: Distributed) -> torch.optim.AdamW:
@@ -552,23 +594,32 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
     if resumed:
         progress, differences = restore(resumed, optimizer, scaler, args, loaders)
         dist.say("\n".join(differences))
+    elif args.resume:
+        dist.say(folder.nothing_to_resume())
     is_new, resumed = not resumed, None  # its memory is needed
+    stop, stopping = StopSignal(), False
 
     def score(examples: list[hellaswag.Example]) -> dict:
         try:
             with autocast:
-                return hellaswag.evaluate(raw_model, examples)
+                return hellaswag.evaluate(raw_model, examples, stop=stop)
         except ValueError as error:  # all ranks see the same scores
             raise dist.leave_with_error(str(error)) from error
 
     def write_samples(tokens: int) -> list[str]:
         generator = torch.Generator(device).manual_seed(args.seed)
         what = (get_tokenizer(args.tokenizer), [args.sample_prompt], tokens)
-        return sample.complete(raw_model, *what, num_samples=2, top_k=50, generator=generator)
+        options = dict(num_samples=2, top_k=50, generator=generator, on_text=stop.check)
+        texts = []
+        with contextlib.suppress(Interrupted):
+            texts = sample.complete(raw_model, *what, **options)
+        if any(dist.sum(bool(stop))):
+            raise Interrupted
+        return texts
 
     contexts = (autocast, attention)
     take_step = partial(train_step, model, optimizer, scaler, loaders["train"], *contexts, args)
-    evaluate = partial(validate, model, loaders["val"], autocast)
+    evaluate = partial(validate, model, loaders["val"], autocast, stop=stop)
     state = partial(training_state, raw_model, optimizer, scaler, progress, args, loaders)
     with attention():
         how = hardware.describe_compute(args, dtype, device, compiled)
@@ -581,6 +632,11 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
         what = (args, dist, dtype, raw_model, model, *contexts, loaders, examples, progress.step, compiled)
         calls = dict(take_step=take_step, evaluate=evaluate, score=score, write_samples=write_samples)
         dry_run.rehearse(*what, **calls, state=state)
+        return dist.leave()
+
+    if args.eval_only:
+        what = (args, loaders["val"], examples, get_tokenizer(args.tokenizer))
+        eval_only.report(*what, evaluate=evaluate, score=score, write_samples=write_samples)
         return dist.leave()
 
     log, writer = lambda step, kind, **values: None, None
@@ -600,38 +656,42 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
     log(progress.step, "run", **about)
 
     start_step, skipped, skipped_in_row = progress.step, 0, 0
-    stop, stopping = StopSignal(), False
+    stop.listen()
     for step in range(start_step, args.max_steps + 1):
         progress.step, due = step, []
         last_step = step == args.max_steps
         if dist.is_main:
             writer.check()
 
-        if args.val_every and (step % args.val_every == 0 or last_step):
-            progress.val_loss = evaluate(args.val_tokens)
-            log(step, "val", loss=progress.val_loss)
-            if progress.val_loss < progress.best_val_loss:
-                progress.best_val_loss, progress.best_step = progress.val_loss, step
-                due.append("model_best.pt")
-            elif is_last_step(args, progress) and not last_step:
-                since = f"no better validation loss since step {progress.best_step}"
-                dist.say(f"step {step:5d} | {since}: stopping early")
-                last_step = True
+        try:
+            if args.val_every and (step % args.val_every == 0 or last_step):
+                progress.val_loss = evaluate(args.val_tokens)
+                log(step, "val", loss=progress.val_loss)
+                if progress.val_loss < progress.best_val_loss:
+                    progress.best_val_loss, progress.best_step = progress.val_loss, step
+                    due.append("model_best.pt")
+                elif is_last_step(args, progress) and not last_step:
+                    since = f"no better validation loss since step {progress.best_step}"
+                    dist.say(f"step {step:5d} | {since}: stopping early")
+                    last_step = True
 
-        if args.hellaswag_every and (step % args.hellaswag_every == 0 or last_step):
-            scores = score(examples)
-            del scores["items"]
-            log(step, "hellaswag", **scores, compilations=hardware.compilations() if compiled else 0)
+            if args.hellaswag_every and (step % args.hellaswag_every == 0 or last_step):
+                scores = score(examples)
+                del scores["items"]
+                log(step, "hellaswag", **scores, compilations=hardware.compilations() if compiled else 0)
 
-        if args.sample_every and (step % args.sample_every == 0 or last_step):
-            log(step, "sample", texts=write_samples(args.sample_tokens))
+            if args.sample_every and (step % args.sample_every == 0 or last_step):
+                log(step, "sample", texts=write_samples(args.sample_tokens))
+        except Interrupted:
+            stopping = True
 
-        if args.checkpoint_every and ((step % args.checkpoint_every == 0 and step > start_step) or last_step):
+        on_grid = args.checkpoint_every and step % args.checkpoint_every == 0 and step > start_step
+        if args.checkpoint_every and (on_grid or last_step or stopping):
             due.append(f"model_{step:05d}.pt")
         if args.checkpoint_every and due and dist.is_main:
             writer.save(due, state(), device)
 
-        if last_step:
+        if last_step or stopping:
             break
 
         started = time.perf_counter()
@@ -660,8 +720,8 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
                 f"gradients were not finite for {skipped_in_row} steps in a row, up to step {step} with "
                 f"learning rate {lr:.2e}: lower it and add --resume ({writer and writer.newest()})"
             )
+        progress.step = step + 1
         if stopping and args.checkpoint_every and dist.is_main:
-            progress.step = step + 1
             writer.save([f"model_{step + 1:05d}.pt"], state(), device)
         if stopping or (args.overfit_batch and train_loss < OVERFIT_LOSS):
             break
@@ -678,13 +738,16 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
             "the model is broken, or needs more --max_steps, another --learning_rate or no --dropout"
         )
     if dist.is_main:
-        log.report_end(step, train_loss if args.overfit_batch else None, stopping)
+        log.report_end(progress.step, train_loss if args.overfit_batch else None, stopping)
     dist.leave()
 
 
 def main(args: argparse.Namespace) -> None:
     dist = setup_distributed(hardware.choose_device(args.device))
-    with RunFolder(args.out_dir) as folder:
+    with contextlib.ExitStack() as stack:
+        if args.overfit_batch:  # a check, which leaves --out_dir alone
+            args.out_dir = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        folder = stack.enter_context(RunFolder(args.out_dir))
         train(args, dist, folder)
 
 

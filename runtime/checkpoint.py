@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from runtime.cli import NOT_RESUMED
 from runtime.files import check_types, existing_folder, parsing, whole_folder, write_atomically
 from runtime.hardware import synchronize
 from runtime.memory import is_out_of_memory
@@ -298,8 +299,7 @@ def restore(
         if resumed["scaler"]:  # empty unless the run used fp16
             scaler.load_state_dict(resumed["scaler"])
     before = resumed["args"]
-    changed = {name for name, value in vars(args).items() if before.get(name) != value}
-    changed -= {"resume", "dry_run", "price"}
+    changed = {name for name, value in vars(args).items() if before.get(name) != value} - {*NOT_RESUMED}
     # Checkpoints of older versions lack `windows` and `data`, and shuffled in another order.
     consumed = resumed["step"] * before["total_batch_size"] // before["block_size"]
     known = {"windows": consumed, **resumed}
@@ -309,8 +309,9 @@ def restore(
         split: "data_dir" in changed if older else resumed["data"].get(split) != loader.description
         for split, loader in loaders.items()
     }
-    names = ", ".join(sorted(changed)) or "none"
-    lines = [f"resuming {args.out_dir} at step {progress.step}; changed options: {names}"]
+    changes = [f"--{name} {getattr(args, name)} (was {before.get(name)})" for name in sorted(changed)]
+    what = f"changed options: {', '.join(changes)}" if changes else "with the same options"
+    lines = [f"resuming {args.out_dir} at step {progress.step}, {what}"]
     epoch, window = divmod(progress.windows, loaders["train"].windows)
     at = f"training continues at window {window:,} of epoch {epoch}"
     if "total_batch_size" in changed:

@@ -13,6 +13,7 @@ from typing import TextIO
 
 USER_ERRORS = (ValueError, OSError, MemoryError)  # what users and their machines can cause
 LONGEST_LINE = 700
+NOT_RESUMED = ("out_dir", "resume", "dry_run", "price", "overfit_batch", "eval_only")
 # What to do about an error of the system.
 ADVICE = {
     errno.ENOENT: "check the path",
@@ -90,6 +91,23 @@ def check_options(
     ]
     if problems := [*problems, *others]:
         raise ValueError("\n".join(problems))
+
+
+def as_words(parser: argparse.ArgumentParser, options: dict[str, object]) -> list[str]:
+    """Return options as the words of a command line, so that they are checked like those of a user.
+
+    Leaves out those that are None, that the parser does not know, and that are about a single command.
+    """
+    words = []
+    for action in parser._actions:
+        value, flags = options.get(action.dest), action.option_strings
+        if value is None or action.dest in NOT_RESUMED:
+            continue
+        if not isinstance(value, bool):
+            words.append(f"{flags[0]}={value}")
+        elif value or len(flags) > 1:  # --shuffle and --no-shuffle
+            words.append(flags[0 if value else 1])
+    return words
 
 
 def error_lines(error: BaseException) -> list[str]:

@@ -148,12 +148,19 @@ class Problems:
             raise self.dist.leave_with_error("\n".join(self.lines))
 
 
+class Interrupted(Exception):
+    """A signal has ended an evaluation: raised on all ranks, after a collective that told them."""
+
+
 class StopSignal:
-    """True once SIGTERM, SIGINT or the end of the terminal (SIGHUP, which nohup ignores) has arrived; a
-    second one ends the process at once."""
+    """True once SIGTERM, SIGINT or the end of the terminal (SIGHUP, which nohup ignores) has arrived after
+    `listen`; a second one ends the process at once."""
 
     def __init__(self):
-        self.arrived = None
+        self.arrived, self.before = None, {}
+
+    def listen(self) -> None:
+        """Handle the signals, until `restore`."""
         signals = [signal.SIGTERM, signal.SIGINT]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signals.append(signal.SIGHUP)
@@ -168,6 +175,11 @@ class StopSignal:
 
     def __bool__(self) -> bool:
         return self.arrived is not None
+
+    def check(self, *_) -> None:
+        """Raise Interrupted if a signal has arrived here; other ranks may not know of it."""
+        if self:
+            raise Interrupted
 
     def restore(self) -> None:
         """Restore the previous signal handlers."""

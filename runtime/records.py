@@ -15,7 +15,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -25,6 +27,7 @@ from runtime.hardware import describe_machine
 
 PLOT = Path(__file__).parent.parent / "plot.py"
 PICTURE_EVERY_S = 30.0  # drawing takes a second, and small models write checkpoints more often than this
+BAR_AFTER_S, LINE_EVERY_S = 1.0, 30.0  # of an evaluation, on a terminal and otherwise
 PICTURE_TIMEOUT_S = 120.0  # the next checkpoint waits for a picture that hangs
 
 
@@ -88,6 +91,13 @@ class RunFolder(contextlib.ExitStack):
             self.lock.release()
             self._acquire()
 
+    def nothing_to_resume(self) -> str:
+        """Return the line that says so, and names the folder beside this one that has a checkpoint."""
+        line = f"nothing to resume in {self.name}: starting a new run"
+        if others := sorted(self.path.parent.glob("*/model_*.pt"), key=lambda path: path.stat().st_mtime):
+            line += f" (there is one in {Path(self.name).with_name(others[-1].parent.name)})"
+        return line
+
     def ensure(self) -> bool:
         """If the folder is gone, make it again; if there is another one in its place, use a free name.
 
@@ -106,6 +116,14 @@ class RunFolder(contextlib.ExitStack):
             tqdm.write(f"warning: {was} was deleted, moved or replaced: the run continues in {self.path}")
             self._acquire()
             return True
+
+
+def read_options(out_dir: str | Path) -> dict[str, object]:
+    """Return the options with which the run in a folder was last started, or an empty dict."""
+    path = Path(out_dir) / "log.jsonl"
+    records = read_records(path) if path.exists() else []
+    found = [record["args"] for record in records if isinstance(record.get("args"), dict)]
+    return found[-1] if found else {}
 
 
 def is_measured_again(record: dict, args: argparse.Namespace, start_step: int, last_step: bool) -> bool:
@@ -268,10 +286,10 @@ class Log:
     def report_end(self, step: int, overfit_loss: float | None, stopped: bool) -> None:
         """Print how the run has ended and what to do next. Draws its picture if it went to its end."""
         if stopped:
-            again = f"the same command with --resume --out_dir {self.folder.name} continues"
-            tqdm.write(f"stopped by a signal after step {step}: {again}")
+            again = f"train.py --resume --out_dir {self.folder.name} continues"
+            tqdm.write(f"stopped by a signal before step {step}: {again}")
         elif overfit_loss is not None:
-            tqdm.write(f"overfit check passed: loss {overfit_loss:.4f} after {step + 1} steps")
+            tqdm.write(f"overfit check passed: loss {overfit_loss:.4f} after {step} steps")
         else:
             prompt = json.dumps(self.args.sample_prompt)
             tqdm.write(f"loss curve: {self.draw()}")
@@ -350,6 +368,25 @@ def describe_run(
         what = f"{group['params']:,} {group['name']}, peak learning rate {group['lr']:.2e}"
         lines.append((group["optimizer"], f"{what}, weight decay {group['weight_decay']:g}"))
     return "\n".join(f"{name:12} {text}" for name, text in lines)
+
+
+Batch = TypeVar("Batch")
+
+
+def watched(batches: Sequence[Batch], what: str, *, shown: bool, stop: object = False) -> Iterator[Batch]:
+    """Yield the batches of an evaluation until `stop` is true; a bar or, without a terminal, lines tell how
+    far it is if they are `shown`."""
+    said = time.monotonic()
+    with tqdm(
+        batches, what, unit="batch", leave=False, delay=BAR_AFTER_S, disable=None if shown else True
+    ) as bar:
+        for i, batch in enumerate(bar):
+            if stop:
+                return
+            if shown and bar.disable and time.monotonic() - said > LINE_EVERY_S:
+                tqdm.write(f"{what}: {i:,} of {len(batches):,} batches")
+                said = time.monotonic()
+            yield batch
 
 
 def describe_step(step: int, record: dict, seconds_left: float) -> str:

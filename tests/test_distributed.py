@@ -24,6 +24,9 @@ from conftest import (
     workers,
 )
 
+import hellaswag
+import sample
+import train
 from runtime import distributed
 from runtime.checkpoint import load_checkpoint
 from runtime.distributed import SAME_SIGNAL_S
@@ -109,11 +112,47 @@ def test_signal_saves_and_stops_and_the_run_can_be_resumed(shards, run_train, nu
     printed = Path("printed").read_text()
     assert life.exitcode == 0 and "step/s" not in printed, printed  # no bar: this is not a terminal
     stopped_at = len(read_losses())
-    assert f"stopped by a signal after step {stopped_at - 1}" in printed and stopped_at < 40
+    assert f"stopped by a signal before step {stopped_at}" in printed and stopped_at < 40
     assert load_checkpoint("log")["step"] == stopped_at
     run_train(f"{options} --resume")
     run_train(options, out_dir="whole")
     assert read_losses() == read_losses("whole") and read_losses(kind="val") == read_losses("whole", "val")
+
+
+EVALUATIONS = {
+    "val": (train.DataLoaderLite, "next_batch", lambda loader: "val" in loader.shards.paths[0].name),
+    "hellaswag": (hellaswag, "score_batch", lambda *_: True),
+    "sample": (sample, "_draw", lambda *_: True),
+}
+
+
+@pytest.mark.parametrize("kind", EVALUATIONS)
+@pytest.mark.parametrize("step", [0, 3])
+def test_signal_ends_an_evaluation_and_the_run_can_be_resumed(run_train, monkeypatch, capsys, kind, step):
+    options = f"--hellaswag_data {train.DEMO_ITEMS} --hellaswag_every 3 --sample_every 3 --dropout 0.1"
+    run_train(options, out_dir="whole")
+    where, name, counts = EVALUATIONS[kind]
+    original, calls = getattr(where, name), []
+
+    def stops(*args, **others):
+        if counts(*args) and Path("log/log.jsonl").exists() and len(read_losses()) >= step:
+            calls.append(name)
+            if len(calls) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **others)
+
+    monkeypatch.setattr(where, name, stops)
+    by_kind = run_train(options)
+    assert len(calls) == 1 and f"stopped by a signal before step {step}" in capsys.readouterr().out
+    assert not any(record["step"] == step for record in by_kind.get(kind, []))
+    assert "end" not in by_kind and load_checkpoint("log")["step"] == step
+    monkeypatch.setattr(where, name, original)
+    run_train(f"{options} --resume")
+    for each in ("train", "val"):
+        assert read_losses(kind=each) == read_losses("whole", each)
+    kinds = [[json.loads(line)["kind"] for line in open(f"{log}/log.jsonl")] for log in ("log", "whole")]
+    evaluations = [[each for each in found if each in EVALUATIONS] for found in kinds]
+    assert sorted(evaluations[0]) == sorted(evaluations[1])
 
 
 def test_second_signal_ends_at_once(shards):
@@ -222,6 +261,7 @@ def test_end_of_the_terminal_is_a_signal_to_stop_unless_it_is_ignored():
         for handler, stops in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):  # nohup ignores it
             signal.signal(signal.SIGHUP, handler)
             stop = distributed.StopSignal()
+            stop.listen()
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0)
             assert bool(stop) == stops

@@ -134,7 +134,7 @@ def test_nothing_is_written_and_a_run_is_left_as_it_is(rehearse, run_train):
     rehearse("--out_dir log")
     assert snapshot("log") == before
     assert {path.name for path in Path().iterdir()} == {"log", "shards"}
-    with pytest.raises(ValueError, match="--overfit_batch and --dry_run are different checks"):
+    with pytest.raises(ValueError, match="--dry_run and --overfit_batch are different checks"):
         rehearse("--overfit_batch")
 
 
@@ -181,7 +181,7 @@ def test_run_that_is_finished_has_nothing_to_forecast(rehearse, run_train, capsy
     rehearse("--resume --max_steps 3")
     printed = capsys.readouterr().out
     assert "the run in log is at its last step: use a larger --max_steps" in printed
-    assert "changed options: none" in printed and "forecast" not in printed
+    assert "with the same options" in printed and "forecast" not in printed
 
 
 def test_diverging_run_is_refused(rehearse, monkeypatch):

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MUON, REPOSITORY, losses, plain_windows, read_losses
+from conftest import MUON, REPOSITORY, TINY, losses, plain_windows, read_losses
 from transformers import GPT2LMHeadModel
 
 import fineweb
@@ -310,7 +311,7 @@ def test_resumed_run_notices_other_data_and_another_order(run_train, shards, cap
     run_train("--max_steps 6 --shuffle --resume")
     printed = capsys.readouterr().out
     assert "warning: the training data have changed: training continues at window 12 of epoch 0" in printed
-    run_train("--max_steps 9 --resume")
+    run_train("--max_steps 9 --resume --no-shuffle")
     assert "warning: the order of the data has changed" in capsys.readouterr().out
     shutil.move("shards", "moved")
     run_train("--max_steps 12 --resume --data_dir moved")
@@ -351,11 +352,11 @@ def test_run_folder_that_contains_the_data_is_refused(run_train):
     assert sorted(path.suffix for path in Path("shards").iterdir()) == [".npy"] * 3
 
 
-def test_dropout_differs_from_step_to_step(run_train):
+def test_dropout_differs_from_step_to_step(run_train, capsys):
     with pytest.raises(ValueError, match="one batch still has loss"):
-        run_train("--overfit_batch --dropout 0.5 --learning_rate 1e-9 --max_steps 4")
-    steps = read_losses()
-    assert len({round(loss, 4) for _, loss in steps}) == 4 == len(steps)  # one batch, one set of weights
+        run_train("--overfit_batch --dropout 0.5 --learning_rate 1e-9 --max_steps 4 --log_every 1")
+    losses = re.findall(r"step +\d \| loss +([\d.]+)", capsys.readouterr().out)
+    assert len(set(losses)) == 4 == len(losses)  # one batch, one set of weights
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -414,12 +415,17 @@ def test_validation_loss_is_the_mean_over_all_windows(run_train, shards, hf_fold
     assert ours == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_overfit_batch_reaches_near_zero_or_fails(run_train):
+def test_overfit_batch_reaches_near_zero_or_fails_and_leaves_a_run_alone(run_train, capsys):
+    run_train("--max_steps 3 --warmup_steps 0")
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path("log").iterdir()}
     options = "--overfit_batch --total_batch_size 32 --schedule wsd --decay_share 0 --max_steps"
-    records = run_train(f"{options} 300")
-    assert losses(records)[-1] < train.OVERFIT_LOSS and len(losses(records)) < 300
+    run_train(f"{options} 300")
+    passed = re.search(r"overfit check passed: loss ([\d.]+) after (\d+) steps", capsys.readouterr().out)
+    assert float(passed[1]) < train.OVERFIT_LOSS and 3 < int(passed[2]) < 300
     with pytest.raises(ValueError, match=r"one batch still has loss 5\.\d+ after 3 steps"):
         run_train(f"{options} 3")
+    after = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path("log").iterdir()}
+    assert before == after and {path.name for path in Path().iterdir()} == {"log", "shards"}
 
 
 def test_early_stop_keeps_the_best_checkpoint(run_train):
@@ -527,12 +533,77 @@ def test_resuming_with_another_config_names_option_and_values(run_train):
     assert "--block_size is 32, but" in str(caught.value)
     with pytest.raises(ValueError, match="--max_steps is 2, but the checkpoint in log is at step 3"):
         run_train("--resume --warmup_steps 0 --max_steps 2")
-    with pytest.raises(ValueError, match="--overfit_batch checks a new model: leave out --resume"):
+    with pytest.raises(ValueError, match="--overfit_batch does not continue a run: leave out --resume"):
         run_train("--resume --overfit_batch")
     weights = torch.load("log/model_best.pt", weights_only=True)
     torch.save({"model": weights["model"], "config": weights["config"]}, "log/model_00009.pt")
     with pytest.raises(ValueError, match="holds only weights: pass it to --init_from"):
         run_train("--resume")
+
+
+def test_resumed_run_gets_its_options_back_and_given_ones_win(run_train, capsys):
+    options = "--max_steps 8 --optimizer muon --seed 3 --dropout 0.1 --shuffle --sample_prompt=--x "
+    options += "--checkpoint_every 4"
+    run_train(f"{options} --batch_size 1")
+    Path("log/model_00008.pt").unlink()
+    Path("log/model_best.pt").unlink()
+    shutil.copytree("log", "again")
+    train.main(train.parse_args(["--resume", "--out_dir", "again"]))
+    assert "resuming again at step 4, with the same options" in capsys.readouterr().out
+    assert read_losses("again") == read_losses("log")
+    args = [vars(train.parse_args(words.split())) for words in (f"{TINY} {options} --resume", "--resume")]
+    assert args[0] == {**args[1], "batch_size": 2}
+    train.main(train.parse_args("--resume --no-shuffle --learning_rate 3e-3".split()))
+    changes = "changed options: --learning_rate 0.003 (was 0.01), --shuffle False (was True)"
+    assert f"resuming log at step 4, {changes}" in capsys.readouterr().out
+    for words, message in {
+        "--preset demo": "--preset is demo, but log was started with gpt2",
+        "--optimizer adamw": "--optimizer is adamw, but the checkpoint in log has the state of muon",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            train.main(train.parse_args(f"--resume {words}".split()))
+
+
+def test_damaged_options_of_a_run_are_one_line(run_train):
+    run_train("--max_steps 3")
+    lines = Path("log/log.jsonl").read_text()
+    for args in ('{"n_layer": [1]}', '{"preset": "x"}', '{"seed": "a b", "preset": "gpt2"}', '{"dtype": 3}'):
+        Path("log/log.jsonl").write_text(f'{lines}{{"step": 3, "kind": "run", "args": {args}}}\n')
+        with pytest.raises(ValueError) as caught:
+            train.parse_args(["--resume"])
+        assert len(str(caught.value).splitlines()) == 1
+    Path("log/log.jsonl").write_text('{"args": {"unknown": 1, "out_dir": "elsewhere", "n_layer": 3}}\n')
+    args = train.parse_args(["--resume"])
+    assert (args.n_layer, args.out_dir, args.preset) == (3, "log", "gpt2")
+
+
+def test_nothing_to_resume_is_said_and_the_run_beside_it_named(run_train, capsys):
+    run_train("--max_steps 3", out_dir="mine")
+    run_train("--max_steps 3 --resume", out_dir="mime")
+    assert "nothing to resume in mime: starting a new run (there is one in mine)" in capsys.readouterr().out
+
+
+def test_evaluation_alone_gives_what_the_run_measured_and_changes_nothing(run_train, capsys):
+    options = f"--hellaswag_data {train.DEMO_ITEMS} --hellaswag_every 3 --sample_every 3 --hellaswag_limit 7"
+    run = run_train(f"{options} --max_steps 3")
+    before = {path: path.stat().st_mtime_ns for path in Path("log").iterdir()}
+    capsys.readouterr()
+    run_train(f"{options} --eval_only --init_from log --total_batch_size 100")
+    printed = capsys.readouterr().out
+    results = json.loads(printed.splitlines()[-1])
+    assert results["val_loss"] == run["val"][-1]["loss"] and results["val_tokens"] == 160
+    assert results["hellaswag"]["acc_norm"] == run["hellaswag"][-1]["acc_norm"]
+    assert results["hellaswag"]["n"] == 7 == run["hellaswag"][-1]["n"]
+    assert results["samples"] == run["sample"][-1]["texts"]
+    tokens = np.load("shards/edufineweb_val_000000.npy")[1:161]
+    size = (tokens != 256).sum()  # every other token of the byte tokenizer is a byte
+    assert results["bits_per_byte"] == pytest.approx(results["val_loss"] * 160 / size / np.log(2))
+    assert f"{results['val_loss']:.4f} nats per token, {results['bits_per_byte']:.4f} bits" in printed
+    assert before == {path: path.stat().st_mtime_ns for path in Path("log").iterdir()}
+    assert {path.name for path in Path().iterdir()} == {"log", "shards"}
+    for words in ("", "--init_from log --resume", "--init_from log --dry_run"):
+        with pytest.raises(ValueError, match="--eval_only"):
+            run_train(f"--eval_only {words}")
 
 
 @pytest.mark.parametrize("checkpoint_every, older", [(100, []), (2, ["model_00002.pt"])])
