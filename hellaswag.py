@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from model import GPT, head_rows
+from runtime.checkpoint import describe_pretrained
 from runtime.cli import Range, check_options, run
 from runtime.distributed import Interrupted
 from runtime.files import check_output, file_hash, parsing, write_json
@@ -365,6 +367,7 @@ def main(args: argparse.Namespace) -> None:
     items = load_items(args.data or download())[: args.limit]
     device = choose_device(args.device)
     model = GPT.from_pretrained(args.model)
+    print(describe_pretrained(args.model, model.metadata), end="", file=sys.stderr, flush=True)
     tokenizer = tokenizer_for(model)
     model.to(device=device, dtype=getattr(torch, args.dtype))
     results = {}

@@ -358,16 +358,17 @@ class GPT(nn.Module):
         """
         groups = [
             {"name": "embeddings", "params": [], "weight_decay": weight_decay},
+            {"name": "positions", "params": [], "weight_decay": weight_decay},
             {"name": "c_attn", "params": [], "weight_decay": weight_decay, "parts": 3},
             {"name": "matrices", "params": [], "weight_decay": weight_decay, "parts": 1},
             {"name": "gains and biases", "params": [], "weight_decay": 0.0},
         ]
-        embeddings, stacked, matrices, others = (group["params"] for group in groups)
+        embeddings, positions, stacked, matrices, others = (group["params"] for group in groups)
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
                 others.append(parameter)
             elif ".h." not in name:
-                embeddings.append(parameter)
+                (positions if name.endswith("wpe.weight") else embeddings).append(parameter)
             else:
                 (stacked if name.endswith("c_attn.weight") else matrices).append(parameter)
         return groups

@@ -57,26 +57,29 @@ class Muon(torch.optim.AdamW):
         same_shape, hidden = defaultdict(list), []
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None] if "momentum" in group else []
+            if not weights:
+                continue
+            gradients, momentum = [weight.grad for weight in weights], group["momentum"]
             for weight in weights:
-                state = self.state[weight]
-                if not state:
+                if not (state := self.state[weight]):
                     # AdamW loads the states of a checkpoint and expects a step in each of them.
                     state |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(weight)}
-                average = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
-                nesterov = weight.grad.lerp(average, group["momentum"])
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                hidden.append((weight, weight.grad))
-                parts = (each.chunk(group["parts"]) for each in (weight, nesterov))
-                for part, update in zip(*parts, strict=True):
-                    rows, columns = part.shape
-                    rate = group["lr"] * math.sqrt(max(1, rows / columns))
-                    if rows > columns:
-                        part, update = part.mT, update.mT
+            averages = [self.state[weight]["momentum_buffer"] for weight in weights]
+            torch._foreach_lerp_(averages, gradients, 1 - momentum)
+            nesterov = torch._foreach_lerp(gradients, averages, momentum)
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            hidden += zip(weights, gradients, strict=True)
+            for weight, update in zip(weights, nesterov, strict=True):
+                rows, columns = len(weight) // group["parts"], weight.size(1)
+                rate = group["lr"] * math.sqrt(max(1, rows / columns))
+                for pair in zip(weight.split(rows), update.split(rows), strict=True):
+                    part, update = (each.mT for each in pair) if rows > columns else pair
                     same_shape[part.shape].append((part, update, rate))
         for members in same_shape.values():
             parts, updates, rates = zip(*members, strict=True)
-            for part, update, rate in zip(parts, self._orthogonalize(updates), rates, strict=False):
-                part.add_(update, alpha=-rate)
+            ours = self._orthogonalize(updates)[: len(parts)]
+            ours = ours * torch.tensor(rates, device=ours.device)[:, None, None]
+            torch._foreach_sub_(parts, ours.unbind())
         for weight, _ in hidden:
             weight.grad = None  # AdamW skips it
         loss = super().step(closure)

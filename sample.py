@@ -14,6 +14,7 @@ import argparse
 import codecs
 import contextlib
 import functools
+import json
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -24,12 +25,20 @@ import torch
 
 from model import GPT, KVCache
 from plot import read_log
+from runtime.checkpoint import HUB_NAMES, describe_pretrained
 from runtime.cli import Range, check_options, run
 from runtime.files import check_new_folder, whole_folder
 from runtime.hardware import choose_device, masked_attention
 from tokenizer import get_tokenizer, to_hugging_face
 
 SEPARATOR = "\n\n---\n\n"  # between texts
+# What a model card tells of a run: what another run would have to repeat.
+CARD_OPTIONS = (
+    *("preset", "tokenizer", "seed", "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout"),
+    *("total_batch_size", "shuffle", "optimizer", "schedule", "decay_share", "muon_lr", "momentum"),
+    *("learning_rate", "embedding_lr", "position_lr", "min_lr", "warmup_steps", "max_steps"),
+    *("weight_decay", "beta1", "beta2", "grad_clip"),
+)
 
 
 def _logits(model: GPT, idx: torch.Tensor, *where) -> torch.Tensor:
@@ -261,21 +270,25 @@ def export(model: GPT, source: str | Path, folder: str | Path) -> None:
     with whole_folder(folder) as partial:
         model.save_pretrained(partial, vocab_size=tokenizer.n_vocab)
         to_hugging_face(tokenizer, model.config.block_size).save_pretrained(partial)
-        card = model_card(model, tokenizer.n_vocab, Path(source), Path(folder).name)
+        card = model_card(model, tokenizer, Path(source), Path(folder).name)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(model: GPT, vocab_size: int, source: Path, name: str) -> str:
+def model_card(model: GPT, tokenizer: tiktoken.Encoding, source: Path, name: str) -> str:
     """Return a model card for the Hub, in Markdown, with facts from the checkpoint and the log beside it.
 
-    `vocab_size` is the number of exported token ids.
+    The model is exported with the ids of `tokenizer`, and its example fits into the model's context.
     """
     config, metadata = model.config, model.metadata
     step, args = metadata.get("step"), metadata.get("args") or {}
-    parameters = model.num_params() - (config.vocab_size - vocab_size) * config.n_embd
+    unit = "nats per byte" if tokenizer.name == "byte" else "nats per token"
+    parameters = model.num_params() - (config.vocab_size - tokenizer.n_vocab) * config.n_embd
     folder = source if source.is_dir() else source.parent
     log = read_log(folder) if step is not None and (folder / "log.jsonl").exists() else {}
     facts = {"parameters": f"{parameters:,}", "context": f"{config.block_size:,} tokens"}
+    if step is not None:
+        is_best = step == metadata.get("best_step")
+        facts["checkpoint"] = f"step {step:,}" + (", the best validation loss of the run" if is_best else "")
     if step is not None and isinstance(args.get("total_batch_size"), int):
         facts["trained for"] = f"{step:,} steps of {args['total_batch_size']:,} tokens"
         facts["tokens seen"] = f"{step * args['total_batch_size']:,}"
@@ -283,22 +296,29 @@ def model_card(model: GPT, vocab_size: int, source: Path, name: str) -> str:
     last = {kind: [each for each in log.get(kind, []) if each["step"] <= step][-1:] for kind in log}
     if metadata.get("val_loss") is not None:
         at = f", at step {last['val'][0]['step']:,}" if last.get("val") else ""
-        facts["validation loss"] = f"{metadata['val_loss']:.4f} nats per token{at}"
+        facts["validation loss"] = f"{metadata['val_loss']:.4f} {unit}{at}"
     for record in [each for each in log.get("train", []) if each["step"] < step and each.get("loss")][-1:]:
-        facts["training loss"] = f"{record['loss']:.4f} nats per token, at step {record['step']:,}"
+        facts["training loss"] = f"{record['loss']:.4f} {unit}, at step {record['step']:,}"
     for record in last.get("hellaswag", []):
         scores = f"acc_norm {record['acc_norm']:.2%}, acc {record['acc']:.2%}, {record['n']:,} items"
         facts["HellaSwag"] = f"{scores}, at step {record['step']:,}"
+    origin = "trained from scratch"
+    if begun_with := args.get("init_from"):
+        origin = f"fine-tuned from {begun_with if begun_with in HUB_NAMES else 'another checkpoint'}"
+    # The prompt takes at most half of the context, and all of the text fits into it.
+    prompt = tokenizer.encode_ordinary(str(args.get("sample_prompt") or "The "))[: config.block_size // 2]
+    text, new = tokenizer.decode(prompt), min(50, config.block_size - len(prompt))
     lines = [
         *("---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2]", "---", ""),
-        *(f"# {name}", "", "A GPT-2 trained from scratch. Use it like any other GPT-2:", ""),
+        *(f"# {name}", "", f"A GPT-2, {origin}. Use it like any other GPT-2:", ""),
         *("```python", "from transformers import pipeline", ""),
-        f'pipeline("text-generation", "{name}")("Hello, I\'m a language model,", max_new_tokens=50)',
+        f'pipeline("text-generation", "{name}")({json.dumps(text)}, max_new_tokens={new})',
         *("```", "", "| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in facts.items()), ""),
     ]
-    if args:
+    shown = [option for option in CARD_OPTIONS if args.get(option) not in (None, False)]
+    if shown:
         lines += ["The options of the run:", "", "| option | value |", "|---|---|"]
-        lines += [f"| `--{option}` | {value} |" for option, value in args.items()]
+        lines += [f"| `--{option}` | {args[option]} |" for option in shown]
     return "\n".join(lines) + "\n"
 
 
@@ -354,6 +374,7 @@ def main(args: argparse.Namespace) -> None:
     prompts = [read_prompt(args.prompt_file)] if args.prompt_file else args.prompt
     device = choose_device(args.device)
     model = GPT.from_pretrained(args.model)
+    print(describe_pretrained(args.model, model.metadata), end="", file=sys.stderr, flush=True)
     if args.export:
         export(model, args.model, args.export)
         print(f"wrote {args.export}: python sample.py --model {args.export}")

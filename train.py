@@ -301,7 +301,9 @@ def option_parser(**settings) -> argparse.ArgumentParser:
     add("--decay_share", type=FRACTION, default=0.2, help="share of the steps in which wsd decays (0: never)")
     add("--muon_lr", type=POSITIVE, default=0.02, help="peak learning rate of muon")
     add("--momentum", type=BELOW_1, default=0.95, help="muon: decay rate of the gradient mean")
-    add("--learning_rate", type=POSITIVE, default=6e-4, help="peak learning rate")
+    add("--learning_rate", type=POSITIVE, default=6e-4, help="peak learning rate of everything else")
+    add("--embedding_lr", type=POSITIVE, help="that of the token embedding (None: --learning_rate)")
+    add("--position_lr", type=POSITIVE, help="that of the position embedding (None: --learning_rate)")
     add("--min_lr", type=NOT_NEGATIVE, help="final learning rate (None: a tenth of the peak)")
     warmup = f"{CLASSIC_WARMUP_STEPS} or the preset's, fewer in proportion for a shorter run"
     add("--warmup_steps", type=AT_LEAST_0, help=f"steps of linear warm-up (None: {warmup}; 0: disabled)")
@@ -512,10 +514,12 @@ def build_optimizer(model: GPT, args: argparse.Namespace, dist: Distributed) -> 
     The learning rate of a group is the scheduled one times the group's `lr_scale`.
     """
     groups = model.optimizer_groups(args.weight_decay)
+    rates = {"embeddings": args.embedding_lr, "positions": args.position_lr}
     for group in groups:
-        group["lr_scale"] = 1.0
+        rate = rates.get(group["name"])
         if args.optimizer == "muon" and "parts" in group:
-            group |= {"lr_scale": args.muon_lr / args.learning_rate, "momentum": args.momentum}
+            rate, group["momentum"] = args.muon_lr, args.momentum
+        group["lr_scale"] = (rate or args.learning_rate) / args.learning_rate
     options = dict(lr=args.learning_rate, betas=(args.beta1, args.beta2), eps=1e-8, fused=True)
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, **options)
@@ -712,7 +716,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
         speed = args.total_batch_size / seconds
         mfu = speed * flops_per_token / (peak * dist.world_size) if peak else None
         lrs = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        lr = lrs["embeddings"]  # the scheduled rate, which Muon's groups scale
+        lr = lrs["gains and biases"]  # the scheduled rate, which other groups scale
         record = dict(loss=train_loss, lr=lr, norm=norm, dt_ms=1000 * seconds, tokens_per_s=speed, mfu=mfu)
         log(step, "train", **record, skipped=skipped, lrs=lrs)
         if skipped_in_row == args.max_skipped:

@@ -37,6 +37,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")
 NUMBERED = re.compile(r"model_(\d+)\.pt")  # the names of a run's checkpoints, besides BEST
 BEST = "model_best.pt"
+MUCH_WORSE = 0.02  # nats, more than evaluations of a run that goes well differ by
 TRAINING_STATE = {
     **{"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "args": dict},
     **{"step": int, "best_step": int, "best_val_loss": float, "val_loss": float | None},
@@ -342,6 +343,22 @@ def read_pretrained(source: str | Path | dict) -> tuple[dict, dict[str, torch.Te
     return _read_gpt2_checkpoint(source, load_checkpoint(source))
 
 
+def describe_pretrained(source: str | Path, metadata: dict) -> str:
+    """Return a line about the checkpoint that was loaded, and one about a better one; empty for other models.
+
+    A run folder gives its newest checkpoint, and model_best.pt may be much older.
+    """
+    step, loss = metadata.get("step"), metadata.get("val_loss")
+    if step is None:
+        return ""
+    lines = [f"{source}: step {step:,}" + (f", validation loss {loss:.4f}" if loss is not None else "")]
+    best_step, best = metadata.get("best_step"), metadata.get("best_val_loss")
+    if None not in (loss, best_step, best) and loss - best > MUCH_WORSE and Path(source).is_dir():
+        at = f"at step {best_step:,} it was {best:.4f}"
+        lines.append(f"{source}: {at}; use --model {Path(source) / BEST} for that one")
+    return "".join(f"{line}\n" for line in lines)
+
+
 def _read_hugging_face(source: str) -> tuple[dict, dict[str, torch.Tensor], dict]:
     """Read a Hugging Face folder or Hub name; the metadata is empty."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -446,7 +463,7 @@ def _read_gpt2_checkpoint(
         if not any(name.endswith(".bias") for name in state):
             layers = [name for name in state if re.search(r"\.(c|ln)_\w+\.weight$", name)]
             state |= {name.removesuffix("weight") + "bias": torch.zeros(len(state[name])) for name in layers}
-        kinds = {"step": int, "val_loss": float, "args": dict}
+        kinds = {"step": int, "val_loss": float, "best_step": int, "best_val_loss": float, "args": dict}
         known = {name: checkpoint.get(name) for name in kinds}
         metadata = {name: v if isinstance(v, kinds[name]) else None for name, v in known.items()}
         if args := metadata["args"]:

@@ -179,10 +179,11 @@ def test_only_matrices_and_embeddings_decay():
     assert sorted(sum(members.values(), [])) == sorted(names.values())
     plain = {n for n in names.values() if n.endswith("bias") or ".ln_" in n}
     assert set(members["gains and biases"]) == plain
-    assert members["embeddings"] == ["transformer.wte.weight", "transformer.wpe.weight"]
+    assert members["embeddings"] == ["transformer.wte.weight"]
+    assert members["positions"] == ["transformer.wpe.weight"]
     assert all(name.endswith("attn.c_attn.weight") for name in members["c_attn"])
     decays = {name: group["weight_decay"] for name, group in groups.items()}
-    assert decays == {"embeddings": 0.1, "c_attn": 0.1, "matrices": 0.1, "gains and biases": 0.0}
+    assert decays == {**dict.fromkeys(groups, 0.1), "gains and biases": 0.0}
 
 
 def test_flops_match_the_count_of_torch():

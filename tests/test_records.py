@@ -41,21 +41,24 @@ def test_console_describes_the_run_and_aligns_steps(run_train, shards, capsys):
 
 
 def test_log_has_rates_and_decay_of_each_group(run_train):
-    by_kind = run_train(f"{MUON} --muon_lr 0.03 --weight_decay 0.2")
+    by_kind = run_train(f"{MUON} --muon_lr 0.03 --embedding_lr 0.04 --position_lr 0.005 --weight_decay 0.2")
     groups = {group["name"]: group for group in by_kind["run"][0]["groups"]}
     model = GPT.from_pretrained("log")
     assert sum(group["params"] for group in groups.values()) == model.num_params()
     assert groups["c_attn"]["params"] == 2 * 3 * 32 * 32
     rates = {name: (g["optimizer"], g["lr"], g["weight_decay"]) for name, g in groups.items()}
     assert rates == {
-        "embeddings": ("adamw", pytest.approx(1e-2), 0.2),
+        "embeddings": ("adamw", pytest.approx(4e-2), 0.2),
+        "positions": ("adamw", pytest.approx(5e-3), 0.2),
         "c_attn": ("muon", pytest.approx(3e-2), 0.2),
         "matrices": ("muon", pytest.approx(3e-2), 0.2),
         "gains and biases": ("adamw", pytest.approx(1e-2), 0.0),
     }
     for record in by_kind["train"]:
         assert record["lrs"]["matrices"] == pytest.approx(3 * record["lr"]) == record["lrs"]["c_attn"]
-        assert record["lrs"]["embeddings"] == record["lrs"]["gains and biases"] == record["lr"]
+        assert record["lrs"]["embeddings"] == pytest.approx(4 * record["lr"])
+        assert record["lrs"]["positions"] == pytest.approx(record["lr"] / 2)
+        assert record["lrs"]["gains and biases"] == record["lr"]
 
 
 def test_only_records_that_are_measured_again_are_dropped(run_train):

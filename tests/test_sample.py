@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -260,6 +261,20 @@ def command(monkeypatch, capsys):
     return call
 
 
+def test_command_tells_which_checkpoint_it_took_and_of_a_better_one(run_train, capsys):
+    run_train("--max_steps 3")
+    newest = torch.load("log/model_00003.pt", weights_only=True)
+    torch.save({**newest, "best_step": 2, "best_val_loss": newest["val_loss"] - 1}, "log/model_00003.pt")
+    loss = newest["val_loss"]
+    expected = [f"log: step 3, validation loss {loss:.4f}"]
+    expected += [f"log: at step 2 it was {loss - 1:.4f}; use --model log/model_best.pt for that one"]
+    for options, lines in {("--model", "log"): 2, ("--model", "log/model_00003.pt"): 1}.items():
+        capsys.readouterr()
+        sample.main(sample.parse_args([*options, "--device", "cpu", "--max_new_tokens", "2"]))
+        said = capsys.readouterr().err.splitlines()
+        assert said == [line.replace("log:", f"{options[1]}:") for line in expected[:lines]]
+
+
 def test_prompts_come_from_options_files_and_standard_input(command):
     short = ["--model", "tiny.pt", "--max_new_tokens", "5", "--temperature", "0"]
     Path("prompt.txt").write_text("import \n")
@@ -329,22 +344,31 @@ def test_exported_run_works_in_transformers(run_train, command, tmp_path):
     card, scores = Path("exported/README.md").read_text(), log["hellaswag"][-1]
     best = min(record["loss"] for record in log["val"])
     for fact in (
-        f"| validation loss | {log['val'][-1]['loss']:.4f} nats per token, at step 6 |",
+        f"| validation loss | {log['val'][-1]['loss']:.4f} nats per byte, at step 6 |",
         f"| tokens seen | {64 * GPT.from_pretrained('log').metadata['step']} |",
         f"acc_norm {scores['acc_norm']:.2%}, acc {scores['acc']:.2%}, 44 items, at step 6",
         "| `--n_layer` | 2 |",
         f"| parameters | {back.num_params():,} |",
+        "| checkpoint | step 6, the best validation loss of the run |",
+        "A GPT-2, trained from scratch.",
     ):
         assert fact in card
+    assert "shards" not in card and "None" not in card and "--device" not in card
+    example = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]  # in the folder above the exported one
+    made = {}
+    exec(example.replace("pipeline(\"", "made = pipeline(\""), made)
+    assert made["made"][0]["generated_text"].startswith("Hello, I")
     newest = torch.load("log/model_00006.pt", weights_only=True)
     torch.save({**newest, "step": 5}, "log/model_00005.pt")  # between two evaluations
     assert command(["--model", "log/model_00005.pt", "--export", "between"])[1] is None
     card = Path("between/README.md").read_text()
-    assert f"| training loss | {log['train'][4]['loss']:.4f} nats per token, at step 4 |" in card
-    assert "items, at step 3 |" in card and "nats per token, at step 3 |" in card
+    assert f"| training loss | {log['train'][4]['loss']:.4f} nats per byte, at step 4 |" in card
+    assert "items, at step 3 |" in card and "nats per byte, at step 3 |" in card
     assert best == pytest.approx(GPT.from_pretrained("log/model_best.pt").metadata["val_loss"])
     assert log["sample"][-1]["texts"]
     run_train("--init_from exported", out_dir="tuned")
+    assert command(["--model", "tuned", "--export", "tuned-gpt2"])[1] is None
+    assert "A GPT-2, fine-tuned from another checkpoint." in Path("tuned-gpt2/README.md").read_text()
     assert not Path("exported.tmp").exists()
 
 
