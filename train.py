@@ -629,7 +629,10 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
         how = hardware.describe_compute(args, dtype, device, compiled)
     about = about_run(args, dist.world_size, optimizer.param_groups, device)
     disk = disk_usage(args, optimizer.param_groups)
-    dist.say(describe_run(args, about, how, loaders["train"].windows * args.block_size, disk))
+    epoch_tokens = loaders["train"].windows * args.block_size
+    item_tokens = sum(len(each.context) + sum(map(len, each.endings)) for each in examples)
+    height = max(learning_rate_at(step, args) for step in range(args.max_steps)) / args.learning_rate
+    dist.say(describe_run(args, about, how, epoch_tokens, item_tokens, height, disk))
     raw_model.train()
     loaders["train"].seek(progress.windows)
     if args.dry_run:

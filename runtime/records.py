@@ -28,6 +28,8 @@ from runtime.hardware import describe_machine
 PLOT = Path(__file__).parent.parent / "plot.py"
 PICTURE_EVERY_S = 30.0  # drawing takes a second, and small models write checkpoints more often than this
 BAR_AFTER_S, LINE_EVERY_S = 1.0, 30.0  # of an evaluation, on a terminal and otherwise
+FEW_EPOCHS, MANY_EPOCHS = 0.1, 10.0
+LONG_RUN_S = 2 * 86400.0
 PICTURE_TIMEOUT_S = 120.0  # the next checkpoint waits for a picture that hangs
 
 
@@ -195,7 +197,11 @@ class Log:
             if step % self.args.log_every == 0:
                 # The mean includes evaluations.
                 mean_s = (now - self.first_step_began) / (step + 1 - self.start_step)
-                tqdm.write(describe_step(step, values, mean_s * (self.args.max_steps - step - 1)))
+                left_s = mean_s * (self.args.max_steps - step - 1)
+                tqdm.write(describe_step(step, values, left_s))
+                if left_s > LONG_RUN_S and 0 < step - self.start_step <= self.args.log_every:  # it is warm
+                    days = f"at this speed the run takes {left_s / 86400:.0f} days"
+                    tqdm.write(f"warning: {days}; --dry_run forecasts it for a machine, lower --max_steps")
             self.bar.update()
             self.bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
         elif kind in ("val", "hellaswag", "sample"):
@@ -334,11 +340,18 @@ def describe_groups(groups: list[dict], learning_rate: float) -> list[dict]:
 
 
 def describe_run(
-    args: argparse.Namespace, about: dict, how: str, epoch_tokens: int, disk: tuple[int, int, int]
+    args: argparse.Namespace,
+    about: dict,
+    how: str,
+    epoch_tokens: int,
+    item_tokens: int,
+    height: float,
+    disk: tuple[int, int, int],
 ) -> str:
-    """Return what a run is about to do, one line per thing that its user may want to change.
+    """Return what a run is about to do, one line per thing that its user may want to change, and warnings.
 
-    `about` is the record of kind `run`; `disk` comes from `disk_usage`.
+    `about` is the record of kind `run`. The HellaSwag items have `item_tokens`, the learning rate reaches
+    `height` of its peak, and `disk` comes from `disk_usage`.
     """
     hardware, ranks = about["hardware"], about["world_size"]
     tokens, micro_batch = args.max_steps * args.total_batch_size, args.batch_size * args.block_size * ranks
@@ -365,9 +378,28 @@ def describe_run(
         ("checkpoints", checkpoints if args.checkpoint_every else "none"),
     ]
     for group in about["groups"]:
-        what = f"{group['params']:,} {group['name']}, peak learning rate {group['lr']:.2e}"
+        what = f"{group['params']:,} {group['name']}, learning rate up to {height * group['lr']:.2e}"
         lines.append((group["optimizer"], f"{what}, weight decay {group['weight_decay']:g}"))
+    lines += [("warning", text) for text in what_disappoints(args, tokens / epoch_tokens, item_tokens)]
     return "\n".join(f"{name:12} {text}" for name, text in lines)
+
+
+def what_disappoints(args: argparse.Namespace, epochs: float, item_tokens: int) -> list[str]:
+    """Return a line for each thing about a run that its user will probably regret."""
+    lines = []
+    if epochs < FEW_EPOCHS:
+        lines.append(f"only {epochs:.1%} of the training data will be read: raise --max_steps if you can")
+    if epochs > MANY_EPOCHS and not args.early_stop:
+        lines.append(f"{epochs:.0f} epochs memorize the text: lower --max_steps or use --early_stop")
+    pairs = ((args.val_tokens, args.val_every), (item_tokens, args.hellaswag_every))
+    # A step of training takes three times as long as the forward pass over its tokens.
+    share = sum(tokens / every for tokens, every in pairs if every) / (3 * args.total_batch_size)
+    if share > 1:
+        lines.append(
+            f"evaluations will take about {share:.1f} times as long as the training between them: raise "
+            "--val_every and --hellaswag_every, or lower --val_tokens and --hellaswag_limit"
+        )
+    return lines
 
 
 Batch = TypeVar("Batch")

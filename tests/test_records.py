@@ -382,3 +382,24 @@ def test_log_that_is_replaced_by_an_editor_keeps_its_curves(run_train, monkeypat
     by_kind = run_train("--tensorboard")
     assert [record["step"] for record in by_kind["train"]] == list(range(6))
     assert len(list(Path("log/tensorboard").iterdir())) == 1
+
+
+def test_table_tells_the_rate_that_is_reached_and_what_will_disappoint(run_train, capsys):
+    def warnings(options: str) -> list[str]:
+        capsys.readouterr()
+        run_train(options)
+        printed = capsys.readouterr().out.splitlines()
+        return [line.removeprefix("warning").strip() for line in printed if line.startswith("warning ")]
+
+    # 110 windows of 16 tokens; a step reads 2.
+    assert warnings("--max_steps 6 --total_batch_size 32 --val_every 0") == []
+    (few,) = warnings("--max_steps 5 --total_batch_size 32 --val_every 0")
+    assert few == "only 9.1% of the training data will be read: raise --max_steps if you can"
+    (many,) = warnings("--max_steps 150 --total_batch_size 128 --val_every 0 --warmup_steps 0")
+    assert many == "11 epochs memorize the text: lower --max_steps or use --early_stop"
+    assert warnings("--max_steps 150 --total_batch_size 128 --val_every 150 --early_stop 9") == []
+    (long,) = warnings("--max_steps 6 --total_batch_size 32 --val_tokens 320 --val_every 2")
+    assert long.startswith("evaluations will take about 1.7 times as long as the training between them")
+    # Warm-up takes half of the steps, and the decay all of them: the peak is not reached.
+    run_train("--max_steps 8 --warmup_steps 4 --schedule wsd --decay_share 1 --min_lr 0 --val_every 0")
+    assert "embeddings, learning rate up to 7.50e-03" in capsys.readouterr().out
