@@ -631,8 +631,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
     disk = disk_usage(args, optimizer.param_groups)
     epoch_tokens = loaders["train"].windows * args.block_size
     item_tokens = sum(len(each.context) + sum(map(len, each.endings)) for each in examples)
-    height = max(learning_rate_at(step, args) for step in range(args.max_steps)) / args.learning_rate
-    dist.say(describe_run(args, about, how, epoch_tokens, item_tokens, height, disk))
+    dist.say(describe_run(args, about, how, epoch_tokens, item_tokens, disk))
     raw_model.train()
     loaders["train"].seek(progress.windows)
     if args.dry_run:

@@ -345,13 +345,12 @@ def describe_run(
     how: str,
     epoch_tokens: int,
     item_tokens: int,
-    height: float,
     disk: tuple[int, int, int],
 ) -> str:
     """Return what a run is about to do, one line per thing that its user may want to change, and warnings.
 
-    `about` is the record of kind `run`. The HellaSwag items have `item_tokens`, the learning rate reaches
-    `height` of its peak, and `disk` comes from `disk_usage`.
+    `about` is the record of kind `run`. The HellaSwag items have `item_tokens`; `disk` comes from
+    `disk_usage`.
     """
     hardware, ranks = about["hardware"], about["world_size"]
     tokens, micro_batch = args.max_steps * args.total_batch_size, args.batch_size * args.block_size * ranks
@@ -378,7 +377,7 @@ def describe_run(
         ("checkpoints", checkpoints if args.checkpoint_every else "none"),
     ]
     for group in about["groups"]:
-        what = f"{group['params']:,} {group['name']}, learning rate up to {height * group['lr']:.2e}"
+        what = f"{group['params']:,} {group['name']}, learning rate up to {group['lr']:.2e}"
         lines.append((group["optimizer"], f"{what}, weight decay {group['weight_decay']:g}"))
     lines += [("warning", text) for text in what_disappoints(args, tokens / epoch_tokens, item_tokens)]
     return "\n".join(f"{name:12} {text}" for name, text in lines)
