@@ -400,6 +400,6 @@ def test_table_tells_the_rate_that_is_reached_and_what_will_disappoint(run_train
     assert warnings("--max_steps 150 --total_batch_size 128 --val_every 150 --early_stop 9") == []
     (long,) = warnings("--max_steps 6 --total_batch_size 32 --val_tokens 320 --val_every 2")
     assert long.startswith("evaluations will take about 1.7 times as long as the training between them")
-    records = run_train("--max_steps 8 --warmup_steps 7 --learning_rate 3e-3 --embedding_lr 9e-3 --val_every 0")
+    records = run_train("--max_steps 8 --warmup_steps 7 --embedding_lr 9e-3 --val_every 0")
     reached = max(record["lrs"]["embeddings"] for record in records["train"])
     assert f"embeddings, learning rate up to {reached:.2e}" in capsys.readouterr().out
