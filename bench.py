@@ -57,6 +57,7 @@ from tokenizer import NAMES, BatchTokenizer, get_tokenizer
 from train import DEMO_ITEMS
 
 PUBLISHED = "llm.c 468,000 tokens/s per H100 (40 % of peak) and 218,000 per A100 (60 %), discussion 481"
+TOTAL_BATCH = 524288  # tokens per step of the default run
 GRACE_S = 40.0  # torchrun takes 30 to end ranks that do not react
 WARM_UP_STEPS = 3  # until code is compiled and memory allocated
 
@@ -635,7 +636,11 @@ def bench_quickstart(args: argparse.Namespace, device: torch.device) -> list[dic
 
 
 def bench_optimizer(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Steps per second of the optimizer alone: fused AdamW, torch.optim.Muon and muon.py."""
+    """Steps per second of the optimizer alone: fused AdamW, torch.optim.Muon and muon.py.
+
+    `share` is the part that it has in a step of 524,288 tokens, estimated from the forward and backward pass
+    over one sequence.
+    """
     if device.type == "cpu":  # as train.py does
         keep_freed_memory()
     model, dist = GPT(config_of(args)).to(device), Distributed(0, 1, device)
@@ -657,13 +662,24 @@ def bench_optimizer(args: argparse.Namespace, device: torch.device) -> list[dict
 
         return way
 
+    def micro_step() -> None:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = model(idx, idx)[1]
+        loss.backward()
+
+    dtype, T = hardware.choose_dtype("auto", device), model.config.block_size
     grads = {parameter: torch.randn_like(parameter) for parameter in model.parameters()}
+    idx = torch.randint(model.config.vocab_size, (1, T), device=device)
     ways = {
         "AdamW, fused": stepping(ours("adamw")),
         "torch.optim.Muon and AdamW": stepping(*theirs),
         "Muon of muon.py": stepping(ours("muon")),
+        f"forward and backward, {T} tokens": micro_step,
     }
-    return alternate(ways, args.rounds, device, 1, "steps")[0]
+    *rows, training = alternate(ways, args.rounds, device, 1, "steps")[0]
+    for row in rows:
+        row["share"] = 1 / (1 + row["steps/s"] / training["steps/s"] * TOTAL_BATCH / T)
+    return [*rows, training]
 
 
 def seconds_to(target: float, run: dict[str, list[dict]]) -> tuple[float, float]:

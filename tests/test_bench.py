@@ -30,7 +30,7 @@ def test_ratios_are_taken_round_by_round():
             f"generate {TINY} --max_new_tokens 9 --rounds 1",
             ["transformers", "sample.generate", "memory", "no cache"],
         ),
-        (f"optimizer {TINY} --rounds 1", ["AdamW, fused", "torch.optim.Muon", "Muon of muon.py"]),
+        (f"optimizer {TINY} --rounds 1", ["AdamW, fused", "torch.optim.Muon", "Muon of muon.py", "forward"]),
         (f"loader {TINY} --block_size 16", ["within a shard", "at a shard's end"]),
         (f"hellaswag {TINY} --limit 46 --rounds 1 --alone", ["hellaswag.evaluate"]),  # there are 44
     ],
@@ -42,6 +42,15 @@ def test_subcommand_writes_its_figures(command, ways, tmp_path, capsys):
         assert row["way"].startswith(way)
     assert all(row["way"] in printed and list(row.values())[1] > 0 for row in record["rows"])
     assert record["versions"]["torch"] == torch.__version__ and record["args"]["device"] == "cpu"
+
+
+def test_share_of_the_optimizer_is_that_of_a_step_with_half_a_million_tokens():
+    args = bench.parse_args(f"optimizer {TINY} --rounds 1 --device cpu".split())
+    *rows, training = args.bench(args, torch.device("cpu"))
+    assert "1024 tokens" in training["way"] and "share" not in training
+    for row in rows:
+        own, whole = 1 / row["steps/s"], 1 / row["steps/s"] + 512 / training["steps/s"]
+        assert row["share"] == pytest.approx(own / whole)
 
 
 def test_usual_quick_start_trains_on_the_shards(shards):
