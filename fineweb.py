@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 # What all tasks of a set have in common.
+SMALL_TEXT = 100_000_000  # tokens, for which `train.py --preset text` is meant
 SAME_IN_ALL_TASKS = ("source", "tokenizer", "vocab_size", "shard_size", "max_tokens", "task_count")
 # What a manifest says, and what only sets of fineweb.py need; the same for each of its shards.
 MANIFEST_TYPES = (
@@ -1097,7 +1098,8 @@ def main(args: argparse.Namespace) -> None:
         tokens, documents = (sum(shard[what] for shard in shards) for what in ("tokens", "documents"))
         print(f"{split:>5}: {tokens:,} tokens in {len(shards)} shard(s), {documents:,} documents start there")
     print(f"skipped: {manifest['skipped_documents']:,} documents that are empty or not text")
-    print(f"next:  python train.py --data_dir {args.out_dir}")
+    preset = "--preset text " if tokens < SMALL_TEXT else ""
+    print(f"next:  python train.py {preset}--data_dir {args.out_dir}")
 
 
 def explain_interruption(error: BaseException, args: argparse.Namespace) -> str | None:

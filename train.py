@@ -62,6 +62,11 @@ DEMO_DATA_DIR = "demo_data"
 DEMO_ITEMS = Path(__file__).parent / "tests" / "hellaswag_items.jsonl"
 XL_BATCH = dict(batch_size=8, total_batch_size=1048576, max_steps=9537)  # the same 10 billion tokens
 # Learning rates and batch sizes of the larger models: Brown et al. 2020 (GPT-3), table 2.1.
+# Measured at 0.8 to 13 million weights (LOG.md).
+SMALL_RATES = {
+    **dict(learning_rate=8e-3, embedding_lr=2.4e-2, position_lr=2e-3, min_lr=0.0),
+    **dict(beta1=0.7, beta2=0.98, momentum=0.9),
+}
 PRESETS = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, batch_size=32, learning_rate=3e-4),
@@ -72,6 +77,14 @@ PRESETS = {
     "speedrun": {
         **dict(n_layer=12, n_head=12, n_embd=768, optimizer="muon", schedule="wsd", decay_share=0.5),
         **dict(learning_rate=3.6e-3, min_lr=0.0, warmup_steps=250, max_steps=9537),
+    },
+    # One's own text on a laptop. The prompt is the beginning of the validation text.
+    "text": {
+        **dict(n_layer=4, n_head=4, n_embd=128, block_size=256, batch_size=8, total_batch_size=2048),
+        **dict(optimizer="muon", schedule="wsd", decay_share=0.5, shuffle=True, dropout=0.1, **SMALL_RATES),
+        **dict(epochs=5.0, max_steps=2000, warmup_steps=40, early_stop=5),
+        **dict(val_every=100, val_tokens=65536, hellaswag_every=0, sample_every=500, sample_prompt=None),
+        **dict(checkpoint_every=500, log_every=20),
     },
     "demo": {
         **dict(n_layer=2, n_head=4, n_embd=128, block_size=64, batch_size=16, total_batch_size=1024),
@@ -308,6 +321,7 @@ def option_parser(**settings) -> argparse.ArgumentParser:
     warmup = f"{CLASSIC_WARMUP_STEPS} or the preset's, fewer in proportion for a shorter run"
     add("--warmup_steps", type=AT_LEAST_0, help=f"steps of linear warm-up (None: {warmup}; 0: disabled)")
     add("--max_steps", type=AT_LEAST_1, default=CLASSIC_STEPS, help="steps to train for")
+    add("--epochs", type=POSITIVE, help="train for fewer steps if they are enough for this many epochs")
     add("--weight_decay", type=NOT_NEGATIVE, default=0.1, help="of matrices and embeddings (0: disabled)")
     add("--beta1", type=BELOW_1, default=0.9, help="decay rate of the gradient mean")
     add("--beta2", type=BELOW_1, default=0.95, help="decay rate of the mean of squared gradients")
@@ -320,7 +334,8 @@ def option_parser(**settings) -> argparse.ArgumentParser:
     add("--hellaswag_limit", type=AT_LEAST_1, help="score only the first N items (None: all)")
     add("--hellaswag_data", help=f"items to score (None: {hellaswag.DATA}, downloaded if missing)")
     add("--sample_every", type=AT_LEAST_0, default=250, help="steps between samples (0: disabled)")
-    add("--sample_prompt", default="Hello, I'm a language model,", help="prompt of the samples")
+    prompt = "Hello, I'm a language model,"
+    add("--sample_prompt", default=prompt, help="prompt of the samples (None: the start of the text)")
     add("--sample_tokens", type=AT_LEAST_1, default=64, help="tokens per sample")
     add("--early_stop", type=AT_LEAST_0, default=0, help="patience in validations (0: never stop early)")
     add = parser.add_argument_group("records").add_argument
@@ -358,9 +373,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     derived = (*ARCHITECTURE, "warmup_steps")  # filled in below
     parser.set_defaults(**{k: v for k, v in PRESETS[preset].items() if k not in derived}, preset=preset)
     args = parser.parse_args(words)
-    if args.warmup_steps is None:
-        full = {"warmup_steps": CLASSIC_WARMUP_STEPS, "max_steps": CLASSIC_STEPS, **PRESETS[preset]}
-        args.warmup_steps = round(full["warmup_steps"] * min(args.max_steps / full["max_steps"], 1))
+    if args.warmup_steps is None and not args.epochs:
+        args.warmup_steps = default_warmup(args)
     if args.init_from is None:
         architecture = {"block_size": 1024, **PRESETS[preset]}
         for name in ("block_size", "n_layer", "n_head", "n_embd"):
@@ -375,10 +389,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def default_warmup(args: argparse.Namespace) -> int:
+    """Return the steps of warm-up for --max_steps: those of the preset, fewer for a shorter run."""
+    full = {"warmup_steps": CLASSIC_WARMUP_STEPS, "max_steps": CLASSIC_STEPS, **PRESETS[args.preset]}
+    return round(full["warmup_steps"] * min(args.max_steps / full["max_steps"], 1))
+
+
+def limit_steps(args: argparse.Namespace) -> None:
+    """Replace --epochs by the --max_steps that it means for the shards, and fill in the warm-up."""
+    tokens = sum(fineweb.Shards(args.data_dir, "train").lengths)
+    args.max_steps = min(args.max_steps, max(round(args.epochs * tokens / args.total_batch_size), 1))
+    args.epochs = None  # a resumed run may be extended
+    if args.warmup_steps is None:
+        args.warmup_steps = default_warmup(args)
+
+
 def check_args(args: argparse.Namespace, world_size: int) -> None:
     """Raise ValueError, with a line for each problem, if the options alone are wrong."""
     problems = []
-    if args.warmup_steps >= args.max_steps > 0:
+    if (args.warmup_steps or 0) >= args.max_steps > 0:
         problems.append(
             f"--warmup_steps is {args.warmup_steps}, but --max_steps is {args.max_steps}: the run would end "
             "during warm-up; lower --warmup_steps or leave it out"
@@ -441,6 +470,12 @@ def load_model(args: argparse.Namespace, n_vocab: int, resumed: dict | None) -> 
     return model or GPT(GPTConfig(**{name: getattr(args, name) for name in ARCHITECTURE}))
 
 
+def first_words(tokens: np.ndarray, tokenizer) -> str:
+    """Return up to five words from the beginning of a document, as a prompt."""
+    document = [int(token) for token in tokens if token != tokenizer.eot_token][:40]
+    return " ".join(tokenizer.decode(document).strip("\ufffd").split()[:5])
+
+
 def prepare(
     args: argparse.Namespace, dist: Distributed, folder: RunFolder
 ) -> tuple[GPT, torch.dtype, dict[str, DataLoaderLite], list[hellaswag.Example], dict | None]:
@@ -452,15 +487,17 @@ def prepare(
     """
     model, tokenizer, items, loaders = None, None, [], {}
     problems = Problems(dist)
+    is_demo = args.data_dir is None and args.preset == "demo"
+    args.data_dir = args.data_dir or (DEMO_DATA_DIR if is_demo else "edu_fineweb10B")
+    if args.epochs:
+        problems.call(limit_steps, args)
     problems.call(check_args, args, dist.world_size)
     problems.call(check_packages, args)
     dtype = problems.call(hardware.choose_dtype, args.dtype, dist.device)
-    if args.data_dir is None:
-        args.data_dir = DEMO_DATA_DIR if args.preset == "demo" else "edu_fineweb10B"
-        if args.preset == "demo":
-            if dist.is_main:
-                problems.call(fineweb.prepare_demo, DEMO_DATA_DIR)
-            problems.none_on_any_rank()  # the other ranks wait for the shards
+    if is_demo:
+        if dist.is_main:
+            problems.call(fineweb.prepare_demo, DEMO_DATA_DIR)
+        problems.none_on_any_rank()  # the other ranks wait for the shards
     if dist.is_main:
         problems.call(folder.check, args.data_dir, not (args.dry_run or args.eval_only))
     if manifest := problems.call(fineweb.read_set, args.data_dir, args.tokenizer) or {}:
@@ -473,7 +510,8 @@ def prepare(
         hint = f"the ranks would resume {args.out_dir} at different steps; every node has to see this folder"
         problems.call(dist.check_same, resumed and resumed["step"], hint)
     if problems.none_on_any_rank():  # what may need the network comes after everything local
-        if args.sample_every or args.hellaswag_every or "vocab_size" not in manifest:
+        is_needed = args.sample_every or args.hellaswag_every or args.sample_prompt is None
+        if is_needed or "vocab_size" not in manifest:
             tokenizer = problems.call(get_tokenizer, args.tokenizer)
         if args.hellaswag_every and not args.hellaswag_data and problems.none_on_any_rank():
             if dist.is_main:
@@ -500,6 +538,8 @@ def prepare(
             order = {"shuffle": args.shuffle, "seed": args.seed}
             loaders["val"] = DataLoaderLite(args.data_dir, "val", dist=dist, **sizes)
             loaders["train"] = DataLoaderLite(args.data_dir, "train", dist=dist, **sizes, **order)
+            if args.sample_prompt is None:
+                args.sample_prompt = first_words(loaders["val"].read(0), tokenizer)
     if problems.none_on_any_rank():
         found = [loader.description for loader in loaders.values()]
         hint = f"the ranks see different shards; {args.data_dir} has to be the same on every node"

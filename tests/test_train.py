@@ -695,3 +695,23 @@ def test_run_whose_shards_vanish_goes_on_and_then_saves(run_train, shards, monke
     assert done == [(record["step"], record["loss"]) for record in alone["train"][: len(done)]]
     state = torch.load(f"log/model_{len(done):05d}.pt", weights_only=True)  # nothing is lost
     assert state["step"] == len(done) >= 40 and state["windows"] == 4 * len(done)
+
+
+def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
+    monkeypatch.chdir(shards.parent)
+    options = "--preset text --data_dir shards --tokenizer byte --n_layer 1 --n_embd 16 --block_size 16"
+    options = f"{options} --device cpu --dtype float32 --total_batch_size 128 --val_every 30".split()
+    train.main(train.parse_args(options))
+    printed = capsys.readouterr().out
+    run = next(json.loads(line) for line in open("log/log.jsonl"))["args"]
+    # 1,777 tokens, 5 times, in steps of 128; warm-up is a fiftieth, as in the whole preset.
+    assert run["max_steps"] == 69 and run["warmup_steps"] == 1 and run["epochs"] is None
+    tokens = np.load("shards/edufineweb_val_000000.npy")[:17]  # of the first window
+    text = bytes(token for token in tokens.tolist() if token < 256).decode(errors="replace")
+    prompt = " ".join(text.strip("\ufffd").split()[:5])
+    assert run["sample_prompt"] == prompt and json.dumps(prompt) in printed.splitlines()[-1]
+    before = train.parse_args(["--resume"])
+    assert (before.max_steps, before.preset, before.data_dir) == (69, "text", "shards")
+    long = train.parse_args([*options, "--max_steps", "50", "--warmup_steps", "7"])
+    train.limit_steps(long)
+    assert (long.max_steps, long.warmup_steps) == (50, 7)
