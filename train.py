@@ -373,8 +373,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     derived = (*ARCHITECTURE, "warmup_steps")  # filled in below
     parser.set_defaults(**{k: v for k, v in PRESETS[preset].items() if k not in derived}, preset=preset)
     args = parser.parse_args(words)
-    if args.warmup_steps is None and not args.epochs:
-        args.warmup_steps = default_warmup(args)
+    if args.warmup_steps is None:
+        full = {"warmup_steps": CLASSIC_WARMUP_STEPS, "max_steps": CLASSIC_STEPS, **PRESETS[preset]}
+        args.warmup_steps = round(full["warmup_steps"] * min(args.max_steps / full["max_steps"], 1))
     if args.init_from is None:
         architecture = {"block_size": 1024, **PRESETS[preset]}
         for name in ("block_size", "n_layer", "n_head", "n_embd"):
@@ -389,25 +390,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def default_warmup(args: argparse.Namespace) -> int:
-    """Return the steps of warm-up for --max_steps: those of the preset, fewer for a shorter run."""
-    full = {"warmup_steps": CLASSIC_WARMUP_STEPS, "max_steps": CLASSIC_STEPS, **PRESETS[args.preset]}
-    return round(full["warmup_steps"] * min(args.max_steps / full["max_steps"], 1))
-
-
 def limit_steps(args: argparse.Namespace) -> None:
-    """Replace --epochs by the --max_steps that it means for the shards, and fill in the warm-up."""
+    """Replace --epochs by the --max_steps that it means for the shards; the warm-up shrinks in proportion."""
     tokens = sum(fineweb.Shards(args.data_dir, "train").lengths)
-    args.max_steps = min(args.max_steps, max(round(args.epochs * tokens / args.total_batch_size), 1))
-    args.epochs = None  # a resumed run may be extended
-    if args.warmup_steps is None:
-        args.warmup_steps = default_warmup(args)
+    steps = min(args.max_steps, max(round(args.epochs * tokens / args.total_batch_size), 1))
+    args.warmup_steps = args.warmup_steps * steps // args.max_steps
+    args.max_steps, args.epochs = steps, None  # a resumed run may be extended
 
 
 def check_args(args: argparse.Namespace, world_size: int) -> None:
     """Raise ValueError, with a line for each problem, if the options alone are wrong."""
     problems = []
-    if (args.warmup_steps or 0) >= args.max_steps > 0:
+    if args.warmup_steps >= args.max_steps > 0:
         problems.append(
             f"--warmup_steps is {args.warmup_steps}, but --max_steps is {args.max_steps}: the run would end "
             "during warm-up; lower --warmup_steps or leave it out"
