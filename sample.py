@@ -306,8 +306,9 @@ def model_card(model: GPT, tokenizer: tiktoken.Encoding, source: Path, name: str
     if begun_with := args.get("init_from"):
         origin = f"fine-tuned from {begun_with if begun_with in HUB_NAMES else 'another checkpoint'}"
     # The prompt takes at most half of the context, and all of the text fits into it.
-    prompt = tokenizer.encode_ordinary(str(args.get("sample_prompt") or "The "))[: config.block_size // 2]
-    text, new = tokenizer.decode(prompt), min(50, config.block_size - len(prompt))
+    half = max(config.block_size // 2, 1)
+    prompt = tokenizer.encode_ordinary(str(args.get("sample_prompt") or "The "))[:half]
+    text, new = tokenizer.decode(prompt).strip("\ufffd"), max(min(50, config.block_size - half), 1)
     lines = [
         *("---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2]", "---", ""),
         *(f"# {name}", "", f"A GPT-2, {origin}. Use it like any other GPT-2:", ""),
