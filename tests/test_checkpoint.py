@@ -544,7 +544,8 @@ def test_checkpoints_of_other_repositories_load(kind, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(read(idx)[0], model(idx)[0], atol=tolerance, rtol=0)
     if kind.startswith("config object"):
-        assert read.metadata == {"step": 7, "val_loss": 3.5, "args": None}
+        expected = {"step": 7, "val_loss": 3.5, "args": None, "best_step": None, "best_val_loss": None}
+        assert read.metadata == expected
 
 
 def test_missing_biases_become_zeros(tmp_path):
