@@ -316,7 +316,8 @@ def model_card(model: GPT, tokenizer: tiktoken.Encoding, source: Path, name: str
         f'pipeline("text-generation", "{name}")({json.dumps(text)}, max_new_tokens={new})',
         *("```", "", "| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in facts.items()), ""),
     ]
-    shown = [option for option in CARD_OPTIONS if args.get(option) not in (None, False)]
+    # 0 is a value, and equal to False.
+    shown = [option for option in CARD_OPTIONS if not (args.get(option) is None or args[option] is False)]
     if shown:
         lines += ["The options of the run:", "", "| option | value |", "|---|---|"]
         lines += [f"| `--{option}` | {args[option]} |" for option in shown]

@@ -356,7 +356,7 @@ def option_parser(**settings) -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser, words = option_parser(), sys.argv[1:] if argv is None else argv
+    parser, words, before = option_parser(), sys.argv[1:] if argv is None else argv, []
     given = parser.parse_known_args(words)[0]
     preset = given.preset
     if given.resume:
@@ -373,7 +373,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if preset not in PRESETS:
         raise ValueError(f"unknown --preset {preset!r}: choose from {', '.join(PRESETS)}")
     derived = (*ARCHITECTURE, "warmup_steps")  # filled in below
-    parser.set_defaults(**{k: v for k, v in PRESETS[preset].items() if k not in derived}, preset=preset)
+    # What a resumed run has not recorded, or as None, must not come from its preset, which may have changed.
+    defaults = {} if before else {k: v for k, v in PRESETS[preset].items() if k not in derived}
+    parser.set_defaults(**defaults, preset=preset)
     args = parser.parse_args(words)
     if args.warmup_steps is None:
         full = {"warmup_steps": CLASSIC_WARMUP_STEPS, "max_steps": CLASSIC_STEPS, **PRESETS[preset]}
@@ -485,8 +487,6 @@ def prepare(
     problems = Problems(dist)
     is_demo = args.data_dir is None and args.preset == "demo"
     args.data_dir = args.data_dir or (DEMO_DATA_DIR if is_demo else "edu_fineweb10B")
-    if args.epochs:
-        problems.call(limit_steps, args)
     problems.call(check_args, args, dist.world_size)
     problems.call(check_packages, args)
     dtype = problems.call(hardware.choose_dtype, args.dtype, dist.device)
@@ -494,6 +494,8 @@ def prepare(
         if dist.is_main:
             problems.call(fineweb.prepare_demo, DEMO_DATA_DIR)
         problems.none_on_any_rank()  # the other ranks wait for the shards
+    if args.epochs:
+        problems.call(limit_steps, args)
     if dist.is_main:
         problems.call(folder.check, args.data_dir, not (args.dry_run or args.eval_only))
     if manifest := problems.call(fineweb.read_set, args.data_dir, args.tokenizer) or {}:

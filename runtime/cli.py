@@ -13,7 +13,7 @@ from typing import TextIO
 
 USER_ERRORS = (ValueError, OSError, MemoryError)  # what users and their machines can cause
 LONGEST_LINE = 700
-NOT_RESUMED = ("out_dir", "resume", "dry_run", "price", "overfit_batch", "eval_only")
+NOT_RESUMED = ("help", "out_dir", "resume", "dry_run", "price", "overfit_batch", "eval_only")
 # What to do about an error of the system.
 ADVICE = {
     errno.ENOENT: "check the path",

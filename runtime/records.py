@@ -96,8 +96,9 @@ class RunFolder(contextlib.ExitStack):
     def nothing_to_resume(self) -> str:
         """Return the line that says so, and names the folder beside this one that has a checkpoint."""
         line = f"nothing to resume in {self.name}: starting a new run"
-        if others := sorted(self.path.parent.glob("*/model_*.pt"), key=lambda path: path.stat().st_mtime):
-            line += f" (there is one in {Path(self.name).with_name(others[-1].parent.name)})"
+        with contextlib.suppress(OSError):  # another run may be deleting its checkpoints
+            newest = max(self.path.parent.glob("*/model_*.pt"), key=os.path.getmtime, default=None)
+            line += f" (there is one in {Path(self.name).with_name(newest.parent.name)})" if newest else ""
         return line
 
     def ensure(self) -> bool:

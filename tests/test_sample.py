@@ -348,6 +348,7 @@ def test_exported_run_works_in_transformers(run_train, command, tmp_path):
         f"| tokens seen | {64 * GPT.from_pretrained('log').metadata['step']} |",
         f"acc_norm {scores['acc_norm']:.2%}, acc {scores['acc']:.2%}, 44 items, at step 6",
         "| `--n_layer` | 2 |",
+        "| `--dropout` | 0.0 |",
         f"| parameters | {back.num_params():,} |",
         "| checkpoint | step 6, the best validation loss of the run |",
         "A GPT-2, trained from scratch.",

@@ -567,6 +567,9 @@ def test_resumed_run_gets_its_options_back_and_given_ones_win(run_train, capsys)
 def test_damaged_options_of_a_run_are_one_line(run_train):
     run_train("--max_steps 3")
     lines = Path("log/log.jsonl").read_text()
+    for args in ('{"preset": "speedrun"}', '{"preset": "speedrun", "help": true}'):
+        Path("log/log.jsonl").write_text(f'{lines}{{"step": 3, "kind": "run", "args": {args}}}\n')
+        assert train.parse_args(["--resume"]).embedding_lr is None  # older runs had none
     for args in ('{"n_layer": [1]}', '{"preset": "x"}', '{"seed": "a b", "preset": "gpt2"}', '{"dtype": 3}'):
         Path("log/log.jsonl").write_text(f'{lines}{{"step": 3, "kind": "run", "args": {args}}}\n')
         with pytest.raises(ValueError) as caught:
@@ -712,6 +715,7 @@ def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
     assert run["sample_prompt"] == prompt and json.dumps(prompt) in printed.splitlines()[-1]
     before = train.parse_args(["--resume"])
     assert (before.max_steps, before.preset, before.data_dir) == (69, "text", "shards")
+    assert before.epochs is None and train.parse_args(["--resume", "--max_steps", "99"]).max_steps == 99
     long = train.parse_args([*options, "--max_steps", "50", "--warmup_steps", "7"])
     train.limit_steps(long)
     assert (long.max_steps, long.warmup_steps) == (50, 7)
