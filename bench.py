@@ -57,7 +57,6 @@ from tokenizer import NAMES, BatchTokenizer, get_tokenizer
 from train import DEMO_ITEMS
 
 PUBLISHED = "llm.c 468,000 tokens/s per H100 (40 % of peak) and 218,000 per A100 (60 %), discussion 481"
-TOTAL_BATCH = 524288  # tokens per step of the default run
 GRACE_S = 40.0  # torchrun takes 30 to end ranks that do not react
 WARM_UP_STEPS = 3  # until code is compiled and memory allocated
 
@@ -638,8 +637,8 @@ def bench_quickstart(args: argparse.Namespace, device: torch.device) -> list[dic
 def bench_optimizer(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Steps per second of the optimizer alone: fused AdamW, torch.optim.Muon and muon.py.
 
-    `share` is the part that it has in a step of 524,288 tokens, estimated from the forward and backward pass
-    over one sequence.
+    `share` is its share of a step of the default run, estimated from the forward and backward pass over one
+    sequence.
     """
     if device.type == "cpu":  # as train.py does
         keep_freed_memory()
@@ -677,8 +676,9 @@ def bench_optimizer(args: argparse.Namespace, device: torch.device) -> list[dict
         f"forward and backward, {T} tokens": micro_step,
     }
     *rows, training = alternate(ways, args.rounds, device, 1, "steps")[0]
+    sequences = train.parse_args([]).total_batch_size / T
     for row in rows:
-        row["share"] = 1 / (1 + row["steps/s"] / training["steps/s"] * TOTAL_BATCH / T)
+        row["share"] = 1 / (1 + sequences * row["steps/s"] / training["steps/s"])
     return [*rows, training]
 
 

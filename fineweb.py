@@ -58,8 +58,8 @@ from tokenizer import NAMES, BatchTokenizer, get_tokenizer
 if TYPE_CHECKING:
     import pyarrow
 
+SMALL_TEXT = 100_000_000  # tokens; `train.py --preset text` is meant for fewer
 # What all tasks of a set have in common.
-SMALL_TEXT = 100_000_000  # tokens, for which `train.py --preset text` is meant
 SAME_IN_ALL_TASKS = ("source", "tokenizer", "vocab_size", "shard_size", "max_tokens", "task_count")
 # What a manifest says, and what only sets of fineweb.py need; the same for each of its shards.
 MANIFEST_TYPES = (

@@ -161,6 +161,10 @@ class DataLoaderLite:
         self.seek(0)
         self.pending.result()  # a wrong tokenizer usually shows in the first micro-batch
 
+    def windows_for(self, tokens: int) -> int:
+        """Return how many windows of the split are evaluated for this many tokens."""
+        return min(max(tokens // self.block_size, 1), self.windows)
+
     def read(self, window: int) -> np.ndarray:
         """Return the block_size + 1 tokens of a window, counted in file order."""
         shard = int(np.searchsorted(self.first_windows, window, side="right")) - 1
@@ -236,7 +240,7 @@ def validate(
     fixed. Raises Interrupted on every rank once `stop` is true on one of them.
     """
     dist, B, T = loader.dist, loader.batch_size, loader.block_size
-    windows = min(max(val_tokens // T, 1), loader.windows)
+    windows = loader.windows_for(val_tokens)
     model.eval()
     loader.seek(0)
     # Allocated up front: a tensor that outlives its batch would fragment the memory that the logits free.

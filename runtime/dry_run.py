@@ -295,7 +295,7 @@ def rehearse(
     def spread(n: int) -> list:
         return examples[:: len(examples) // n][:n]
 
-    batches = math.ceil(min(max(args.val_tokens // args.block_size, 1), loaders["val"].windows) / windows)
+    batches = math.ceil(loaders["val"].windows_for(args.val_tokens) / windows)
     evaluations = [
         ("validations", args.val_every, lambda n: evaluate(n * windows * args.block_size), batches, 1),
         ("HellaSwag", args.hellaswag_every, lambda n: score(spread(n)), len(examples), 8 * dist.world_size),

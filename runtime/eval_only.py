@@ -47,5 +47,5 @@ def count_bytes(loader, val_tokens: int, tokenizer: tiktoken.Encoding) -> tuple[
     lengths = np.zeros(loader.vocab_size, dtype=np.int64)
     for token in set(range(tokenizer.n_vocab)) - {tokenizer.eot_token}:
         lengths[token] = len(tokenizer.decode_single_token_bytes(token))
-    windows = range(min(max(val_tokens // loader.block_size, 1), loader.windows))
+    windows = range(loader.windows_for(val_tokens))
     return len(windows) * loader.block_size, sum(int(lengths[loader.read(i)[1:]].sum()) for i in windows)
