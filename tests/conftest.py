@@ -4,8 +4,8 @@ import contextlib
 import json
 import multiprocessing
 import os
+import resource
 import runpy
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +15,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # more threads only wait for each other, in
 import numpy as np
 import pytest
 import torch
+from torch.distributed.launcher import elastic_launch
+from torch.distributed.run import config_from_args as torchrun_config
+from torch.distributed.run import parse_args as torchrun_options
 
 import train
 from model import GPT, GPTConfig
@@ -75,13 +78,14 @@ TINY = (
 MUON = "--optimizer muon --schedule wsd --decay_share 0.5 --min_lr 0"
 
 
+def no_picture(log: records.Log) -> Path:
+    return log.folder.path / "loss.png"
+
+
 @pytest.fixture
 def run_train(shards, monkeypatch):
     """Run train.main on a tiny model in fp32 with a string of options; return the log's records by kind."""
     draw = records.Log.draw
-
-    def no_picture(log):
-        return log.folder.path / "loss.png"
 
     def run(options: str = "", out_dir: Path | str = "log", picture: bool = False) -> dict[str, list[dict]]:
         monkeypatch.setattr(records.Log, "draw", draw if picture else no_picture)
@@ -160,32 +164,7 @@ def inode(path: str) -> int:
     return os.stat(path).st_ino if os.path.exists(path) else 0
 
 
-@pytest.fixture
-def start(shards):
-    """Start train.py on the tiny model as a separate process, with a string of options."""
-    processes = []
-
-    def start(options: str, launcher: tuple[str, ...] = (), **popen) -> subprocess.Popen:
-        command = [sys.executable, *launcher, REPOSITORY / "train.py", *f"{TINY} {options}".split()]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        processes.append(subprocess.Popen(command, **{**pipes, **popen}))
-        return processes[-1]
-
-    yield start
-    for process in processes:
-        process.terminate()  # torchrun also ends its workers, which have sessions of their own
-        try:
-            process.wait(timeout=40)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def torchrun_command(*options: str) -> tuple[str, ...]:
-    """Return what comes between the interpreter and a script that torchrun starts."""
-    return ("-m", "torch.distributed.run", *options)
-
-
-def workers(process: subprocess.Popen) -> list[int]:
+def workers(process: multiprocessing.Process) -> list[int]:
     """Return the process ids of a torchrun's workers."""
     return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
 
@@ -195,24 +174,48 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.backends.backend_agg"])
 
 
-def train_into(output: str, argv: list[str]) -> None:
+def run_script(
+    script: str, argv: list[str], output: str, errors: str, environment: dict[str, str], data_bytes: int
+) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = [script, *argv]
     sys.stdout = sys.stderr = open(output, "w", buffering=1)
-    train.main(train.parse_args(argv))
+    if errors:
+        sys.stderr = open(errors, "w", buffering=1)
+    if data_bytes:
+        resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, data_bytes))
+    records.Log.draw = no_picture
+    runpy.run_path(script, run_name="__main__")
 
 
-def begin(options: str, output: str = os.devnull) -> multiprocessing.Process:
-    """Fork a process that runs train.py and writes what it prints to a file."""
-    life = FORKED.Process(target=train_into, args=(output, options.split()), daemon=True)
+def begin(
+    options: str,
+    output: str = os.devnull,
+    errors: str = "",
+    environment: dict[str, str] | None = None,
+    data_bytes: int = 0,
+    script: str = str(REPOSITORY / "train.py"),
+) -> multiprocessing.Process:
+    """Fork a process that runs a script and writes what it prints to `output`, its errors to `errors`."""
+    words = (script, options.split(), output, errors, environment or {}, data_bytes)
+    life = FORKED.Process(target=run_script, args=words, daemon=True)
     life.start()
     return life
 
 
-def run_rank(script: str, environment: dict[str, str], output: str) -> None:
-    """Run a script as torchrun does: one thread, and the address of the other ranks in the environment."""
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    sys.stdout = open(output, "w", buffering=1)
-    runpy.run_path(script, run_name="__main__")
+def run_agent(launcher: list[str], argv: list[str]) -> None:
+    script = str(REPOSITORY / "train.py")
+    config, _, _ = torchrun_config(torchrun_options([*launcher, script]))
+    config.start_method = "fork"
+    elastic_launch(config, run_script)(script, argv, os.devnull, "", {}, 0)
+
+
+def torchrun(launcher: str, options: str) -> multiprocessing.Process:
+    """Fork an agent of torchrun whose workers are forked as well, where torchrun starts interpreters."""
+    agent = FORKED.Process(target=run_agent, args=(launcher.split(), options.split()))
+    agent.start()
+    return agent
 
 
 @pytest.fixture
@@ -227,8 +230,7 @@ def two_ranks():
         outputs, ranks = ["rank0.txt", "rank1.txt"], []
         for rank, output in enumerate(outputs):
             environment = {**about, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(FORKED.Process(target=run_rank, args=(script, environment, output), daemon=True))
-            ranks[-1].start()
+            ranks.append(begin("", output, os.devnull, environment, script=script))
         for process in ranks:
             process.join(120)
         assert [process.exitcode for process in ranks] == [0, 0]

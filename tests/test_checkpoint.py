@@ -37,13 +37,13 @@ KILLS = 20
 def test_run_killed_at_random_instants_loses_nothing(shards):
     options = (
         f"--data_dir {shards} --tokenizer byte --n_layer 2 --n_head 2 --n_embd 48 --block_size 16 "
-        f"--batch_size 16 --total_batch_size 256 --warmup_steps 2 --max_steps 80 --dropout 0.1 --shuffle "
-        f"--val_every 3 --val_tokens 600 --hellaswag_every 40 --hellaswag_data {train.DEMO_ITEMS} "
+        f"--batch_size 16 --total_batch_size 256 --warmup_steps 2 --max_steps 50 --dropout 0.1 --shuffle "
+        f"--val_every 3 --val_tokens 600 --hellaswag_every 25 --hellaswag_data {train.DEMO_ITEMS} "
         "--sample_every 0 --checkpoint_every 3 --device cpu --dtype float32 --resume --out_dir"
     )
     whole = begin(f"{options} whole")
     whole.join()
-    assert whole.exitcode == 0 and len(read_losses("whole")) == 80
+    assert whole.exitcode == 0 and len(read_losses("whole")) == 50
 
     rng, half_written = random.Random(0), 0
     for i in range(KILLS):
@@ -69,7 +69,7 @@ def test_run_killed_at_random_instants_loses_nothing(shards):
     assert last.exitcode == 0
     assert read_losses("killed") == read_losses("whole")
     assert read_losses("killed", "val") == read_losses("whole", "val")
-    a, b = (load_checkpoint(f"{folder}/model_00080.pt")["model"] for folder in ("whole", "killed"))
+    a, b = (load_checkpoint(f"{folder}/model_00050.pt")["model"] for folder in ("whole", "killed"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not any(Path("killed").glob("*.tmp"))
     assert half_written > 0

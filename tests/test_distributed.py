@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from conftest import (
     count_lines,
     losses,
     read_losses,
-    torchrun_command,
+    torchrun,
     wait_until,
     workers,
 )
@@ -31,6 +33,7 @@ from runtime import distributed
 from runtime.checkpoint import load_checkpoint
 from runtime.distributed import SAME_SIGNAL_S
 
+STANDALONE = "--rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:0 --local-addr=127.0.0.1"
 TWO_RANKS_SCRIPT = """
 import argparse, functools, hashlib, os, torch, train
 torch.compile = functools.partial(torch.compile, backend="aot_eager")
@@ -104,7 +107,7 @@ def test_ranks_join_with_their_device_and_wait_for_hours(monkeypatch, device, ba
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_stops_and_the_run_can_be_resumed(shards, run_train, number):
-    options = "--max_steps 40 --total_batch_size 256 --checkpoint_every 400 --log_every 1 --dropout 0.1"
+    options = "--max_steps 30 --total_batch_size 256 --checkpoint_every 400 --log_every 1 --dropout 0.1"
     life = begin(f"{TINY} {options}", "printed")
     wait_until(lambda: count_lines("log") > 10)
     os.kill(life.pid, number)
@@ -112,7 +115,7 @@ def test_signal_saves_and_stops_and_the_run_can_be_resumed(shards, run_train, nu
     printed = Path("printed").read_text()
     assert life.exitcode == 0 and "step/s" not in printed, printed  # no bar: this is not a terminal
     stopped_at = len(read_losses())
-    assert f"stopped by a signal before step {stopped_at}" in printed and stopped_at < 40
+    assert f"stopped by a signal before step {stopped_at}" in printed and stopped_at < 30
     assert load_checkpoint("log")["step"] == stopped_at
     run_train(f"{options} --resume")
     run_train(options, out_dir="whole")
@@ -170,14 +173,14 @@ def test_second_signal_ends_at_once(shards):
     assert life.exitcode == -signal.SIGINT
 
 
-def test_torchrun_restarts_a_killed_worker_and_the_run_continues(start, run_train):
+def test_torchrun_restarts_a_killed_worker_and_the_run_continues(shards, run_train):
     options = "--max_steps 40 --checkpoint_every 5 --resume"
-    standalone = ("--standalone", "--nproc_per_node=2", "--max-restarts=2", "--monitor-interval=0.1")
-    process = start(f"{options} --batch_size 1", torchrun_command(*standalone))
+    launcher = f"{STANDALONE} --nproc_per_node=2 --max-restarts=2 --monitor-interval=0.1"
+    agent = torchrun(launcher, f"{TINY} {options} --batch_size 1")
     wait_until(lambda: count_lines("log") > 15)
-    os.kill(workers(process)[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    os.kill(workers(agent)[1], signal.SIGKILL)
+    agent.join(timeout=120)
+    assert agent.exitcode == 0
     records = [json.loads(line) for line in Path("log/log.jsonl").read_text().splitlines()]
     resumed_at = [record["step"] for record in records if record["kind"] == "run"]
     assert resumed_at[0] == 0 and len(resumed_at) == 2 and resumed_at[1] > 0
@@ -186,36 +189,35 @@ def test_torchrun_restarts_a_killed_worker_and_the_run_continues(start, run_trai
     assert_close(read_losses(kind="val"), read_losses("one", "val"))
 
 
-def test_two_nodes_match_one_process(start, run_train):
+def test_two_nodes_match_one_process(shards, run_train):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    rendezvous = ("--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test")
-    launcher = torchrun_command("--nnodes=2", "--nproc_per_node=1", "--local-addr=127.0.0.1", *rendezvous)
-    nodes = [start("--out_dir two", launcher) for _ in range(2)]
-    for node in nodes:
-        _, errors = node.communicate(timeout=120)
-        assert node.returncode == 0, errors
+    rendezvous = f"--rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{port} --rdzv_id=test"
+    launcher = f"--nnodes=2 --nproc_per_node=1 --local-addr=127.0.0.1 {rendezvous}"
+    agents = [torchrun(launcher, f"{TINY} --out_dir two") for _ in range(2)]
+    for agent in agents:
+        agent.join(timeout=120)
+        assert agent.exitcode == 0
     run_train("--batch_size 4", out_dir="one")
     assert_close(read_losses("two"), read_losses("one"))
     assert_close(read_losses("two", "val"), read_losses("one", "val"))
 
 
-def test_failing_rank_ends_the_job_with_its_error(start, tmp_path):
-    script = tmp_path / "one_fails.py"
-    script.write_text(
+def test_failing_rank_ends_the_job_with_its_error(shards):
+    Path("one_fails.py").write_text(
         "import sys, train\n"
         "def fails(step, args):\n"
         "    if step == 2 and train.torch.distributed.get_rank() == 1:\n"
         "        raise RuntimeError('rank 1 is broken')\n"
         "    return 1e-3\n"
         "train.learning_rate_at = fails\n"
-        "train.main(train.parse_args(sys.argv[2:]))\n"
+        "train.main(train.parse_args(sys.argv[1:]))\n"
     )
-    launcher = (*torchrun_command("--standalone", "--nproc_per_node=2"), str(script))
-    process = start("--max_steps 8", launcher, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0 and "RuntimeError: rank 1 is broken" in errors
+    command = f"-m torch.distributed.run --standalone --nproc_per_node=2 one_fails.py {TINY}".split()
+    options = dict(capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    ended = subprocess.run([sys.executable, *command], **options, timeout=120)
+    assert ended.returncode != 0 and "RuntimeError: rank 1 is broken" in ended.stderr
 
 
 UNREADABLE_SHARDS_SCRIPT = """

@@ -1,13 +1,13 @@
 """Kernels, compilers and memory."""
 
 import os
-import resource
 import termios
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import read_losses
+from conftest import TINY, begin, read_losses
 from torch.nn import functional as F
 
 import train
@@ -93,14 +93,13 @@ def test_only_attention_without_a_mask_may_use_cudnn(run_train, masked_calls):
     assert len(masked_calls[False]) > 20 and all(masked_calls[False])
 
 
-def test_out_of_memory_suggests_a_batch_size(start):
-    def limit():  # not RLIMIT_AS: CUDA maps more addresses than that without using them
-        resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, 2 << 30))
-
-    process = start("--vocab_size 500000 --batch_size 64 --total_batch_size 1024", preexec_fn=limit)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert errors.splitlines()[-1].startswith(
+def test_out_of_memory_suggests_a_batch_size(shards):
+    # RLIMIT_DATA, not RLIMIT_AS: CUDA maps more addresses than that without using them.
+    sizes = "--vocab_size 500000 --batch_size 64 --total_batch_size 1024"
+    process = begin(f"{TINY} {sizes}", errors="errors", data_bytes=1 << 30)
+    process.join(timeout=120)
+    assert process.exitcode == 1
+    assert Path("errors").read_text().splitlines()[-1].startswith(
         "train.py: error: out of memory with --batch_size 64: try --batch_size 32 or --recompute"
     )
 
@@ -119,16 +118,15 @@ def test_batch_size_auto_is_the_largest_that_fits(run_train, monkeypatch, capsys
         run_train("--batch_size auto")
 
 
-def test_missing_compiler_warns_once_and_terminal_shows_a_bar(start, tmp_path):
-    environment = {**os.environ, "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    environment.pop("CXX", None)
+def test_missing_compiler_warns_once_and_terminal_shows_a_bar(shards, tmp_path):
+    environment = {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CXX": ""}
     terminal, its_other_end = os.openpty()
     termios.tcsetwinsize(terminal, (24, 100))
-    process = start("--compile --max_steps 3", env=environment, stderr=its_other_end)
-    output, _ = process.communicate(timeout=120)
-    os.close(its_other_end)  # reading past the end now raises
-    bar = os.read(terminal, 65536).decode()
-    assert process.returncode == 0, bar
+    errors = os.ttyname(its_other_end)
+    process = begin(f"{TINY} --compile --max_steps 3", "printed", errors, environment)
+    process.join(timeout=120)
+    output, bar = Path("printed").read_text(), os.read(terminal, 65536).decode()
+    assert process.exitcode == 0, bar
     assert output.count("warning: torch.compile does not work here") == 1 and "float32, eager, " in output
     assert len(read_losses()) == 3
     assert "3/3" in bar and "step/s" in bar and "step/s" not in output

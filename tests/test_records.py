@@ -384,13 +384,15 @@ def test_log_that_is_replaced_by_an_editor_keeps_its_curves(run_train, monkeypat
     assert len(list(Path("log/tensorboard").iterdir())) == 1
 
 
-def test_table_tells_the_rate_that_is_reached_and_what_will_disappoint(run_train, capsys):
+def test_table_tells_the_rate_that_is_reached_and_what_will_disappoint(run_train, capsys, monkeypatch):
     def warnings(options: str) -> list[str]:
         capsys.readouterr()
         run_train(options)
         printed = capsys.readouterr().out.splitlines()
         return [line.removeprefix("warning").strip() for line in printed if line.startswith("warning ")]
 
+    take_step = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *_: (1.0, 1.0))
     # 110 windows of 16 tokens; a step reads 2.
     assert warnings("--max_steps 6 --total_batch_size 32 --val_every 0") == []
     (few,) = warnings("--max_steps 5 --total_batch_size 32 --val_every 0")
@@ -400,6 +402,7 @@ def test_table_tells_the_rate_that_is_reached_and_what_will_disappoint(run_train
     assert warnings("--max_steps 150 --total_batch_size 128 --val_every 150 --early_stop 9") == []
     (long,) = warnings("--max_steps 6 --total_batch_size 32 --val_tokens 320 --val_every 2")
     assert long.startswith("evaluations will take about 1.7 times as long as the training between them")
+    monkeypatch.setattr(train, "train_step", take_step)
     records = run_train("--max_steps 8 --warmup_steps 7 --embedding_lr 9e-3 --val_every 0")
     reached = max(record["lrs"]["embeddings"] for record in records["train"])
     assert f"embeddings, learning rate up to {reached:.2e}" in capsys.readouterr().out
