@@ -52,9 +52,9 @@ from runtime.distributed import Distributed
 from runtime.files import file_hash, write_atomically, write_json
 from runtime.hardware import synchronize
 from runtime.memory import keep_freed_memory
+from runtime.prepare import DEMO_ITEMS
 from sample import generate
 from tokenizer import NAMES, BatchTokenizer, get_tokenizer
-from train import DEMO_ITEMS
 
 PUBLISHED = "llm.c 468,000 tokens/s per H100 (40 % of peak) and 218,000 per A100 (60 %), discussion 481"
 GRACE_S = 40.0  # torchrun takes 30 to end ranks that do not react

@@ -367,7 +367,8 @@ def main(args: argparse.Namespace) -> None:
     items = load_items(args.data or download())[: args.limit]
     device = choose_device(args.device)
     model = GPT.from_pretrained(args.model)
-    print(describe_pretrained(args.model, model.metadata), end="", file=sys.stderr, flush=True)
+    if line := describe_pretrained(args.model, model.metadata):
+        print(line, file=sys.stderr, flush=True)
     tokenizer = tokenizer_for(model)
     model.to(device=device, dtype=getattr(torch, args.dtype))
     results = {}

@@ -287,8 +287,8 @@ def model_card(model: GPT, tokenizer: tiktoken.Encoding, source: Path, name: str
     log = read_log(folder) if step is not None and (folder / "log.jsonl").exists() else {}
     facts = {"parameters": f"{parameters:,}", "context": f"{config.block_size:,} tokens"}
     if step is not None:
-        is_best = step == metadata.get("best_step")
-        facts["checkpoint"] = f"step {step:,}" + (", the best validation loss of the run" if is_best else "")
+        is_best = metadata.get("val_loss") is not None and step == metadata.get("best_step")
+        facts["checkpoint"] = f"step {step:,}" + (", the best validation loss until then" if is_best else "")
     if step is not None and isinstance(args.get("total_batch_size"), int):
         facts["trained for"] = f"{step:,} steps of {args['total_batch_size']:,} tokens"
         facts["tokens seen"] = f"{step * args['total_batch_size']:,}"
@@ -302,18 +302,21 @@ def model_card(model: GPT, tokenizer: tiktoken.Encoding, source: Path, name: str
     for record in last.get("hellaswag", []):
         scores = f"acc_norm {record['acc_norm']:.2%}, acc {record['acc']:.2%}, {record['n']:,} items"
         facts["HellaSwag"] = f"{scores}, at step {record['step']:,}"
-    origin = "trained from scratch"
+    origin = ", trained from scratch" if step is not None and "init_from" in args else ""
     if begun_with := args.get("init_from"):
-        origin = f"fine-tuned from {begun_with if begun_with in HUB_NAMES else 'another checkpoint'}"
+        origin = f", fine-tuned from {begun_with if begun_with in HUB_NAMES else 'another checkpoint'}"
+    elif str(source) in HUB_NAMES:
+        origin = f", OpenAI's {source}"
     # The prompt takes at most half of the context, and all of the text fits into it.
     half = max(config.block_size // 2, 1)
     prompt = tokenizer.encode_ordinary(str(args.get("sample_prompt") or "The "))[:half]
-    text, new = tokenizer.decode(prompt).strip("\ufffd"), max(min(50, config.block_size - half), 1)
+    text = json.dumps(tokenizer.decode(prompt).strip("\ufffd"), ensure_ascii=False)
+    new = max(min(50, config.block_size - half), 1)
     lines = [
         *("---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2]", "---", ""),
-        *(f"# {name}", "", f"A GPT-2, {origin}. Use it like any other GPT-2:", ""),
+        *(f"# {name}", "", f"A GPT-2{origin}. Use it like any other GPT-2:", ""),
         *("```python", "from transformers import pipeline", ""),
-        f'pipeline("text-generation", "{name}")({json.dumps(text)}, max_new_tokens={new})',
+        f'pipeline("text-generation", "{name}")({text}, max_new_tokens={new})',
         *("```", "", "| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in facts.items()), ""),
     ]
     # 0 is a value, and equal to False.
@@ -376,7 +379,8 @@ def main(args: argparse.Namespace) -> None:
     prompts = [read_prompt(args.prompt_file)] if args.prompt_file else args.prompt
     device = choose_device(args.device)
     model = GPT.from_pretrained(args.model)
-    print(describe_pretrained(args.model, model.metadata), end="", file=sys.stderr, flush=True)
+    if line := describe_pretrained(args.model, model.metadata):
+        print(line, file=sys.stderr, flush=True)
     if args.export:
         export(model, args.model, args.export)
         print(f"wrote {args.export}: python sample.py --model {args.export}")

@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -32,34 +31,24 @@ from torch.nn.parallel import DistributedDataParallel
 import fineweb
 import hellaswag
 import sample
-from model import GPT, GPTConfig
+from model import GPT
 from muon import Muon
 from runtime import dry_run, eval_only, hardware
 from runtime.checkpoint import (
     CheckpointWriter,
     Progress,
-    check_disk,
     disk_usage,
-    load_training_state,
+    read_options,
     restore,
     training_state,
 )
-from runtime.cli import Range, as_words, check_options, error_lines, run
-from runtime.distributed import Distributed, Interrupted, Problems, StopSignal, setup_distributed
+from runtime.cli import Range, as_words, error_lines, run
+from runtime.distributed import Distributed, Interrupted, StopSignal, setup_distributed
 from runtime.files import parsing
-from runtime.records import (
-    Log,
-    RunFolder,
-    about_run,
-    check_packages,
-    describe_run,
-    read_options,
-    watched,
-)
+from runtime.prepare import SIZES, prepare
+from runtime.records import Log, RunFolder, about_run, describe_run, watched
 from tokenizer import NAMES, get_tokenizer
 
-DEMO_DATA_DIR = "demo_data"
-DEMO_ITEMS = Path(__file__).parent / "tests" / "hellaswag_items.jsonl"
 XL_BATCH = dict(batch_size=8, total_batch_size=1048576, max_steps=9537)  # the same 10 billion tokens
 MUON_WSD = dict(optimizer="muon", schedule="wsd", decay_share=0.5, min_lr=0.0)
 # Measured at 3 to 13 million weights; the ratios between the rates are what matters (LOG.md).
@@ -92,12 +81,11 @@ PRESETS = {
         **dict(n_layer=2, n_head=4, n_embd=128, block_size=64, batch_size=16, total_batch_size=1024),
         **dict(optimizer="muon", schedule="wsd", decay_share=0.5, shuffle=True),
         **dict(learning_rate=1e-2, min_lr=0.0, warmup_steps=50, max_steps=1600),
-        **dict(val_every=200, val_tokens=65536, hellaswag_every=800, hellaswag_data=str(DEMO_ITEMS)),
+        **dict(val_every=200, val_tokens=65536, hellaswag_every=800, hellaswag_data="demo"),
         **dict(sample_every=800, sample_prompt="import ", sample_tokens=300),
         **dict(checkpoint_every=800, log_every=50),
     },
 }
-ARCHITECTURE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout")
 CLASSIC_STEPS, CLASSIC_WARMUP_STEPS = 19073, 715  # Brown et al. 2020 (GPT-3), appendix B: 375M tokens
 OVERFIT_LOSS = 0.05  # nats per token; --overfit_batch passes below this
 
@@ -226,6 +214,14 @@ class DataLoaderLite:
         return self.dist.leave_with_error("\n".join(lines))
 
 
+def open_loaders(args: argparse.Namespace, dist: Distributed) -> dict[str, DataLoaderLite]:
+    """Return the loaders of both splits."""
+    sizes = {name: getattr(args, name) for name in ("batch_size", "block_size", "vocab_size")}
+    order = {"shuffle": args.shuffle, "seed": args.seed}
+    val = DataLoaderLite(args.data_dir, "val", dist=dist, **sizes)
+    return {"val": val, "train": DataLoaderLite(args.data_dir, "train", dist=dist, **sizes, **order)}
+
+
 @torch.no_grad()
 def validate(
     model: torch.nn.Module,
@@ -289,6 +285,7 @@ def option_parser(**settings) -> argparse.ArgumentParser:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     description = __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter, **settings)
+    switch = dict(action=argparse.BooleanOptionalAction, default=False)
     add = parser.add_argument_group("run").add_argument
     add("--preset", help=f"defaults that other options override: {', '.join(PRESETS)} (None: gpt2)")
     add("--data_dir", help="folder of shards (None: edu_fineweb10B, or demo_data, which the demo makes)")
@@ -313,7 +310,7 @@ def option_parser(**settings) -> argparse.ArgumentParser:
     batch_size = Range(int_or_auto, 1)
     add("--batch_size", type=batch_size, default=64, help="sequences per rank and micro-step, or auto")
     add("--total_batch_size", type=AT_LEAST_1, default=524288, help="tokens per step, over all ranks")
-    add("--shuffle", action=argparse.BooleanOptionalAction, default=False, help="permute every epoch")
+    add("--shuffle", **switch, help="permute every epoch")
     add = parser.add_argument_group("optimizer").add_argument
     add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the blocks' matrices")
     add("--schedule", choices=("cosine", "wsd"), default="cosine", help="wsd: constant, then linear decay")
@@ -338,7 +335,7 @@ def option_parser(**settings) -> argparse.ArgumentParser:
     add("--val_tokens", type=AT_LEAST_1, default=10485760, help="tokens per validation, always the same ones")
     add("--hellaswag_every", type=AT_LEAST_0, default=250, help="steps between evaluations (0: disabled)")
     add("--hellaswag_limit", type=AT_LEAST_1, help="score only the first N items (None: all)")
-    add("--hellaswag_data", help=f"items to score (None: {hellaswag.DATA}, downloaded if missing)")
+    add("--hellaswag_data", help=f"items to score; demo: 44 items (None: {hellaswag.DATA}, downloaded)")
     add("--sample_every", type=AT_LEAST_0, default=250, help="steps between samples (0: disabled)")
     prompt = "Hello, I'm a language model,"
     add("--sample_prompt", default=prompt, help="prompt of the samples (None: the start of the text)")
@@ -349,205 +346,65 @@ def option_parser(**settings) -> argparse.ArgumentParser:
     add("--keep", type=AT_LEAST_0, default=2, help="newest checkpoints to keep, plus model_best.pt (0: all)")
     add("--milestone_every", type=AT_LEAST_0, default=5, help="keep every Nth checkpoint forever (0: none)")
     add("--log_every", type=AT_LEAST_1, default=10, help="steps between lines on the console")
-    add("--tensorboard", action="store_true", help="also write tensorboard/ in --out_dir")
-    add("--wandb", action="store_true", help="also log to Weights & Biases; WANDB_MODE=offline works")
+    add("--tensorboard", **switch, help="also write tensorboard/ in --out_dir")
+    add("--wandb", **switch, help="also log to Weights & Biases; WANDB_MODE=offline works")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="autocast dtype")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (None: on CUDA only)")
-    add("--recompute", action="store_true", help="recompute activations: less memory, more compute")
+    add("--recompute", **switch, help="recompute activations: less memory, more compute")
     return parser
+
+
+def derived_options(args: argparse.Namespace) -> dict[str, float]:
+    """Return the options that follow from others where they are not given."""
+    full = {"warmup_steps": CLASSIC_WARMUP_STEPS, "max_steps": CLASSIC_STEPS, **PRESETS[args.preset]}
+    warmup_steps = round(full["warmup_steps"] * min(args.max_steps / full["max_steps"], 1))
+    return {"warmup_steps": warmup_steps, "min_lr": args.learning_rate / 10}
+
+
+def read_run(out_dir: str, preset: str | None) -> list[str]:
+    """Return the options of a run as words, without those that followed from others and will again."""
+    options = read_options(out_dir)
+    with parsing(out_dir, "the folder of a run", "delete the broken lines of its log.jsonl"):
+        parser = option_parser(exit_on_error=False)
+        args = parser.parse_args(as_words(parser, options))
+        if args.preset in PRESETS:
+            derived = derived_options(args)
+            options = {name: value for name, value in options.items() if value != derived.get(name)}
+    if args.preset and preset not in (None, args.preset):
+        raise ValueError(
+            f"--preset is {preset}, but {out_dir} was started with {args.preset}: leave it out to "
+            "resume that run, or leave out --resume to start another one"
+        )
+    return as_words(parser, options)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser, words, before = option_parser(), sys.argv[1:] if argv is None else argv, []
     given = parser.parse_known_args(words)[0]
-    preset = given.preset
     if given.resume:
-        before = as_words(parser, read_options(given.out_dir))
-        with parsing(given.out_dir, "the folder of a run", "delete the broken lines of its log.jsonl"):
-            preset = option_parser(exit_on_error=False).parse_args(before).preset
-        if preset and given.preset not in (None, preset):
-            raise ValueError(
-                f"--preset is {given.preset}, but {given.out_dir} was started with {preset}: leave it out to "
-                "resume that run, or leave out --resume to start another one"
-            )
-        preset, words = preset or given.preset, [*before, *words]  # what is given comes last, so it wins
-    preset = preset or "gpt2"
+        before = read_run(given.out_dir, given.preset)
+        words = [*before, *words]  # what is given comes last, so it wins
+    preset = parser.parse_known_args(words)[0].preset or "gpt2"
     if preset not in PRESETS:
         raise ValueError(f"unknown --preset {preset!r}: choose from {', '.join(PRESETS)}")
-    derived = (*ARCHITECTURE, "warmup_steps")  # filled in below
+    later = (*SIZES, "warmup_steps")  # filled in below or by --init_from
     # What a resumed run has not recorded, or as None, must not come from its preset, which may have changed.
-    defaults = {} if before else {k: v for k, v in PRESETS[preset].items() if k not in derived}
+    defaults = {} if before else {k: v for k, v in PRESETS[preset].items() if k not in later}
     parser.set_defaults(**defaults, preset=preset)
     args = parser.parse_args(words)
-    if args.warmup_steps is None:
-        full = {"warmup_steps": CLASSIC_WARMUP_STEPS, "max_steps": CLASSIC_STEPS, **PRESETS[preset]}
-        args.warmup_steps = round(full["warmup_steps"] * min(args.max_steps / full["max_steps"], 1))
+    values = derived_options(args)
     if args.init_from is None:
-        architecture = {"block_size": 1024, **PRESETS[preset]}
-        for name in ("block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(args, name) is None:
-                setattr(args, name, architecture[name])
-    if args.min_lr is None:
-        args.min_lr = args.learning_rate / 10
+        values |= {"block_size": 1024} | {k: v for k, v in PRESETS[preset].items() if k in SIZES}
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.overfit_batch:
         args.val_every = args.hellaswag_every = args.sample_every = 0
     if args.overfit_batch or args.eval_only:
         args.checkpoint_every = 0
     return args
-
-
-def limit_steps(args: argparse.Namespace) -> None:
-    """Replace --epochs by the --max_steps that it means for the shards; the warm-up shrinks in proportion."""
-    tokens = sum(fineweb.Shards(args.data_dir, "train").lengths)
-    steps = min(args.max_steps, max(round(args.epochs * tokens / args.total_batch_size), 1))
-    args.warmup_steps = args.warmup_steps * steps // args.max_steps
-    args.max_steps, args.epochs = steps, None  # a resumed run may be extended
-
-
-def check_args(args: argparse.Namespace, world_size: int) -> None:
-    """Raise ValueError, with a line for each problem, if the options alone are wrong."""
-    problems = []
-    if args.warmup_steps >= args.max_steps > 0:
-        problems.append(
-            f"--warmup_steps is {args.warmup_steps}, but --max_steps is {args.max_steps}: the run would end "
-            "during warm-up; lower --warmup_steps or leave it out"
-        )
-    checks = [name for name in ("dry_run", "overfit_batch", "eval_only") if getattr(args, name)]
-    if len(checks) > 1:
-        names = " and ".join(f"--{name}" for name in checks)
-        problems.append(f"{names} are different checks: use one of them")
-    if args.resume and (args.overfit_batch or args.eval_only):
-        problems.append(f"--{checks[0]} does not continue a run: leave out --resume")
-    if args.eval_only and not args.init_from:
-        problems.append("--eval_only needs a model: add --init_from with a checkpoint, run folder or gpt2")
-    if args.price and not args.dry_run:
-        problems.append("--price is for the forecast of --dry_run: add it, or leave out --price")
-    if args.early_stop and not args.val_every:
-        problems.append("--early_stop counts validations, but --val_every is 0: set both or neither")
-    # Sizes may still have to come from --init_from, and out of range they are reported below.
-    if (args.n_embd or 0) > 0 and (args.n_head or 0) > 0 and args.n_embd % args.n_head:
-        problems.append(
-            f"--n_embd {args.n_embd} is not divisible by --n_head {args.n_head}: change one of them"
-        )
-    batch_size = 1 if args.batch_size == "auto" else args.batch_size
-    micro_step = batch_size * (args.block_size or 0) * world_size
-    if micro_step > 0 and args.total_batch_size % micro_step and not args.eval_only:
-        nearest = max(round(args.total_batch_size / micro_step), 1) * micro_step
-        problems.append(
-            f"--total_batch_size {args.total_batch_size} is not divisible by --batch_size {batch_size} x "
-            f"--block_size {args.block_size} x {world_size} rank(s) = {micro_step}: "
-            f"use --total_batch_size {nearest} or another --batch_size"
-        )
-    check_options(option_parser(), args, problems)
-
-
-def load_model(args: argparse.Namespace, n_vocab: int, resumed: dict | None) -> GPT:
-    """Build the model, with the weights of the resumed checkpoint or of --init_from if there are any.
-
-    Fills in the architecture options that were left open. Raises ValueError, with a line for each, for
-    options that differ from the weights.
-    """
-    model, known = None, {"vocab_size": math.ceil(n_vocab / 64) * 64}
-    if resumed:
-        source, model = args.out_dir, GPT.from_pretrained(resumed, dropout=args.dropout)
-        known = {**asdict(model.config), "block_size": resumed["args"]["block_size"]}
-    elif args.init_from:
-        source, model = args.init_from, GPT.from_pretrained(args.init_from, dropout=args.dropout)
-        known = asdict(model.config)
-    problems = []
-    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-        asked = getattr(args, name)
-        # Windows may be shorter than the model's context.
-        shorter_windows = model and not resumed and name == "block_size" and asked and asked < known[name]
-        if asked is None:
-            setattr(args, name, known[name])
-        elif model and asked != known[name] and not shorter_windows:
-            problems.append(f"--{name} is {asked}, but {source} has {known[name]}: leave it out")
-    if args.vocab_size < n_vocab:
-        problems.append(f"--vocab_size is {args.vocab_size}, but the shards' tokenizer has {n_vocab} ids")
-    if problems:
-        raise ValueError("\n".join(problems))
-    return model or GPT(GPTConfig(**{name: getattr(args, name) for name in ARCHITECTURE}))
-
-
-def first_words(tokens: np.ndarray, tokenizer) -> str:
-    """Return up to five words from the beginning of a document, as a prompt."""
-    document = [int(token) for token in tokens if token != tokenizer.eot_token][:40]
-    return " ".join(tokenizer.decode(document).strip("\ufffd").split()[:5])
-
-
-def prepare(
-    args: argparse.Namespace, dist: Distributed, folder: RunFolder
-) -> tuple[GPT, torch.dtype, dict[str, DataLoaderLite], list[hellaswag.Example], dict | None]:
-    """Return model, dtype, loaders, HellaSwag examples, and the checkpoint to resume or None.
-
-    Everything that can be wrong or missing is found here, before the first step. Fills in the options left
-    open, and locks the folder if it exists. Raises ValueError, with a line for each problem, on the main rank
-    and SystemExit on the others. A collective.
-    """
-    model, tokenizer, items, loaders = None, None, [], {}
-    problems = Problems(dist)
-    is_demo = args.data_dir is None and args.preset == "demo"
-    args.data_dir = args.data_dir or (DEMO_DATA_DIR if is_demo else "edu_fineweb10B")
-    problems.call(check_args, args, dist.world_size)
-    problems.call(check_packages, args)
-    dtype = problems.call(hardware.choose_dtype, args.dtype, dist.device)
-    if is_demo:
-        if dist.is_main:
-            problems.call(fineweb.prepare_demo, DEMO_DATA_DIR)
-        problems.none_on_any_rank()  # the other ranks wait for the shards
-    if args.epochs:
-        problems.call(limit_steps, args)
-    if dist.is_main:
-        problems.call(folder.check, args.data_dir, not (args.dry_run or args.eval_only))
-    if manifest := problems.call(fineweb.read_set, args.data_dir, args.tokenizer) or {}:
-        args.tokenizer = manifest["tokenizer"]
-    if args.hellaswag_every and args.hellaswag_data:
-        items = problems.call(hellaswag.load_items, args.hellaswag_data) or []
-    resumed = None
-    if args.resume:
-        resumed = problems.call(load_training_state, args.out_dir, args.optimizer, args.max_steps)
-        hint = f"the ranks would resume {args.out_dir} at different steps; every node has to see this folder"
-        problems.call(dist.check_same, resumed and resumed["step"], hint)
-    if problems.none_on_any_rank():  # what may need the network comes after everything local
-        is_needed = args.sample_every or args.hellaswag_every or args.sample_prompt is None
-        if is_needed or "vocab_size" not in manifest:
-            tokenizer = problems.call(get_tokenizer, args.tokenizer)
-        if args.hellaswag_every and not args.hellaswag_data and problems.none_on_any_rank():
-            if dist.is_main:
-                problems.call(hellaswag.download)
-            if problems.none_on_any_rank():  # the other ranks wait for the file
-                items = problems.call(hellaswag.load_items, hellaswag.DATA) or []
-    if problems.none_on_any_rank():
-        n_vocab = tokenizer.n_vocab if tokenizer else manifest["vocab_size"]
-        torch.manual_seed(args.seed)
-        model = problems.call(load_model, args, n_vocab, resumed)
-    if problems.none_on_any_rank():
-        model = model.to(dist.device)
-        model.recompute = args.recompute
-        problems.call(check_args, args, dist.world_size)  # again, with the architecture of --init_from
-        problems.call(check_disk, args, model.optimizer_groups(args.weight_decay), resumed)
-    if problems.none_on_any_rank():
-        with problems.collect():
-            if args.batch_size != "auto":
-                hardware.check_memory(model, args.batch_size, args.block_size, dtype, dist.device)
-            else:
-                sizes = (args.total_batch_size, args.block_size)
-                args.batch_size = hardware.find_batch_size(model, *sizes, dtype, dist)
-            sizes = {name: getattr(args, name) for name in ("batch_size", "block_size", "vocab_size")}
-            order = {"shuffle": args.shuffle, "seed": args.seed}
-            loaders["val"] = DataLoaderLite(args.data_dir, "val", dist=dist, **sizes)
-            loaders["train"] = DataLoaderLite(args.data_dir, "train", dist=dist, **sizes, **order)
-            if args.sample_prompt is None:
-                args.sample_prompt = first_words(loaders["val"].read(0), tokenizer)
-    if problems.none_on_any_rank():
-        found = [loader.description for loader in loaders.values()]
-        hint = f"the ranks see different shards; {args.data_dir} has to be the same on every node"
-        problems.call(dist.check_same, found, hint)
-    problems.raise_all()
-    return model, dtype, loaders, hellaswag.render(items[: args.hellaswag_limit], tokenizer), resumed
 
 
 def build_optimizer(model: GPT, args: argparse.Namespace, dist: Distributed) -> torch.optim.AdamW:
@@ -620,8 +477,39 @@ def train_step(
     return loss_sum.item(), norm
 
 
+def score(
+    model: GPT,
+    dist: Distributed,
+    autocast: torch.autocast,
+    stop: StopSignal,
+    examples: list[hellaswag.Example],
+) -> dict:
+    """Return the HellaSwag scores of `hellaswag.evaluate`; an error ends all ranks. A collective."""
+    try:
+        with autocast:
+            return hellaswag.evaluate(model, examples, stop=stop)
+    except ValueError as error:  # all ranks see the same scores
+        raise dist.leave_with_error(str(error)) from error
+
+
+def write_samples(
+    model: GPT, dist: Distributed, stop: StopSignal, args: argparse.Namespace, tokens: int
+) -> list[str]:
+    """Return two samples, the same on all ranks. Raises Interrupted if one has got a signal. A collective."""
+    generator = torch.Generator(dist.device).manual_seed(args.seed)
+    what = (get_tokenizer(args.tokenizer), [args.sample_prompt], tokens)
+    texts = []
+    with contextlib.suppress(Interrupted):
+        options = dict(num_samples=2, top_k=50, generator=generator)
+        texts = sample.complete(model, *what, **options, on_text=stop.check)
+    if any(dist.sum(bool(stop))):
+        raise Interrupted
+    return texts
+
+
 def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> None:
-    raw_model, dtype, loaders, examples, resumed = prepare(args, dist, folder)
+    opened = partial(open_loaders, args, dist)
+    raw_model, dtype, loaders, examples, resumed = prepare(args, dist, folder, option_parser(), opened)
     device = dist.device
     optimizer = build_optimizer(raw_model, args, dist)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -645,27 +533,11 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
     is_new, resumed = not resumed, None  # its memory is needed
     stop, stopping = StopSignal(), False
 
-    def score(examples: list[hellaswag.Example]) -> dict:
-        try:
-            with autocast:
-                return hellaswag.evaluate(raw_model, examples, stop=stop)
-        except ValueError as error:  # all ranks see the same scores
-            raise dist.leave_with_error(str(error)) from error
-
-    def write_samples(tokens: int) -> list[str]:
-        generator = torch.Generator(device).manual_seed(args.seed)
-        what = (get_tokenizer(args.tokenizer), [args.sample_prompt], tokens)
-        options = dict(num_samples=2, top_k=50, generator=generator, on_text=stop.check)
-        texts = []
-        with contextlib.suppress(Interrupted):
-            texts = sample.complete(raw_model, *what, **options)
-        if any(dist.sum(bool(stop))):
-            raise Interrupted
-        return texts
-
     contexts = (autocast, attention)
     take_step = partial(train_step, model, optimizer, scaler, loaders["train"], *contexts, args)
     evaluate = partial(validate, model, loaders["val"], autocast, stop=stop)
+    score_items = partial(score, raw_model, dist, autocast, stop)
+    write_texts = partial(write_samples, raw_model, dist, stop, args)
     state = partial(training_state, raw_model, optimizer, scaler, progress, args, loaders)
     with attention():
         how = hardware.describe_compute(args, dtype, device, compiled)
@@ -673,20 +545,20 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
     disk = disk_usage(args, optimizer.param_groups)
     epoch_tokens = loaders["train"].windows * args.block_size
     item_tokens = sum(len(each.context) + sum(map(len, each.endings)) for each in examples)
-    dist.say(describe_run(args, about, how, epoch_tokens, item_tokens, disk))
+    val_tokens = loaders["val"].windows_for(args.val_tokens) * args.block_size
+    dist.say(describe_run(args, about, how, epoch_tokens, val_tokens, item_tokens, disk))
     raw_model.train()
     loaders["train"].seek(progress.windows)
+    calls = dict(evaluate=evaluate, score=score_items, write_samples=write_texts)
     if args.dry_run:
         what = (args, dist, dtype, raw_model, model, *contexts, loaders, examples, progress.step, compiled)
-        calls = dict(take_step=take_step, evaluate=evaluate, score=score, write_samples=write_samples)
-        dry_run.rehearse(*what, **calls, state=state)
+        dry_run.rehearse(*what, **calls, take_step=take_step, state=state)
         return dist.leave()
-
     if args.eval_only:
-        what = (args, loaders["val"], examples, get_tokenizer(args.tokenizer))
-        eval_only.report(*what, evaluate=evaluate, score=score, write_samples=write_samples)
+        eval_only.report(args, loaders["val"], examples, get_tokenizer(args.tokenizer), **calls)
         return dist.leave()
 
+    folder.callback(stop.restore)
     log, writer = lambda step, kind, **values: None, None
     if dist.is_main:
         folder.begin(is_new)
@@ -724,12 +596,12 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
                     last_step = True
 
             if args.hellaswag_every and (step % args.hellaswag_every == 0 or last_step):
-                scores = score(examples)
+                scores = score_items(examples)
                 del scores["items"]
                 log(step, "hellaswag", **scores, compilations=hardware.compilations() if compiled else 0)
 
             if args.sample_every and (step % args.sample_every == 0 or last_step):
-                log(step, "sample", texts=write_samples(args.sample_tokens))
+                log(step, "sample", texts=write_texts(args.sample_tokens))
         except Interrupted:
             stopping = True
 
@@ -774,7 +646,6 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
         if stopping or (args.overfit_batch and train_loss < OVERFIT_LOSS):
             break
 
-    stop.restore()
     if dist.is_main:
         writer.close()
         if not stopping:

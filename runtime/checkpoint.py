@@ -25,7 +25,14 @@ import torch
 from tqdm import tqdm
 
 from runtime.cli import NOT_RESUMED
-from runtime.files import check_types, existing_folder, parsing, whole_folder, write_atomically
+from runtime.files import (
+    check_types,
+    existing_folder,
+    parsing,
+    read_records,
+    whole_folder,
+    write_atomically,
+)
 from runtime.hardware import synchronize
 from runtime.memory import is_out_of_memory
 from runtime.records import RunFolder
@@ -61,15 +68,34 @@ def step_of(path: Path) -> float:
     """Return the step of model_00250.pt or model_best.pt; that of a damaged model_best.pt is infinite."""
     if number := NUMBERED.fullmatch(path.name):
         return int(number[1])
+    step = read_value(path, "step")
+    return step if isinstance(step, int) else math.inf  # it may be the newest, so loading reports it
+
+
+def read_value(path: Path, key: str) -> object:
+    """Return one value of a checkpoint without reading its tensors, or None if it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             check_pickles(archive)
-        step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
-        return step if isinstance(step, int) else math.inf
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)[key]
     except Exception as error:
         if not is_damage(error):
             raise system_error(path, error) from error
-        return math.inf  # it may be the newest, so loading reports it
+
+
+def read_options(out_dir: str | Path) -> dict[str, object]:
+    """Return the options with which the run in a folder was last started, or an empty dict.
+
+    They are in its log and, for a folder that holds nothing but a checkpoint, in that.
+    """
+    folder = Path(out_dir)
+    log = folder / "log.jsonl"
+    records = read_records(log) if log.exists() else []
+    found = [record["args"] for record in records if isinstance(record.get("args"), dict)]
+    if not found and folder.is_dir():
+        found = [read_value(path, "args") for path in checkpoints_in(folder)]
+        found = [options for options in found if isinstance(options, dict)]
+    return found[-1] if found else {}
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -267,6 +293,11 @@ def training_state(
     }
 
 
+def plain(value: object) -> object:
+    """Return a number without the digits that rounding has left."""
+    return f"{value:g}" if isinstance(value, float) else value
+
+
 def restore(
     resumed: dict,
     optimizer: torch.optim.Optimizer,
@@ -310,7 +341,8 @@ def restore(
         split: "data_dir" in changed if older else resumed["data"].get(split) != loader.description
         for split, loader in loaders.items()
     }
-    changes = [f"--{name} {getattr(args, name)} (was {before.get(name)})" for name in sorted(changed)]
+    pairs = [(name, getattr(args, name), before.get(name)) for name in sorted(changed)]
+    changes = [f"--{name} {plain(now)} (was {plain(was)})" for name, now, was in pairs]
     what = f"changed options: {', '.join(changes)}" if changes else "with the same options"
     lines = [f"resuming {args.out_dir} at step {progress.step}, {what}"]
     epoch, window = divmod(progress.windows, loaders["train"].windows)
@@ -344,7 +376,7 @@ def read_pretrained(source: str | Path | dict) -> tuple[dict, dict[str, torch.Te
 
 
 def describe_pretrained(source: str | Path, metadata: dict) -> str:
-    """Return a line about the checkpoint that was loaded, and one about a better one; empty for other models.
+    """Return a line about the checkpoint that was loaded, one about a better one; empty for other models.
 
     A run folder gives its newest checkpoint, and model_best.pt may be much older.
     """
@@ -355,8 +387,8 @@ def describe_pretrained(source: str | Path, metadata: dict) -> str:
     best_step, best = metadata.get("best_step"), metadata.get("best_val_loss")
     if None not in (loss, best_step, best) and loss - best > MUCH_WORSE and Path(source).is_dir():
         at = f"at step {best_step:,} it was {best:.4f}"
-        lines.append(f"{source}: {at}; use --model {Path(source) / BEST} for that one")
-    return "".join(f"{line}\n" for line in lines)
+        lines.append(f"{source}: {at}; {Path(source) / BEST} is that one")
+    return "\n".join(lines)
 
 
 def _read_hugging_face(source: str) -> tuple[dict, dict[str, torch.Tensor], dict]:
@@ -508,7 +540,7 @@ def check_disk(args: argparse.Namespace, groups: list[dict], resumed: dict | Non
     if resumed:
         grid, recent = args.milestone_every * args.checkpoint_every, resumed.get("recent", {})
         for path in checkpoints_in(Path(args.out_dir)):
-            is_milestone = path.name != BEST and grid and step_of(path) % grid == 0
+            is_milestone = path.name != BEST and grid and step_of(path) and step_of(path) % grid == 0
             if path.name == BEST or path.name in recent or is_milestone or args.keep == 0:
                 needed -= path.stat().st_size
         needed = max(needed, size)
@@ -578,7 +610,8 @@ class CheckpointWriter:
     def _write(self, names: list[str], checkpoint: dict, held_ms: float) -> None:
         started, recent = time.perf_counter(), dict(self.recent)
         if self.keep:
-            is_milestone = self.milestone_steps and checkpoint["step"] % self.milestone_steps == 0
+            step = checkpoint["step"]
+            is_milestone = step and self.milestone_steps and step % self.milestone_steps == 0
             recent |= {name: not is_milestone for name in names if NUMBERED.fullmatch(name)}
         else:
             recent = {}

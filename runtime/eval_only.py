@@ -4,9 +4,12 @@ import argparse
 import json
 import math
 from collections.abc import Callable
+from concurrent.futures import wait
 
 import numpy as np
 import tiktoken
+
+from runtime.distributed import Problems
 
 
 def report(
@@ -25,7 +28,8 @@ def report(
     """
     results, say = {}, loader.dist.say
     if args.val_every:
-        loss, (tokens, size) = evaluate(args.val_tokens), count_bytes(loader, args.val_tokens, tokenizer)
+        loss = evaluate(args.val_tokens)
+        tokens, size = count_bytes(loader, args.val_tokens, tokenizer)
         results |= dict(val_loss=loss, val_tokens=tokens, bits_per_byte=loss * tokens / size / math.log(2))
         say(f"validation   {loss:.4f} nats per token, {results['bits_per_byte']:.4f} bits per byte")
         say(f"             on {tokens:,} tokens, {size:,} bytes, of {args.data_dir}")
@@ -43,9 +47,19 @@ def report(
 
 
 def count_bytes(loader, val_tokens: int, tokenizer: tiktoken.Encoding) -> tuple[int, int]:
-    """Return how many tokens a validation predicts and the bytes of their text; end-of-text has none."""
+    """Return how many tokens a validation predicts and the bytes of their text; end-of-text has none.
+
+    Ends the command if the shards cannot be read. A collective: the first rank reads them.
+    """
     lengths = np.zeros(loader.vocab_size, dtype=np.int64)
     for token in set(range(tokenizer.n_vocab)) - {tokenizer.eot_token}:
         lengths[token] = len(tokenizer.decode_single_token_bytes(token))
-    windows = range(loader.windows_for(val_tokens))
-    return len(windows) * loader.block_size, sum(int(lengths[loader.read(i)[1:]].sum()) for i in windows)
+    windows, size = range(loader.windows_for(val_tokens)), 0
+    problems = Problems(loader.dist)
+    wait([loader.pending])  # it reads the same files
+    if loader.dist.is_main:
+        with problems.collect():
+            size = sum(int(lengths[loader.read(i)[1:]].sum()) for i in windows)
+    problems.raise_all()
+    (size,) = loader.dist.sum(size)
+    return len(windows) * loader.block_size, int(size)

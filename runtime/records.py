@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -96,6 +97,8 @@ class RunFolder(contextlib.ExitStack):
     def nothing_to_resume(self) -> str:
         """Return the line that says so, and names the folder beside this one that has a checkpoint."""
         line = f"nothing to resume in {self.name}: starting a new run"
+        if (self.path / "log.jsonl").exists():
+            line += ", with the options of the one that ended before its first checkpoint"
         with contextlib.suppress(OSError):  # another run may be deleting its checkpoints
             newest = max(self.path.parent.glob("*/model_*.pt"), key=os.path.getmtime, default=None)
             line += f" (there is one in {Path(self.name).with_name(newest.parent.name)})" if newest else ""
@@ -119,14 +122,6 @@ class RunFolder(contextlib.ExitStack):
             tqdm.write(f"warning: {was} was deleted, moved or replaced: the run continues in {self.path}")
             self._acquire()
             return True
-
-
-def read_options(out_dir: str | Path) -> dict[str, object]:
-    """Return the options with which the run in a folder was last started, or an empty dict."""
-    path = Path(out_dir) / "log.jsonl"
-    records = read_records(path) if path.exists() else []
-    found = [record["args"] for record in records if isinstance(record.get("args"), dict)]
-    return found[-1] if found else {}
 
 
 def is_measured_again(record: dict, args: argparse.Namespace, start_step: int, last_step: bool) -> bool:
@@ -177,8 +172,9 @@ class Log:
             import wandb
 
             project = os.environ.get("WANDB_PROJECT", "gpt2")
+            about = dict(id=os.environ.get("WANDB_RUN_ID", wandb_id), resume="allow")
             try:
-                self.wandb = wandb.init(project=project, dir=folder.path, id=wandb_id, resume="allow")
+                self.wandb = wandb.init(project=project, dir=folder.path, **about)
             except wandb.errors.Error as error:
                 message = f"Weights & Biases: {error} (without an account: WANDB_MODE=offline)"
                 raise ValueError(" ".join(message.split())) from error
@@ -200,9 +196,12 @@ class Log:
                 mean_s = (now - self.first_step_began) / (step + 1 - self.start_step)
                 left_s = mean_s * (self.args.max_steps - step - 1)
                 tqdm.write(describe_step(step, values, left_s))
-                if left_s > LONG_RUN_S and 0 < step - self.start_step <= self.args.log_every:  # it is warm
-                    days = f"at this speed the run takes {left_s / 86400:.0f} days"
-                    tqdm.write(f"warning: {days}; --dry_run forecasts it for a machine, lower --max_steps")
+                left_s = values["dt_ms"] / 1000 * (self.args.max_steps - step - 1)  # without compilation
+                if left_s > LONG_RUN_S and 0 < step - self.start_step <= self.args.log_every:
+                    tqdm.write(
+                        f"warning: at this speed, the rest of the run takes {left_s / 86400:.0f} days: lower "
+                        "--max_steps, or use --dry_run to see how long another machine would take"
+                    )
             self.bar.update()
             self.bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
         elif kind in ("val", "hellaswag", "sample"):
@@ -293,14 +292,18 @@ class Log:
     def report_end(self, step: int, overfit_loss: float | None, stopped: bool) -> None:
         """Print how the run has ended and what to do next. Draws its picture if it went to its end."""
         if stopped:
-            again = f"train.py --resume --out_dir {self.folder.name} continues"
+            again = f"python train.py --resume --out_dir {shlex.quote(self.folder.name)} continues"
+            if self.args.overfit_batch:
+                again = "the check has no result"
+            elif not self.args.checkpoint_every:
+                again = "with --checkpoint_every 0 there is nothing to resume"
             tqdm.write(f"stopped by a signal before step {step}: {again}")
         elif overfit_loss is not None:
             tqdm.write(f"overfit check passed: loss {overfit_loss:.4f} after {step} steps")
         else:
-            prompt = json.dumps(self.args.sample_prompt)
+            model, prompt = shlex.quote(self.folder.name), shlex.quote(self.args.sample_prompt)
             tqdm.write(f"loss curve: {self.draw()}")
-            tqdm.write(f"next:       python sample.py --model {self.folder.name} --prompt {prompt}")
+            tqdm.write(f"next:       python sample.py --model {model} --prompt {prompt}")
 
     def close(self) -> None:
         """Write what is still unwritten, also by TensorBoard and Weights & Biases, and remove the bar."""
@@ -345,13 +348,14 @@ def describe_run(
     about: dict,
     how: str,
     epoch_tokens: int,
+    val_tokens: int,
     item_tokens: int,
     disk: tuple[int, int, int],
 ) -> str:
     """Return what a run is about to do, one line per thing that its user may want to change, and warnings.
 
-    `about` is the record of kind `run`. The HellaSwag items have `item_tokens`; `disk` comes from
-    `disk_usage`.
+    `about` is the record of kind `run`. A validation reads `val_tokens`, and the HellaSwag items have
+    `item_tokens`; `disk` comes from `disk_usage`.
     """
     hardware, ranks = about["hardware"], about["world_size"]
     tokens, micro_batch = args.max_steps * args.total_batch_size, args.batch_size * args.block_size * ranks
@@ -380,18 +384,23 @@ def describe_run(
     for group in about["groups"]:
         what = f"{group['params']:,} {group['name']}, learning rate up to {group['lr']:.2e}"
         lines.append((group["optimizer"], f"{what}, weight decay {group['weight_decay']:g}"))
-    lines += [("warning", text) for text in what_disappoints(args, tokens / epoch_tokens, item_tokens)]
+    warnings = what_disappoints(args, tokens / epoch_tokens, val_tokens, item_tokens)
+    lines += [("warning", text) for text in warnings]
     return "\n".join(f"{name:12} {text}" for name, text in lines)
 
 
-def what_disappoints(args: argparse.Namespace, epochs: float, item_tokens: int) -> list[str]:
-    """Return a line for each thing about a run that its user will probably regret."""
+def what_disappoints(
+    args: argparse.Namespace, epochs: float, val_tokens: int, item_tokens: int
+) -> list[str]:
+    """Return a line for each thing about a run that its user will probably regret; checks have none."""
+    if args.eval_only or args.overfit_batch:
+        return []
     lines = []
     if epochs < FEW_EPOCHS:
         lines.append(f"only {epochs:.1%} of the training data will be read: raise --max_steps if you can")
     if epochs > MANY_EPOCHS and not args.early_stop:
         lines.append(f"{epochs:.0f} epochs memorize the text: lower --max_steps or use --early_stop")
-    pairs = ((args.val_tokens, args.val_every), (item_tokens, args.hellaswag_every))
+    pairs = ((val_tokens, args.val_every), (item_tokens, args.hellaswag_every))
     # A step of training takes three times as long as the forward pass over its tokens.
     share = sum(tokens / every for tokens, every in pairs if every) / (3 * args.total_batch_size)
     if share > 1:

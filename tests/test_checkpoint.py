@@ -38,7 +38,7 @@ def test_run_killed_at_random_instants_loses_nothing(shards):
     options = (
         f"--data_dir {shards} --tokenizer byte --n_layer 2 --n_head 2 --n_embd 48 --block_size 16 "
         f"--batch_size 16 --total_batch_size 256 --warmup_steps 2 --max_steps 50 --dropout 0.1 --shuffle "
-        f"--val_every 3 --val_tokens 600 --hellaswag_every 25 --hellaswag_data {train.DEMO_ITEMS} "
+        f"--val_every 3 --val_tokens 600 --hellaswag_every 25 --hellaswag_data demo "
         "--sample_every 0 --checkpoint_every 3 --device cpu --dtype float32 --resume --out_dir"
     )
     whole = begin(f"{options} whole")

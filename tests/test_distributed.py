@@ -132,7 +132,7 @@ EVALUATIONS = {
 @pytest.mark.parametrize("kind", EVALUATIONS)
 @pytest.mark.parametrize("step", [0, 3])
 def test_signal_ends_an_evaluation_and_the_run_can_be_resumed(run_train, monkeypatch, capsys, kind, step):
-    options = f"--hellaswag_data {train.DEMO_ITEMS} --hellaswag_every 3 --sample_every 3 --dropout 0.1"
+    options = "--hellaswag_data demo --hellaswag_every 3 --sample_every 3 --dropout 0.1"
     run_train(options, out_dir="whole")
     where, name, counts = EVALUATIONS[kind]
     original, calls = getattr(where, name), []

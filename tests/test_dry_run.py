@@ -141,7 +141,7 @@ def test_nothing_is_written_and_a_run_is_left_as_it_is(rehearse, run_train):
 
 @pytest.mark.parametrize("resume", ["", "--resume"])
 def test_forecast_counts_what_the_run_does(rehearse, run_train, capsys, resume):
-    options = f"--max_steps 10 --sample_every 4 --hellaswag_every 5 --hellaswag_data {train.DEMO_ITEMS} "
+    options = "--max_steps 10 --sample_every 4 --hellaswag_every 5 --hellaswag_data demo "
     options += "--checkpoint_every 2 --val_every 3"
     if resume:
         run_train("--max_steps 3 --checkpoint_every 3")

@@ -10,7 +10,6 @@ import torch
 from conftest import TINY, begin, read_losses
 from torch.nn import functional as F
 
-import train
 from model import GPT, GPTConfig
 from runtime import hardware
 
@@ -87,7 +86,7 @@ def masked_calls(monkeypatch):
 
 def test_only_attention_without_a_mask_may_use_cudnn(run_train, masked_calls):
     assert torch.backends.cuda.cudnn_sdp_enabled()
-    options = f"--hellaswag_every 3 --hellaswag_data {train.DEMO_ITEMS} --block_size 64 --batch_size 1"
+    options = "--hellaswag_every 3 --hellaswag_data demo --block_size 64 --batch_size 1"
     run_train(f"{options} --sample_every 3")
     assert len(masked_calls[True]) > 20 and not any(masked_calls[True])
     assert len(masked_calls[False]) > 20 and all(masked_calls[False])

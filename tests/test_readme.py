@@ -12,6 +12,7 @@ from huggingface_hub.cli import hf
 
 import train
 from model import GPT, GPTConfig
+from runtime import prepare
 
 SCRIPTS = ("train", "fineweb", "hellaswag", "sample", "plot", "bench")
 
@@ -63,7 +64,7 @@ def test_every_training_command_makes_sense(line):
     args = train.parse_args(options)
     launched = [word for word in words if word.startswith(("--nnodes", "--nproc_per_node"))]
     ranks = [int(word.partition("=")[2]) for word in launched]
-    train.check_args(args, math.prod(ranks))
+    prepare.check_args(args, math.prod(ranks), train.option_parser())
     rates = [train.learning_rate_at(step, args) for step in range(args.max_steps + 1)]
     assert max(rates) == args.learning_rate and rates.index(max(rates)) <= 0.05 * args.max_steps
     assert rates[-1] == pytest.approx(args.min_lr) and rates[-1] <= 0.1 * max(rates)

@@ -24,7 +24,6 @@ from model import GPT, GPTConfig
 from runtime.cli import run
 from sample import generate
 from tokenizer import get_tokenizer
-from train import DEMO_ITEMS
 
 
 @pytest.fixture
@@ -268,7 +267,7 @@ def test_command_tells_which_checkpoint_it_took_and_of_a_better_one(run_train, c
     torch.save({**newest, "best_step": 2, "best_val_loss": newest["val_loss"] - 1}, "log/model_00003.pt")
     loss = newest["val_loss"]
     expected = [f"log: step 3, validation loss {loss:.4f}"]
-    expected += [f"log: at step 2 it was {loss - 1:.4f}; use --model log/model_best.pt for that one"]
+    expected += [f"log: at step 2 it was {loss - 1:.4f}; log/model_best.pt is that one"]
     for options, lines in {("--model", "log"): 2, ("--model", "log/model_00003.pt"): 1}.items():
         capsys.readouterr()
         sample.main(sample.parse_args([*options, "--device", "cpu", "--max_new_tokens", "2"]))
@@ -324,7 +323,9 @@ def test_each_problem_is_one_error_line(command, options, message):
 
 
 def test_exported_run_works_in_transformers(run_train, command, tmp_path):
-    log = run_train(f"--hellaswag_every 3 --hellaswag_data {DEMO_ITEMS} --sample_every 3 --sample_tokens 5")
+    log = run_train(
+        "--hellaswag_every 3 --hellaswag_data demo --sample_every 3 --sample_tokens 5 --sample_prompt=Hé😀"
+    )
     assert command(["--model", "log", "--export", "exported"])[1] is None
     ours, theirs = GPT.from_pretrained("log").eval(), AutoModelForCausalLM.from_pretrained("exported").eval()
     idx = torch.randint(0, 257, (2, 16))
@@ -351,7 +352,7 @@ def test_exported_run_works_in_transformers(run_train, command, tmp_path):
         "| `--n_layer` | 2 |",
         "| `--dropout` | 0.0 |",
         f"| parameters | {back.num_params():,} |",
-        "| checkpoint | step 6, the best validation loss of the run |",
+        "| checkpoint | step 6, the best validation loss until then |",
         "A GPT-2, trained from scratch.",
     ):
         assert fact in card
@@ -359,7 +360,7 @@ def test_exported_run_works_in_transformers(run_train, command, tmp_path):
     example = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]  # in the folder above the exported one
     made = {}
     exec(example.replace("pipeline(\"", "made = pipeline(\""), made)
-    assert made["made"][0]["generated_text"].startswith("Hello, I")
+    assert made["made"][0]["generated_text"].startswith("Hé😀")
     newest = torch.load("log/model_00006.pt", weights_only=True)
     torch.save({**newest, "step": 5}, "log/model_00005.pt")  # between two evaluations
     assert command(["--model", "log/model_00005.pt", "--export", "between"])[1] is None
@@ -371,6 +372,8 @@ def test_exported_run_works_in_transformers(run_train, command, tmp_path):
     run_train("--init_from exported", out_dir="tuned")
     assert command(["--model", "tuned", "--export", "tuned-gpt2"])[1] is None
     assert "A GPT-2, fine-tuned from another checkpoint." in Path("tuned-gpt2/README.md").read_text()
+    assert command(["--model", "exported", "--export", "again"])[1] is None
+    assert "A GPT-2. Use it" in Path("again/README.md").read_text()  # where it comes from is not known
     assert not Path("exported.tmp").exists()
 
 

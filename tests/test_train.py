@@ -3,8 +3,11 @@
 import functools
 import json
 import math
+import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +21,7 @@ from transformers import GPT2LMHeadModel
 import fineweb
 import train
 from model import GPT
+from runtime import prepare
 from runtime.distributed import Distributed
 from train import DataLoaderLite
 
@@ -139,7 +143,7 @@ def test_shuffled_windows_are_uniform_and_independent_of_the_length_of_the_epoch
 
 
 def test_run_writes_log_checkpoints_and_picture(run_train):
-    options = f"--keep 1 --sample_every 3 --hellaswag_every 6 --hellaswag_data {train.DEMO_ITEMS}"
+    options = "--keep 1 --sample_every 3 --hellaswag_every 6 --hellaswag_data demo"
     records = run_train(options, picture=True)
     assert [record["step"] for record in records["train"]] == list(range(6))
     assert [record["step"] for record in records["val"]] == [0, 3, 6]
@@ -554,14 +558,74 @@ def test_resumed_run_gets_its_options_back_and_given_ones_win(run_train, capsys)
     args = [vars(train.parse_args(words.split())) for words in (f"{TINY} {options} --resume", "--resume")]
     assert args[0] == {**args[1], "batch_size": 2}
     train.main(train.parse_args("--resume --no-shuffle --learning_rate 3e-3".split()))
-    changes = "changed options: --learning_rate 0.003 (was 0.01), --shuffle False (was True)"
-    assert f"resuming log at step 4, {changes}" in capsys.readouterr().out
+    changes = "--learning_rate 0.003 (was 0.01), --min_lr 0.0003 (was 0.001), --shuffle False (was True)"
+    assert f"resuming log at step 4, changed options: {changes}" in capsys.readouterr().out
     for words, message in {
         "--preset demo": "--preset is demo, but log was started with gpt2",
         "--optimizer adamw": "--optimizer is adamw, but the checkpoint in log has the state of muon",
     }.items():
         with pytest.raises(ValueError, match=message):
             train.main(train.parse_args(f"--resume {words}".split()))
+
+
+def test_options_that_followed_from_others_follow_again(run_train):
+    run_train("--max_steps 8 --checkpoint_every 4 --tensorboard --embedding_lr 2e-2")
+    resumed = train.parse_args("--resume --learning_rate 5e-3 --no-tensorboard".split())
+    assert resumed.min_lr == 5e-4 and not resumed.tensorboard and resumed.embedding_lr == 2e-2
+    assert resumed.warmup_steps == 2  # was given
+    given = "--min_lr 1e-3 --max_steps 190"
+    run = {**vars(train.parse_args(f"{TINY} {given}".split())), "warmup_steps": 7}  # 715 * 190 / 19073
+    Path("log/log.jsonl").write_text(json.dumps({"step": 0, "kind": "run", "args": run}) + "\n")
+    for words, warmup, min_lr in (("", 7, 1e-3), ("--max_steps 54", 2, 1e-3), ("--min_lr 0", 7, 0)):
+        resumed = train.parse_args(f"--resume {words}".split())
+        assert (resumed.warmup_steps, resumed.min_lr) == (warmup, min_lr)
+
+
+def test_options_come_back_from_a_checkpoint_without_a_log(run_train, capsys):
+    run_train("--max_steps 8 --checkpoint_every 4 --seed 5 --shuffle")
+    Path("branch").mkdir()
+    shutil.copy("log/model_00004.pt", "branch")
+    train.main(train.parse_args(["--resume", "--out_dir", "branch"]))
+    assert "resuming branch at step 4, with the same options" in capsys.readouterr().out
+    assert read_losses("branch") == read_losses("log")[4:]
+
+
+def test_restart_of_a_run_that_ended_before_its_first_checkpoint_says_whose_options_it_has(run_train, capsys):
+    run_train("--max_steps 3 --checkpoint_every 0 --seed 5")
+    train.main(train.parse_args(["--resume"]))
+    line = "nothing to resume in log: starting a new run, with the options of the one that ended before its"
+    assert line in capsys.readouterr().out
+    assert json.loads(Path("log/log.jsonl").read_text().splitlines()[0])["args"]["seed"] == 5
+
+
+def test_signal_while_the_last_checkpoint_is_written_does_not_lose_it(run_train, monkeypatch):
+    close = train.CheckpointWriter.close
+
+    def interrupted(writer):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(writer)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train.CheckpointWriter, "close", interrupted)
+    run_train("--max_steps 6")
+    assert Path("log/model_00006.pt").exists() and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_interrupted_check_promises_nothing(run_train, monkeypatch, capsys):
+    take_step = train.train_step
+
+    def stopped(*words):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(*words)
+
+    monkeypatch.setattr(train, "train_step", stopped)
+    for options, end in {
+        "--overfit_batch": "the check has no result",
+        "--checkpoint_every 0": "with --checkpoint_every 0 there is nothing to resume",
+        "": "python train.py --resume --out_dir log continues",
+    }.items():
+        run_train(options)
+        assert f"stopped by a signal before step 1: {end}\n" in capsys.readouterr().out
 
 
 def test_damaged_options_of_a_run_are_one_line(run_train):
@@ -587,7 +651,7 @@ def test_nothing_to_resume_is_said_and_the_run_beside_it_named(run_train, capsys
 
 
 def test_evaluation_alone_gives_what_the_run_measured_and_changes_nothing(run_train, capsys):
-    options = f"--hellaswag_data {train.DEMO_ITEMS} --hellaswag_every 3 --sample_every 3 --hellaswag_limit 7"
+    options = "--hellaswag_data demo --hellaswag_every 3 --sample_every 3 --hellaswag_limit 7"
     run = run_train(f"{options} --max_steps 3")
     before = {path: path.stat().st_mtime_ns for path in Path("log").iterdir()}
     capsys.readouterr()
@@ -640,7 +704,7 @@ def test_compiled_training_matches_eager_and_compiles_once(run_train, monkeypatc
     # Skips inductor, whose C++ takes long: this tests our graph, its names and its fixed shapes.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.utils.counters.clear()
-    options = f"--n_layer 1 --sample_every 3 --hellaswag_every 3 --hellaswag_data {train.DEMO_ITEMS}"
+    options = "--n_layer 1 --sample_every 3 --hellaswag_every 3 --hellaswag_data demo"
     eager, compiled = (run_train(f"{options} {option}") for option in ("", "--compile"))
     assert losses(compiled) == pytest.approx(losses(eager), abs=1e-4)
     assert compiled["val"][-1]["loss"] == pytest.approx(eager["val"][-1]["loss"], abs=1e-4)
@@ -709,13 +773,14 @@ def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
     run = next(json.loads(line) for line in open("log/log.jsonl"))["args"]
     # 1,777 tokens, 5 times, in steps of 128; warm-up is a fiftieth, as in the whole preset.
     assert run["max_steps"] == 69 and run["warmup_steps"] == 1 and run["epochs"] is None
+    assert run["dropout"] == 0.1
     tokens = np.load("shards/edufineweb_val_000000.npy")[:17]  # of the first window
     text = bytes(token for token in tokens.tolist() if token < 256).decode(errors="replace")
     prompt = " ".join(text.strip("\ufffd").split()[:5])
-    assert run["sample_prompt"] == prompt and json.dumps(prompt) in printed.splitlines()[-1]
+    assert run["sample_prompt"] == prompt and shlex.quote(prompt) in printed
     before = train.parse_args(["--resume"])
     assert (before.max_steps, before.preset, before.data_dir) == (69, "text", "shards")
     assert before.epochs is None and train.parse_args(["--resume", "--max_steps", "99"]).max_steps == 99
     long = train.parse_args([*options, "--max_steps", "50", "--warmup_steps", "7"])
-    train.limit_steps(long)
+    prepare.limit_steps(long)
     assert (long.max_steps, long.warmup_steps) == (50, 7)
