@@ -1,18 +1,22 @@
 """Draw the curves of one or more runs from their log.jsonl.
 
     python plot.py log                                            # writes log/loss.png
+    python plot.py log --output report.html                       # curves to hover and zoom, samples, options
     python plot.py log --follow 30 --references                   # again every 30 s until the run has ended
     python plot.py log log.1 --against minutes --output runs.png  # compares runs, one color per run
 
 Panels: training and validation loss, learning rate, gradient norm, tokens/s, and HellaSwag if a run has
-scored it. The loss panel cuts off the high losses of the first tenth of a run.
+scored it. The loss panel cuts off the high losses of the first tenth of a run. A report is one file of 5 MB
+that needs no network, because plotly's code is in it.
 """
 
 import argparse
 import contextlib
+import html
 import os
 import time
 from bisect import bisect_left
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
@@ -99,6 +103,60 @@ def smooth(steps: list[float], values: list[float]) -> tuple[list[float], list[f
     )
 
 
+def panels_of(logs: dict[str, dict[str, list[dict]]]) -> list[tuple[str, str | None, list[tuple[str, str]]]]:
+    """Return title, unit and curves, as kinds and names, of each panel that the runs have data for."""
+    panels = [
+        ("loss", unit_of(logs), [("train", "loss"), ("val", "loss")]),
+        ("learning rate", None, [("train", "lr")]),
+        ("gradient norm", None, [("train", "norm")]),
+        ("tokens/s", None, [("train", "tokens_per_s")]),
+    ]
+    if any(log.get("hellaswag") for log in logs.values()):
+        panels.append(("HellaSwag", "acc_norm", [("hellaswag", "acc_norm")]))
+    return panels
+
+
+def options_of(log: dict[str, list[dict]]) -> dict:
+    """Return the options with which a run was last started."""
+    found = [record["args"] for record in log.get("run", []) if isinstance(record.get("args"), dict)]
+    return found[-1] if found else {}
+
+
+def unit_of(logs: dict[str, dict[str, list[dict]]]) -> str:
+    """Return the unit of the runs' losses. Bytes are tokens, too."""
+    is_byte = {options_of(log).get("tokenizer") == "byte" for log in logs.values()}
+    return "nats per byte" if is_byte == {True} else "nats per token"
+
+
+def lines_of(
+    logs: dict[str, dict[str, list[dict]]], curves: list[tuple[str, str]], against: str
+) -> Iterator[tuple[int, str, list[float], list[float]]]:
+    """Yield the number of the run, the label and the points of each line of a panel."""
+    for i, (folder, log) in enumerate(logs.items()):
+        for kind, name in curves:
+            steps, values = curve(log.get(kind, []), name)
+            if steps:
+                x = positions(steps, log, against)
+                x, values = smooth(x, values) if kind == "train" else (x, values)
+                yield i, f"{folder}: {kind}", x, values
+
+
+def limits(lines: list[tuple[list[float], list[float]]], published: list[float]) -> tuple[float, float]:
+    """Return limits of the loss panel that show the lines from the first tenth on, and published values."""
+    late = [value for x, values in lines for at, value in zip(x, values, strict=True) if at >= x[-1] / 10]
+    late += published
+    room = 0.05 * (max(late) - min(late)) or 0.05
+    return min(late) - room, max(late) + room
+
+
+def read_logs(folders: list[str | Path]) -> dict[str, dict[str, list[dict]]]:
+    """Return the logs of runs by their names. Raises ValueError if no run has a training step."""
+    logs = {os.path.relpath(folder): read_log(folder) for folder in folders}
+    if not any(log.get("train") for log in logs.values()):
+        raise ValueError(f"no training steps in {', '.join(logs)}: train first")
+    return logs
+
+
 def plot(
     folders: list[str | Path], output: str | Path, against: str = "step", references: str | None = None
 ) -> None:
@@ -109,17 +167,8 @@ def plot(
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    logs = {os.path.relpath(folder): read_log(folder) for folder in folders}
-    if not any(log.get("train") for log in logs.values()):
-        raise ValueError(f"no training steps in {', '.join(logs)}: train first")
-    panels = [
-        ("loss", "nats per token", [("train", "loss"), ("val", "loss")]),
-        ("learning rate", None, [("train", "lr")]),
-        ("gradient norm", None, [("train", "norm")]),
-        ("tokens/s", None, [("train", "tokens_per_s")]),
-    ]
-    if any(log.get("hellaswag") for log in logs.values()):
-        panels.append(("HellaSwag", "acc_norm", [("hellaswag", "acc_norm")]))
+    logs = read_logs(folders)
+    panels = panels_of(logs)
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     grid = figure.add_gridspec(2, len(panels) - 1, height_ratios=(2, 1))
     places = [grid[0, :], *(grid[1, i] for i in range(len(panels) - 1))]
@@ -129,35 +178,144 @@ def plot(
         axes.grid(alpha=0.3)
         if against == "tokens":
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        late = []  # values that the loss panel has to show
-        for i, (folder, log) in enumerate(logs.items()):
-            for kind, name in curves:
-                steps, values = curve(log.get(kind, []), name)
-                if not steps:
-                    continue
-                x = positions(steps, log, against)
-                if kind == "train":
-                    x, values = smooth(x, values)
-                    axes.plot(x, values, color=f"C{i}", lw=1, label=f"{folder}: {kind}")
-                else:
-                    label = f"{folder}: {kind}, last {values[-1]:.4f}"
-                    axes.plot(x, values, color=f"C{i}", marker="o", ms=4, ls="--", label=label)
-                late += [value for at, value in zip(x, values, strict=True) if at >= x[-1] / 10]
+        lines = list(lines_of(logs, curves, against))
+        for i, label, x, values in lines:
+            if label.endswith(": train"):
+                axes.plot(x, values, color=f"C{i}", lw=1, label=label)
+            else:
+                label = f"{label}, last {values[-1]:.4f}"
+                axes.plot(x, values, color=f"C{i}", marker="o", ms=4, ls="--", label=label)
         published = REFERENCES.get(references, {}).get(title, {})
         for name, value in published.items():
             axes.axhline(value, color="black", lw=1, ls=":")
             place = dict(transform=axes.get_yaxis_transform(), ha="right", fontsize="small")
             va = "top" if value == min(published.values()) else "bottom"  # the lines are close
             axes.text(0.99, value, f"published: {name} {value:.4g}", va=va, **place)
-            late.append(value)
             axes.margins(y=0.12)
         if title in ("tokens/s", "gradient norm"):
             axes.set_ylim(bottom=0)
-        if title == "loss" and late:
-            room = 0.05 * (max(late) - min(late)) or 0.05
-            axes.set_ylim(min(late) - room, max(late) + room)
+        if title == "loss" and lines:
+            axes.set_ylim(*limits([line[2:] for line in lines], list(published.values())))
             axes.legend(fontsize="small")
     write_atomically(Path(output), lambda file: figure.savefig(file, dpi=110, format="png"))
+
+
+REPORT = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font-family: sans-serif; margin: 1.5em auto; max-width: 1200px; padding: 0 1em; color: #222 }}
+table {{ border-collapse: collapse; margin: 1em 0 }}
+th, td {{ text-align: left; padding: 0.2em 1.2em 0.2em 0; border-bottom: 1px solid #ddd }}
+.samples {{ display: flex; gap: 1em; overflow-x: auto }}
+.samples > div {{ flex: 0 0 22em; background: #f6f6f6; padding: 0 1em }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere }}
+</style></head><body>
+<h1>{title}</h1>
+{body}
+</body></html>
+"""
+COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
+
+
+def report(
+    folders: list[str | Path], output: str | Path, against: str = "step", references: str | None = None
+) -> None:
+    """Write one HTML file that works offline: the curves of all runs, results, samples and options.
+
+    Raises ValueError if no run has a training step.
+    """
+    logs = read_logs(folders)
+    body = [curves_html(logs, against, references)]
+    body += ["<h2>Results</h2>", table_html(results(logs, references or "fineweb-edu"))]
+    for name, log in logs.items():
+        body += [f"<h2>Samples of {html.escape(name)}</h2>", samples_html(log)] if log.get("sample") else []
+    body += ["<h2>Options and machine</h2>", table_html(about(logs))]
+    page = REPORT.format(title=html.escape(", ".join(logs)), body="\n".join(body))
+    write_atomically(Path(output), lambda file: file.write(page.encode(errors="replace")))
+
+
+def curves_html(logs: dict[str, dict[str, list[dict]]], against: str, references: str | None) -> str:
+    """Return the curves as a part of a page, with plotly's code."""
+    from plotly.graph_objects import Scatter
+    from plotly.subplots import make_subplots
+
+    panels = panels_of(logs)
+    rows = 1 + len(panels) // 2
+    places = [(1, 1), *((2 + i // 2, 1 + i % 2) for i in range(len(panels) - 1))]
+    specs = [[{"colspan": 2}, None], *([{}, {}] for _ in range(rows - 1))]
+    titles = [f"{title}, {unit}" if unit else title for title, unit, _ in panels]
+    heights = [2, *([1] * (rows - 1))]
+    figure = make_subplots(rows, 2, specs=specs, subplot_titles=titles, row_heights=heights)
+    for (row, column), (title, _, curves) in zip(places, panels, strict=True):
+        lines = list(lines_of(logs, curves, against))
+        for i, label, x, values in lines:
+            mode = "lines" if label.endswith(": train") else "lines+markers"
+            style = dict(color=COLORS[i % len(COLORS)], dash="solid" if mode == "lines" else "dash")
+            line = Scatter(x=x, y=values, name=html.escape(label), mode=mode, line=style)
+            figure.add_trace(line.update(showlegend=title == "loss"), row, column)
+        published = REFERENCES.get(references, {}).get(title, {})
+        for name, value in published.items():
+            label = f"published: {name} {value:.4g}"
+            figure.add_hline(value, line_dash="dot", annotation_text=label, row=row, col=column)
+        if title == "loss" and lines:
+            shown = limits([line[2:] for line in lines], list(published.values()))
+            figure.update_yaxes(range=shown, row=row, col=column)
+    figure.update_xaxes(title_text=against)
+    figure.update_layout(height=420 + 260 * (rows - 1), hovermode="x unified", legend_orientation="h")
+    return figure.to_html(full_html=False, include_plotlyjs=True, div_id="curves")
+
+
+def results(logs: dict[str, dict[str, list[dict]]], references: str) -> list[list[str]]:
+    """Return the rows of a table with the results of the runs and, for GPT-2's tokens, published ones."""
+    rows = [["", "steps", "tokens seen", "last validation loss", "best", "HellaSwag acc_norm"]]
+    for name, log in logs.items():
+        seen = sum(map(AXES["tokens"], log.get("train", [])))
+        losses = curve(log.get("val", []), "loss")[1]
+        scores = curve(log.get("hellaswag", []), "acc_norm")[1]
+        last, best = (f"{value:.4f}" for value in (losses[-1], min(losses))) if losses else ("", "")
+        score = f"{scores[-1]:.2%} of {log['hellaswag'][-1]['n']:,} items" if scores else ""
+        rows.append([name, f"{len(log.get('train', [])):,}", f"{seen:,.0f}", last, best, score])
+    if unit_of(logs) == "nats per token":
+        published = REFERENCES[references]
+        for name in dict.fromkeys([*published["loss"], *published["HellaSwag"]]):
+            loss, score = published["loss"].get(name), published["HellaSwag"].get(name)
+            loss, score = f"{loss:.4g}" if loss else "", f"{score:.2%}" if score else ""
+            rows.append([f"published, on {references}: {name}", "", "", loss, "", score])
+    return rows
+
+
+def about(logs: dict[str, dict[str, list[dict]]]) -> list[list[str]]:
+    """Return the rows of a table with hardware, versions and options of the runs, one column each."""
+    columns = []
+    for log in logs.values():
+        last = log.get("run", [{}])[-1]
+        column = {"ranks": last.get("world_size"), "commit": last.get("commit"), "started": last.get("time")}
+        for part in (last.get("hardware"), last.get("versions")):
+            column |= part if isinstance(part, dict) else {}
+        column |= {f"--{name}": value for name, value in options_of(log).items()}
+        columns.append({name: value for name, value in column.items() if value is not None})
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [["", *logs], *([name, *(str(column.get(name, "")) for column in columns)] for name in names)]
+
+
+def samples_html(log: dict[str, list[dict]]) -> str:
+    """Return the samples of a run side by side, oldest first, each with the validation loss of its step."""
+    losses = dict(zip(*curve(log.get("val", []), "loss"), strict=True))
+    columns = []
+    for record in log["sample"]:
+        loss = f", validation loss {losses[record['step']]:.4f}" if record["step"] in losses else ""
+        texts = record.get("texts")
+        texts = [str(text) for text in texts] if isinstance(texts, list) else []
+        boxes = "".join(f"<pre>{html.escape(text)}</pre>" for text in texts)
+        columns.append(f"<div><h3>step {record['step']:,}{loss}</h3>{boxes}</div>")
+    return f'<div class="samples">{"".join(columns)}</div>'
+
+
+def table_html(rows: list[list[str]]) -> str:
+    """Return a table; the first row is its head."""
+    head, *rest = [[html.escape(str(cell)) for cell in row] for row in rows]
+    lines = [f"<tr><th>{'</th><th>'.join(head)}</th></tr>"]
+    lines += [f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rest]
+    return f"<table>{''.join(lines)}</table>"
 
 
 def has_ended(log: dict[str, list[dict]]) -> bool:
@@ -177,7 +335,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("runs", nargs="+", help="run folders or log.jsonl files")
-    add("--output", help="PNG to write (default: loss.png in the first folder)")
+    add("--output", help="PNG or report.html to write (default: loss.png in the first folder)")
     add("--against", choices=AXES, default="step", help="horizontal axis; minutes exclude evaluations")
     help = "draw published values of the 124M model: of FineWeb-Edu, or on fineweb (None: none)"
     add("--references", nargs="?", choices=REFERENCES, const="fineweb-edu", help=help)
@@ -196,7 +354,8 @@ def main(args: argparse.Namespace) -> None:
             begun = [folder for folder in args.runs if not args.follow or has_begun(folder)]
             all_ended = begun == args.runs and all(has_ended(read_log(folder)) for folder in begun)
             if begun:
-                plot(begun, output, args.against, args.references)
+                draw = report if str(output).endswith(".html") else plot
+                draw(begun, output, args.against, args.references)
             print(f"wrote {output}" if begun else "waiting for the first step", flush=True)
             if all_ended or not args.follow:
                 break

@@ -579,14 +579,14 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
     stop.listen()
     for step in range(start_step, args.max_steps + 1):
         progress.step, due = step, []
-        last_step = step == args.max_steps
+        last_step, seen = step == args.max_steps, progress.windows * args.block_size
         if dist.is_main:
             writer.check()
 
         try:
             if args.val_every and (step % args.val_every == 0 or last_step):
                 progress.val_loss = evaluate(args.val_tokens)
-                log(step, "val", loss=progress.val_loss)
+                log(step, "val", loss=progress.val_loss, tokens=seen)
                 if progress.val_loss < progress.best_val_loss:
                     progress.best_val_loss, progress.best_step = progress.val_loss, step
                     due.append("model_best.pt")
@@ -598,10 +598,11 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
             if args.hellaswag_every and (step % args.hellaswag_every == 0 or last_step):
                 scores = score_items(examples)
                 del scores["items"]
-                log(step, "hellaswag", **scores, compilations=hardware.compilations() if compiled else 0)
+                compilations = hardware.compilations() if compiled else 0
+                log(step, "hellaswag", **scores, tokens=seen, compilations=compilations)
 
             if args.sample_every and (step % args.sample_every == 0 or last_step):
-                log(step, "sample", texts=write_texts(args.sample_tokens))
+                log(step, "sample", texts=write_texts(args.sample_tokens), tokens=seen)
         except Interrupted:
             stopping = True
 

@@ -6,6 +6,7 @@
 
 import argparse
 import contextlib
+import html
 import importlib.util
 import itertools
 import json
@@ -14,6 +15,7 @@ import os
 import shlex
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -166,8 +168,7 @@ class Log:
         self.file = open(path, "ab+", buffering=0)
         self.tensorboard = self.wandb = None
         if args.tensorboard:
-            # Hidden too, but not measured again.
-            self._start_tensorboard([record for record in kept if record["step"] == start_step > 0])
+            self._start_tensorboard(kept)
         if args.wandb:
             import wandb
 
@@ -178,7 +179,10 @@ class Log:
             except wandb.errors.Error as error:
                 message = f"Weights & Biases: {error} (without an account: WANDB_MODE=offline)"
                 raise ValueError(" ".join(message.split())) from error
-            self.wandb.define_metric("*", step_metric="step")  # its own step counter cannot go back
+            for metric in ("train/*", "checkpoint/*", "end/*", "sample/*"):
+                self.wandb.define_metric(metric, step_metric="step")  # its own step counter cannot go back
+            for metric in ("val/*", "hellaswag/*"):
+                self.wandb.define_metric(metric, step_metric="tokens")
         # disable=None shows the bar on a terminal only.
         self.bar = tqdm(total=args.max_steps, initial=start_step, unit="step", disable=None)
         self.first_step_began: float | None = None
@@ -217,6 +221,12 @@ class Log:
             self._write()
             numbers = self._report(step, kind, **values)
             if self.wandb:
+                numbers |= {"tokens": values["tokens"]} if "tokens" in values else {}
+                if texts := values.get("texts"):
+                    import wandb
+
+                    boxes = "".join(f"<pre>{html.escape(text)}</pre>" for text in texts)
+                    numbers["sample/texts"] = wandb.Html(boxes)
                 self.wandb.log({"step": step, **numbers})
 
     def _write(self) -> None:
@@ -253,21 +263,36 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = self.folder.path / "tensorboard"
+        # Hides what was reported at this step and later ones, be they training steps or tokens.
         self.tensorboard = SummaryWriter(folder, purge_step=self.start_step, flush_secs=10)
-        for record in records:
-            self._report(**record)
+        for record in records if self.start_step else ():
+            if record["step"] == self.start_step:
+                self._report(**record)
+            elif isinstance(record.get("tokens"), int) and record["tokens"] >= self.start_step:
+                self._report_by_tokens(**record)
 
     def _report(self, step: int, kind: str, **values) -> dict[str, float]:
-        """Return the numbers of a record by the names of their curves, and send them to TensorBoard."""
-        values |= {f"lr {name}": rate for name, rate in values.pop("lrs", {}).items()}
-        numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        """Return the numbers of a record by the names of their curves, and send it to TensorBoard."""
+        rates = {f"lr {name}": rate for name, rate in values.get("lrs", {}).items()}
+        numbers = {f"{kind}/{k}": v for k, v in {**values, **rates}.items() if isinstance(v, int | float)}
         try:
             for name, value in numbers.items() if self.tensorboard else ():
                 self.tensorboard.add_scalar(name, value, step)
+            if self.tensorboard:
+                self._report_by_tokens(kind, **values)
+            if self.tensorboard and (texts := values.get("texts")):
+                code = "\n\n---\n\n".join(textwrap.indent(text, "    ") for text in texts)  # not Markdown
+                self.tensorboard.add_text("sample", code, step)
         except OSError as error:  # its writer gives up after the first one
             tqdm.write(f"warning: TensorBoard's files end at step {step} ({error}); log.jsonl goes on")
             self.tensorboard = None
         return numbers
+
+    def _report_by_tokens(self, kind: str, **values) -> None:
+        """Send what an evaluation has measured to TensorBoard again, at the tokens seen until then."""
+        name = {"val": "loss", "hellaswag": "acc_norm"}.get(kind)
+        if isinstance(values.get(name), int | float) and isinstance(values.get("tokens"), int):
+            self.tensorboard.add_scalar(f"by tokens/{kind} {name}", values[name], values["tokens"])
 
     def checkpoint(self, step: int, **values) -> None:
         """Record a checkpoint and, if the picture is old, redraw it. Called in the background."""
@@ -303,6 +328,8 @@ class Log:
         else:
             model, prompt = shlex.quote(self.folder.name), shlex.quote(self.args.sample_prompt)
             tqdm.write(f"loss curve: {self.draw()}")
+            report = shlex.quote(f"{self.folder.name}/report.html")
+            tqdm.write(f"report:     python plot.py {model} --output {report}")
             tqdm.write(f"next:       python sample.py --model {model} --prompt {prompt}")
 
     def close(self) -> None:

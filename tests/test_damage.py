@@ -270,6 +270,7 @@ def read_log(monkeypatch) -> None:
     # A picture takes half a second: it is drawn without being written.
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"a picture"))
     attempt(plot, "log", "--references", "--against", "tokens")
+    attempt(plot, "log", "--output", "report.html")
     shutil.copy("model.pt", "log/model_00003.pt")
     assert attempt(sample, "--model", "log", "--export", "card") is None
     assert attempt(train, *RUN.split(), "--resume", "--max_steps", 4) is None

@@ -1,7 +1,11 @@
+import base64
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from conftest import REPOSITORY
@@ -128,3 +132,74 @@ def test_missing_and_empty_runs_are_reported_by_name(tmp_path):
     record = {"step": 0, "kind": "train", "loss": None, "lr": 1, "norm": None, "tokens_per_s": 8, "dt_ms": 1}
     Path("log/log.jsonl").write_text(json.dumps(record) + "\n")
     plot.plot(["log"], "a.png")  # every step was skipped: there is no loss to draw
+
+
+HOSTILE = "</script><script>document.title = 'taken over'</script>&<b>"
+# What a reader does with the page, and what becomes of it.
+READ = """<script>
+const curves = document.getElementById("curves")
+const texts = what => Array.from(document.querySelectorAll(what)).map(each => each.textContent)
+Plotly.relayout(curves, {"xaxis.range": [10, 20]})
+Plotly.Fx.hover(curves, [{curveNumber: 1, pointNumber: 1}])
+setTimeout(() => {
+    const seen = {
+        title: document.title, range: curves.layout.xaxis.range,
+        lines: document.querySelectorAll("#curves .scatterlayer .trace").length,
+        hover: texts(".hoverlayer text"), legend: texts(".legendtext"), samples: texts(".samples pre"),
+    }
+    document.body.innerHTML = "<pre id=seen>" + btoa(encodeURIComponent(JSON.stringify(seen))) + "</pre>"
+}, 1000)
+</script>"""
+
+
+def write_report(tokenizer="gpt2"):
+    write_log("log", 30)
+    write_log("a&b", 30)
+    args = {"tokenizer": tokenizer, "out_dir": HOSTILE, "n_layer": 7}
+    about = {"kind": "run", "args": args, "hardware": {"device": "H100"}, "versions": {"torch": "2.13"}}
+    records = [{"step": 0, **about}, {"step": 30, "kind": "val", "loss": 3.5}]
+    records += [{"step": step, "kind": "sample", "texts": [f"{HOSTILE} {step}", "é"]} for step in (0, 20)]
+    with open("log/log.jsonl", "a") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+    plot.main(plot.parse_args(["log", "a&b", "--output", "report.html", "--references", "fineweb"]))
+    return Path("report.html").read_text()
+
+
+def test_report_has_results_samples_options_and_published_values(tmp_path):
+    page = write_report()
+    assert HOSTILE not in page and "taken over" in page
+    assert "<tr><td>log</td><td>30</td><td>9,600</td><td>3.5000</td><td>3.5000</td>" in page
+    assert "<td>25.00% of 44 items</td>" in page
+    assert "<td>published, on fineweb: modded-nanogpt</td><td></td><td></td><td>3.28</td>" in page
+    assert "<td>published, on fineweb: llm.c</td><td></td><td></td><td></td><td></td><td>29.90%</td>" in page
+    assert "<h3>step 20, validation loss 3.8000</h3><pre>" in page and "<pre>é</pre>" in page
+    for name, value in {"device": "H100", "torch": "2.13", "--n_layer": 7}.items():
+        assert f"<td>{name}</td><td>{value}</td><td></td>" in page
+
+
+def test_losses_per_byte_are_not_compared_with_published_ones(tmp_path):
+    write_log("log", 30)
+    run = {"step": 0, "kind": "run", "args": {"tokenizer": "byte"}}
+    with open("log/log.jsonl", "a") as file:
+        file.write(json.dumps(run) + "\n")
+    plot.report(["log"], "report.html")
+    page = Path("report.html").read_text()
+    assert "loss, nats per byte" in page and "published" not in page.partition("<h2>Results")[2]
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
+def test_report_can_be_hovered_and_zoomed_offline_in_a_browser(tmp_path):
+    page = write_report()
+    assert "http://" not in page.partition("<h2>Results")[2] and "<script src" not in page
+    Path("read.html").write_text(page.replace("</body>", READ + "</body>"))
+    command = "chromium --headless --no-sandbox --disable-gpu --virtual-time-budget=20000 --dump-dom".split()
+    url = Path("read.html").absolute().as_uri()
+    offline = ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path}/chromium"]
+    dom = subprocess.run([*command, *offline, url], capture_output=True, text=True, timeout=120).stdout
+    (seen,) = re.findall("<pre id=.?seen.?>(.*)</pre>", dom)
+    seen = json.loads(unquote(base64.b64decode(seen)))
+    assert seen["title"] == "log, a&b" and seen["range"] == [10, 20]
+    assert seen["lines"] == 12  # of two runs: two of loss, four others
+    assert seen["hover"] == ["log: val", "(10, 3.9)"]
+    assert seen["legend"] == ["log: train", "log: val", "a&b: train", "a&b: val"]
+    assert seen["samples"] == [f"{HOSTILE} 0", "é", f"{HOSTILE} 20", "é"]

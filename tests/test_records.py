@@ -127,10 +127,10 @@ def test_new_run_renames_the_old_folder(run_train):
 
 def test_tensorboard_matches_the_log_and_hides_repeated_steps(run_train):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run_train("--tensorboard")
+    run_train("--tensorboard --sample_every 3")
     Path("log/model_00006.pt").unlink()
     Path("log/model_best.pt").unlink()
-    hellaswag = "--max_steps 6 --hellaswag_every 6 --hellaswag_data demo"
+    hellaswag = "--max_steps 6 --hellaswag_every 6 --hellaswag_data demo --sample_every 3"
     by_kind = run_train(f"--tensorboard --resume {hellaswag}")
     events = event_accumulator.EventAccumulator("log/tensorboard").Reload()
     for tag, kind, name in (
@@ -142,6 +142,17 @@ def test_tensorboard_matches_the_log_and_hides_repeated_steps(run_train):
     ):
         expected = [(record["step"], pytest.approx(record[name], rel=1e-6)) for record in by_kind[kind]]
         assert [(event.step, event.value) for event in events.Scalars(tag)] == expected, tag
+    # 64 tokens a step: those of earlier lives lie above the step at which TensorBoard hides what follows.
+    for kind, name in (("val", "loss"), ("hellaswag", "acc_norm")):
+        seen = [(64 * record["step"], pytest.approx(record[name], rel=1e-6)) for record in by_kind[kind]]
+        assert [(event.step, event.value) for event in events.Scalars(f"by tokens/{kind} {name}")] == seen
+        assert [record["tokens"] for record in by_kind[kind]] == [tokens for tokens, _ in seen]
+    texts = events.Tensors("sample/text_summary")
+    texts = {event.step: event.tensor_proto.string_val[0].decode() for event in texts}
+    assert texts.keys() == {0, 3, 6}
+    for record in by_kind["sample"]:
+        lines = [f"    {line}" for text in record["texts"] for line in text.splitlines() if line.strip()]
+        assert len(lines) >= 2 and all(line in texts[record["step"]] for line in lines)
 
 
 def wandb_history(path):
@@ -165,7 +176,7 @@ def wandb_history(path):
 def test_wandb_receives_the_log_and_resumed_run_keeps_its_id(run_train, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run_train("--wandb --max_steps 3")
+    run_train("--wandb --max_steps 3 --sample_every 3 --sample_prompt=<b>")
     by_kind = run_train("--wandb --max_steps 6 --resume")
     ids = [record["wandb"] for record in by_kind["run"]]
     assert len(ids) == 2 and ids[0] == ids[1]
@@ -174,6 +185,10 @@ def test_wandb_receives_the_log_and_resumed_run_keeps_its_id(run_train, monkeypa
     assert len(paths) == 2
     logged = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
     assert logged == [(record["step"], record["loss"]) for record in by_kind["train"]]
+    logged = [(row["tokens"], row["val/loss"]) for row in rows if "val/loss" in row]
+    assert dict(logged) == {record["tokens"]: record["loss"] for record in by_kind["val"]}
+    samples = sorted(Path("log/wandb").glob("offline-run-*/files/media/html/sample/texts_*.html"))
+    assert len(samples) == 2 and all("<pre>&lt;b&gt;" in path.read_text() for path in samples)
 
     def refuse(**options):
         raise wandb.errors.UsageError("no key")
