@@ -204,7 +204,7 @@ def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
 
 
 def bench_generate(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Greedy tokens per second: sample.generate, transformers, no cache, and the bandwidth limit."""
+    """Tokens per second, greedy and drawn: sample.generate, transformers, no cache, bandwidth limit."""
     from transformers import GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -217,14 +217,17 @@ def bench_generate(args: argparse.Namespace, device: torch.device) -> list[dict]
     prompt = torch.randint(config.vocab_size, (args.batch_size, args.prompt_tokens), device=device)
     weights = torch.ones(model.num_params() * dtype.itemsize // 4, device=device)
 
-    def transformers() -> torch.Tensor:
-        options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "eos_token_id": None}
+    def transformers(**sampling) -> torch.Tensor:
+        options = {"attention_mask": torch.ones_like(prompt), "eos_token_id": None, **sampling}
         return theirs.generate(prompt, min_new_tokens=n, max_new_tokens=n, pad_token_id=0, **options)
 
     ways = {
-        "transformers": transformers,
+        "transformers": lambda: transformers(do_sample=False),
         "sample.generate": lambda: generate(model, prompt, n, temperature=0),
         "memory: weights once a token": lambda: [weights.sum() for _ in range(n)],
+        "transformers, top-k 50": lambda: transformers(do_sample=True, top_k=50, temperature=0.8),
+        "sample.generate, top-k 50": lambda: generate(model, prompt, n, top_k=50, temperature=0.8),
+        "sample.generate, all ids": lambda: generate(model, prompt, n, temperature=0.8),
     }
     if device.type == "cuda":
         ways["sample.generate, compiled"] = lambda: generate(model, prompt, n, temperature=0, compiled=True)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import tiktoken
 import torch
+from torch.nn import functional as F
 
 from model import GPT, KVCache
 from plot import read_log
@@ -32,6 +33,7 @@ from runtime.hardware import choose_device, masked_attention
 from tokenizer import get_tokenizer, to_hugging_face
 
 SEPARATOR = "\n\n---\n\n"  # between texts
+BLOCK = 256  # about the square root of GPT-2's vocabulary: both sums are short
 # What a model card tells of a run: what another run would have to repeat.
 CARD_OPTIONS = (
     *("preset", "tokenizer", "seed", "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout"),
@@ -192,17 +194,34 @@ def _draw(
     """Draw one id from each row of logits (B, V)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if top_k is not None:
-        kept = logits.topk(min(top_k, logits.size(-1)))  # exactly k, also among equals
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
-    probs = logits.softmax(dim=-1)
+    if top_k is None and top_p is None:
+        return _choose((logits / temperature).softmax(dim=-1), generator)
+    k = logits.size(-1)
+    kept = logits.topk(k if top_k is None else min(top_k, k))  # exactly k, also among equals; largest first
+    probs = (kept.values / temperature).softmax(dim=-1)
     if top_p is not None:
-        ranked, order = probs.sort(dim=-1, descending=True)
         # An id is kept if those before it add up to less than top_p, so the first one always is.
-        ranked = ranked.masked_fill(ranked.cumsum(dim=-1) - ranked >= top_p, 0.0)
-        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
-    return torch.multinomial(probs, num_samples=1, generator=generator)[:, 0]
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)
+    return kept.indices.gather(-1, _choose(probs, generator)[:, None])[:, 0]
+
+
+def _choose(probs: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Draw one index from each row (B, N) of probabilities, which need not be normalized.
+
+    `torch.multinomial` draws a random number for each of the N. Two suffice here: one for a block of
+    indices and one within it. In a single cumulative sum over N, rounding would swallow the unlikely ones.
+    """
+    blocks = F.pad(probs, (0, -probs.size(-1) % BLOCK)).unflatten(-1, (-1, BLOCK))
+    thresholds = 1 - torch.rand(len(probs), 2, device=probs.device, generator=generator)  # in (0, 1]
+
+    def invert(weights: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+        """Return the first index (B, 1) up to which weights (B, M) add up to a share: one with a weight."""
+        sums = weights.cumsum(dim=-1)
+        return torch.searchsorted(sums, threshold * sums[:, -1:])
+
+    block = invert(blocks.sum(dim=-1), thresholds[:, :1])
+    within = blocks.take_along_dim(block[..., None], dim=1)[:, 0]
+    return (block * BLOCK + invert(within, thresholds[:, 1:]))[:, 0]
 
 
 def tokenizer_for(model: GPT) -> tiktoken.Encoding:

@@ -28,7 +28,10 @@ def test_ratios_are_taken_round_by_round():
     [
         (
             f"generate {TINY} --max_new_tokens 9 --rounds 1",
-            ["transformers", "sample.generate", "memory", "no cache"],
+            [
+                *("transformers", "sample.generate", "memory", "transformers, top-k"),
+                *("sample.generate, top-k", "sample.generate, all", "no cache"),
+            ],
         ),
         (f"optimizer {TINY} --rounds 1", ["AdamW, fused", "torch.optim.Muon", "Muon of muon.py", "forward"]),
         (f"loader {TINY} --block_size 16", ["within a shard", "at a shard's end"]),

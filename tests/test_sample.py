@@ -70,11 +70,13 @@ def test_long_text_continues_from_the_last_half_of_the_context(model):
     assert torch.equal(out[1:, -7:], generate(model, short[1:, -1:], 6, temperature=0))
 
 
+@pytest.mark.parametrize("block", [3, 256])
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.9}]
 )
-def test_samples_follow_the_distribution_of_transformers_processors(options):
+def test_samples_follow_the_distribution_of_transformers_processors(monkeypatch, options, block):
     """Chi-square over the 64 pairs of tokens that can follow, from 20,000 draws in one batch."""
+    monkeypatch.setattr(sample, "BLOCK", block)
     torch.manual_seed(3)
     model = GPT(GPTConfig(block_size=8, vocab_size=8, n_layer=1, n_head=1, n_embd=16)).eval()
     with torch.no_grad():
@@ -97,6 +99,24 @@ def test_samples_follow_the_distribution_of_transformers_processors(options):
     assert freedom >= 8
     # Mean and variance of the statistic are `freedom` and twice that: four standard deviations.
     assert ((counts - expected) ** 2 / expected).sum() < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_ids_of_all_blocks_are_drawn_as_often_as_they_should():
+    probs = torch.full((1, 5026), 0.2 / 4000)
+    probs[:, 0], probs[:, 4001:] = 0.8, 0
+    drawn = sample._choose(probs.expand(10_000, -1), torch.Generator().manual_seed(0))
+    others = drawn[drawn > 0]
+    assert len(others) == pytest.approx(2000, abs=4 * 1600**0.5) and others.max() <= 4000
+    quarters = torch.bincount((others - 1) // 1000, minlength=4)
+    assert ((quarters - 500).abs() < 4 * 500**0.5).all()
+
+
+def test_every_threshold_gives_an_id_that_has_a_probability(monkeypatch):
+    probs = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]])
+    monkeypatch.setattr(sample, "BLOCK", 2)
+    for value, expected in ((0.0, 3), (1 - 2**-24, 1)):  # the least and the largest of torch.rand
+        monkeypatch.setattr(torch, "rand", lambda *size, value=value, **_: torch.full(size, value))
+        assert sample._choose(probs, None).tolist() == [expected]
 
 
 def test_top_k_keeps_exactly_k_of_equal_logits():
