@@ -392,7 +392,6 @@ def read_prompt(file: str) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    sys.stdout.reconfigure(errors="replace")  # a terminal may not be able to show every character
     if args.export:
         check_new_folder(Path(args.export))
     prompts = [read_prompt(args.prompt_file)] if args.prompt_file else args.prompt

@@ -171,6 +171,7 @@ def run(
     threading.excepthook = report_failed_thread
     for name in ("stdout", "stderr"):  # None if it was closed
         stream = getattr(sys, name) or open(os.devnull, "w")
+        stream.reconfigure(errors="replace")  # a console may not be able to show every character
         setattr(sys, name, stream if needs_output else Unbreakable(stream))
     try:
         args = parse_args()

@@ -177,7 +177,8 @@ class FolderLock:
         while not self.is_held():  # the folder may be renamed between the two steps
             if self.file:
                 self.file.close()
-            number = os.open(self.folder / self.name, os.O_RDWR | os.O_CREAT, 0o666)
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+            number = os.open(self.folder / self.name, flags, 0o666)
             with contextlib.suppress(OSError):  # it outlives a killed process, and may be another user's then
                 os.chmod(self.folder / self.name, 0o666)
             self.file = open(number, "r+b", buffering=0)

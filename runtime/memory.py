@@ -10,6 +10,10 @@ from pathlib import Path
 
 def installed_memory() -> int:
     """Return the bytes of memory of this machine."""
+    if sys.platform == "win32":
+        status = (ctypes.c_ulonglong * 8)(64)  # MEMORYSTATUSEX: its size, then the physical memory
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+        return status[1]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

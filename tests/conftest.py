@@ -4,7 +4,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import resource
 import runpy
 import sys
 import time
@@ -169,9 +168,10 @@ def workers(process: multiprocessing.Process) -> list[int]:
     return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
 
 
-# A process that is forked from a server with everything imported starts at once.
-FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.backends.backend_agg"])
+if os.name != "nt":
+    # A process that is forked from a server with everything imported starts at once.
+    FORKED = multiprocessing.get_context("forkserver")
+    FORKED.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.backends.backend_agg"])
 
 
 def run_script(
@@ -184,6 +184,8 @@ def run_script(
     if errors:
         sys.stderr = open(errors, "w", buffering=1)
     if data_bytes:
+        import resource  # Windows has none
+
         resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, data_bytes))
     records.Log.draw = no_picture
     runpy.run_path(script, run_name="__main__")

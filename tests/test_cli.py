@@ -1,6 +1,7 @@
 """Option ranges and one-line errors."""
 
 import argparse
+import io
 import os
 import subprocess
 import sys
@@ -71,6 +72,13 @@ def test_user_errors_exit_without_a_traceback(monkeypatch, error, ending):
     with pytest.raises(SystemExit) as exit:
         cli.run(main, lambda: "options", explain)
     assert exit.value.code == ending
+
+
+def test_character_that_a_console_cannot_show_is_replaced(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # that of Windows in many countries
+    monkeypatch.setattr(sys, "stdout", console)
+    cli.run(lambda args: print("é → ok"), lambda: None)
+    assert console.buffer.getvalue().decode("cp1252").strip() == "é ? ok"
 
 
 def test_other_errors_keep_their_traceback():

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MUON, REPOSITORY, TINY, losses, plain_windows, read_losses
+from conftest import MUON, REPOSITORY, TINY, TINY_GPT, losses, plain_windows, read_losses
 from transformers import GPT2LMHeadModel
 
 import fineweb
@@ -168,15 +168,23 @@ def test_run_writes_log_checkpoints_and_picture(run_train):
     assert checkpoint["config"] == vars(GPT.from_pretrained("log").config)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 0.02)])
-def test_training_matches_plain_loop_with_transformers(run_train, shards, hf_folder, dtype, tolerance):
+@pytest.mark.parametrize(
+    "options, tolerance",
+    [
+        ("--dtype float32", 1e-4),
+        ("--dtype bfloat16", 0.02),
+        ("--beta1 0.8 --beta2 0.98 --weight_decay 0.5 --grad_clip 0.3", 1e-4),
+    ],
+)
+def test_training_matches_plain_loop_with_transformers(run_train, shards, hf_folder, options, tolerance):
     """Fifty steps; the plain loop is fp32, so bf16 may differ by its rounding, 2^-8 of a loss of 5."""
-    ours = losses(run_train(f"--init_from {hf_folder} --max_steps 50 --learning_rate 3e-3 --dtype {dtype}"))
+    ours = losses(run_train(f"--init_from {hf_folder} --max_steps 50 --learning_rate 3e-3 {options}"))
+    betas, decay, clip = ((0.8, 0.98), 0.5, 0.3) if "beta1" in options else ((0.9, 0.95), 0.1, 1.0)
     model = GPT2LMHeadModel.from_pretrained(hf_folder).train()
     decayed = [p for n, p in model.named_parameters() if p.dim() >= 2]
     others = [p for n, p in model.named_parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
+    groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=betas, eps=1e-8)
     windows, theirs = torch.tensor(plain_windows(shards)), []
     for step in range(50):
         warm = (step + 1) / 2 if step < 2 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 2) / 48))
@@ -186,12 +194,26 @@ def test_training_matches_plain_loop_with_transformers(run_train, shards, hf_fol
         logits = model(batch[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
         theirs.append(loss.item())
     assert ours == pytest.approx(theirs, abs=tolerance)
     assert theirs[-1] < theirs[0] - 0.1
+
+
+def test_rates_and_momentum_reach_their_groups():
+    words = "--optimizer muon --learning_rate 1e-2 --muon_lr 0.05 --embedding_lr 3e-2 --position_lr 2e-3"
+    args = train.parse_args(f"{words} --momentum 0.8 --beta1 0.7 --beta2 0.9".split())
+    dist = Distributed(0, 1, torch.device("cpu"))
+    groups = {g["name"]: g for g in train.build_optimizer(GPT(TINY_GPT), args, dist).param_groups}
+    rates = {name: pytest.approx(1e-2 * group["lr_scale"]) for name, group in groups.items()}
+    assert rates == {
+        **{"embeddings": 3e-2, "positions": 2e-3, "c_attn": 0.05, "matrices": 0.05},
+        **{"gains and biases": 1e-2},
+    }
+    assert groups["c_attn"]["momentum"] == groups["matrices"]["momentum"] == 0.8
+    assert all(group["betas"] == (0.7, 0.9) for name, group in groups.items() if "momentum" not in group)
 
 
 @pytest.mark.parametrize(
@@ -781,6 +803,9 @@ def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
     before = train.parse_args(["--resume"])
     assert (before.max_steps, before.preset, before.data_dir) == (69, "text", "shards")
     assert before.epochs is None and train.parse_args(["--resume", "--max_steps", "99"]).max_steps == 99
+    short = train.parse_args([*options, "--epochs", "2"])
+    prepare.limit_steps(short)
+    assert (short.max_steps, short.warmup_steps) == (28, 1)
     long = train.parse_args([*options, "--max_steps", "50", "--warmup_steps", "7"])
     prepare.limit_steps(long)
     assert (long.max_steps, long.warmup_steps) == (50, 7)
