@@ -827,25 +827,8 @@ def bench_gpu(args: argparse.Namespace, device: torch.device) -> list[dict]:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         outcomes.append({"way": words, "s": time.perf_counter() - start, "failed": float(failed)})
-        if path.exists() and words.startswith("train"):
-            print_for_readme(json.loads(path.read_text()))
     print(f"\nPublished for GPT-2 (124M), 1,024 tokens of context: {PUBLISHED}\n")
     return outcomes
-
-
-def print_for_readme(record: dict) -> None:
-    """Print a benchmark of training as rows of the table at the top of the README."""
-    hardware, options = record["hardware"], record["args"]
-    device = hardware["cpu"] if hardware["device"] == "cpu" else hardware["device"]
-    size = f"{options['n_layer']} x {options['n_embd']}, "
-    size += f"{options['batch_size']} x {options['block_size']} tokens"
-    for row in record["rows"]:
-        if row["tokens/s"] is None:
-            continue
-        shares = [f"{row['mfu']:.1%} mfu"] if "mfu" in row else []
-        shares += [f"{row['of matmul']:.0%} of a matrix product", f"{row['GB']:.1f} GB"]
-        what = f"{row['way']}: {size}, {options['dtype']}; {', '.join(shares)}"
-        print(f"| {what} | | | {row['tokens/s']:,.0f} | | {device} | {record['commit']} |")
 
 
 def alternate(

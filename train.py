@@ -51,11 +51,6 @@ from tokenizer import NAMES, get_tokenizer
 
 XL_BATCH = dict(batch_size=8, total_batch_size=1048576, max_steps=9537)  # the same 10 billion tokens
 MUON_WSD = dict(optimizer="muon", schedule="wsd", decay_share=0.5, min_lr=0.0)
-# Measured at 3 to 13 million weights; the ratios between the rates are what matters (LOG.md).
-SMALL_RATES = {
-    **dict(learning_rate=8e-3, embedding_lr=2.4e-2, position_lr=2e-3),
-    **dict(beta1=0.7, beta2=0.98, momentum=0.9),
-}
 # Learning rates and batch sizes of the larger models: Brown et al. 2020 (GPT-3), table 2.1.
 PRESETS = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
@@ -69,18 +64,18 @@ PRESETS = {
         **dict(n_layer=12, n_head=12, n_embd=768, warmup_steps=250, max_steps=8600, **MUON_WSD),
         **dict(learning_rate=3.6e-3, embedding_lr=1.08e-2, position_lr=9e-4, beta1=0.8, beta2=0.98),
     },
-    # One's own text on a laptop. The prompt is the beginning of the validation text.
+    # One's own text on a laptop. Context and rates were measured on bytes (LOG.md, 2026-11-26). The prompt is
+    # the beginning of the validation text.
     "text": {
-        **dict(n_layer=4, n_head=4, n_embd=128, block_size=256, batch_size=8, total_batch_size=2048),
-        **dict(shuffle=True, dropout=0.1, **MUON_WSD, **SMALL_RATES),
+        **dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, total_batch_size=2048),
+        **dict(shuffle=True, dropout=0.1, learning_rate=1e-2, **MUON_WSD),
         **dict(epochs=5.0, max_steps=2000, warmup_steps=40, early_stop=5),
         **dict(val_every=100, val_tokens=65536, hellaswag_every=0, sample_every=500, sample_prompt=None),
         **dict(checkpoint_every=500, log_every=20),
     },
     "demo": {
         **dict(n_layer=2, n_head=4, n_embd=128, block_size=64, batch_size=16, total_batch_size=1024),
-        **dict(optimizer="muon", schedule="wsd", decay_share=0.5, shuffle=True),
-        **dict(learning_rate=1e-2, min_lr=0.0, warmup_steps=50, max_steps=1600),
+        **dict(shuffle=True, learning_rate=1e-2, warmup_steps=50, max_steps=1600, **MUON_WSD),
         **dict(val_every=200, val_tokens=65536, hellaswag_every=800, hellaswag_data="demo"),
         **dict(sample_every=800, sample_prompt="import ", sample_tokens=300),
         **dict(checkpoint_every=800, log_every=50),

@@ -96,6 +96,11 @@ def load_model(args: argparse.Namespace, n_vocab: int, resumed: dict | None) -> 
             setattr(args, name, known[name])
         elif model and asked != known[name] and not shorter_windows:
             problems.append(f"--{name} is {asked}, but {source} has {known[name]}: leave it out")
+    if args.init_from and not resumed and args.vocab_size >= 2 * n_vocab:
+        problems.append(
+            f"{source} has {args.vocab_size} token ids, the shards' tokenizer only {n_vocab}: prepare shards "
+            "with the tokenizer of the model"
+        )
     if args.vocab_size < n_vocab:
         problems.append(f"--vocab_size is {args.vocab_size}, but the shards' tokenizer has {n_vocab} ids")
     if problems:
@@ -104,9 +109,11 @@ def load_model(args: argparse.Namespace, n_vocab: int, resumed: dict | None) -> 
 
 
 def first_words(tokens: np.ndarray, tokenizer) -> str:
-    """Return up to five words from the beginning of a document, as a prompt."""
-    document = [int(token) for token in tokens if token != tokenizer.eot_token][:40]
-    return " ".join(tokenizer.decode(document).strip("\ufffd").split()[:5])
+    """Return up to five words from the beginning of a document or, within one, of a line, as a prompt."""
+    text = tokenizer.decode([int(token) for token in tokens if token != tokenizer.eot_token][:200])
+    if tokens[0] != tokenizer.eot_token:
+        text = text.partition("\n")[2].strip() or text
+    return " ".join(text.strip("\ufffd").split()[:5])
 
 
 def prepare(
@@ -169,7 +176,8 @@ def prepare(
     if problems.none_on_any_rank():
         with problems.collect():
             if args.batch_size != "auto":
-                hardware.check_memory(model, args.batch_size, args.block_size, dtype, dist.device)
+                if not args.eval_only:  # which needs no gradients
+                    hardware.check_memory(model, args.batch_size, args.block_size, dtype, dist.device)
             else:
                 sizes = (args.total_batch_size, args.block_size)
                 args.batch_size = hardware.find_batch_size(model, *sizes, dtype, dist)

@@ -20,9 +20,10 @@ from transformers import GPT2LMHeadModel
 
 import fineweb
 import train
-from model import GPT
+from model import GPT, GPTConfig
 from runtime import prepare
 from runtime.distributed import Distributed
+from tokenizer import get_tokenizer
 from train import DataLoaderLite
 
 
@@ -650,6 +651,13 @@ def test_interrupted_check_promises_nothing(run_train, monkeypatch, capsys):
         assert f"stopped by a signal before step 1: {end}\n" in capsys.readouterr().out
 
 
+def test_model_of_another_tokenizer_is_not_trained_on_bytes(run_train):
+    GPT(GPTConfig(16, 1024, 1, 1, 8)).save_pretrained("theirs")
+    with pytest.raises(ValueError, match="theirs has 1024 token ids, the shards' tokenizer only 257: "):
+        run_train("--init_from theirs --n_layer 1 --n_head 1 --n_embd 8")
+    assert not Path("log").exists()
+
+
 def test_damaged_options_of_a_run_are_one_line(run_train):
     run_train("--max_steps 3")
     lines = Path("log/log.jsonl").read_text()
@@ -800,6 +808,9 @@ def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
     text = bytes(token for token in tokens.tolist() if token < 256).decode(errors="replace")
     prompt = " ".join(text.strip("\ufffd").split()[:5])
     assert run["sample_prompt"] == prompt and shlex.quote(prompt) in printed
+    middle = np.frombuffer(b"the end.\n\nA new line begins here, and goes on", np.uint8)
+    assert prepare.first_words(middle, get_tokenizer("byte")) == "A new line begins here,"
+    assert prepare.first_words(np.array([256, *middle]), get_tokenizer("byte")) == "the end. A new line"
     before = train.parse_args(["--resume"])
     assert (before.max_steps, before.preset, before.data_dir) == (69, "text", "shards")
     assert before.epochs is None and train.parse_args(["--resume", "--max_steps", "99"]).max_steps == 99
