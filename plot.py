@@ -3,7 +3,7 @@
     python plot.py log                                            # writes log/loss.png
     python plot.py log --output report.html                       # curves to hover and zoom, samples, options
     python plot.py log --follow 30 --references                   # again every 30 s until the run has ended
-    python plot.py log log.1 --against minutes --output runs.png  # compares runs, one color per run
+    python plot.py log log.1 --against minutes --output runs.png  # compares runs
 
 Panels: training and validation loss, learning rate, gradient norm, tokens/s, and HellaSwag if a run has
 scored it. The loss panel cuts off the high losses of the first tenth of a run. A report is one file of 5 MB
@@ -143,15 +143,23 @@ def lines_of(
 
 def limits(lines: list[tuple[list[float], list[float]]], published: list[float]) -> tuple[float, float]:
     """Return limits of the loss panel that show the lines from the first tenth on, and published values."""
-    late = [value for x, values in lines for at, value in zip(x, values, strict=True) if at >= x[-1] / 10]
+    late = [y for x, values in lines for at, y in zip(x, values, strict=True) if at >= min(x[-1], x[-1] / 10)]
     late += published
     room = 0.05 * (max(late) - min(late)) or 0.05
     return min(late) - room, max(late) + room
 
 
+def short_name(folder: str | Path) -> str:
+    """Return a path as seen from here; on Windows, another drive cannot be."""
+    try:
+        return os.path.relpath(folder)
+    except ValueError:
+        return str(folder)
+
+
 def read_logs(folders: list[str | Path]) -> dict[str, dict[str, list[dict]]]:
     """Return the logs of runs by their names. Raises ValueError if no run has a training step."""
-    logs = {os.path.relpath(folder): read_log(folder) for folder in folders}
+    logs = {short_name(folder): read_log(folder) for folder in folders}
     if not any(log.get("train") for log in logs.values()):
         raise ValueError(f"no training steps in {', '.join(logs)}: train first")
     return logs
@@ -225,7 +233,7 @@ def report(
     """
     logs = read_logs(folders)
     body = [curves_html(logs, against, references)]
-    body += ["<h2>Results</h2>", table_html(results(logs, references or "fineweb-edu"))]
+    body += ["<h2>Results</h2>", table_html(results(logs, references))]
     for name, log in logs.items():
         body += [f"<h2>Samples of {html.escape(name)}</h2>", samples_html(log)] if log.get("sample") else []
     body += ["<h2>Options and machine</h2>", table_html(about(logs))]
@@ -241,7 +249,8 @@ def curves_html(logs: dict[str, dict[str, list[dict]]], against: str, references
     panels = panels_of(logs)
     rows = 1 + len(panels) // 2
     places = [(1, 1), *((2 + i // 2, 1 + i % 2) for i in range(len(panels) - 1))]
-    specs = [[{"colspan": 2}, None], *([{}, {}] for _ in range(rows - 1))]
+    cells = [{} for _ in panels[1:]] + [None]
+    specs = [[{"colspan": 2}, None], *(cells[i : i + 2] for i in range(0, 2 * rows - 2, 2))]
     titles = [f"{title}, {unit}" if unit else title for title, unit, _ in panels]
     heights = [2, *([1] * (rows - 1))]
     figure = make_subplots(rows, 2, specs=specs, subplot_titles=titles, row_heights=heights)
@@ -264,8 +273,11 @@ def curves_html(logs: dict[str, dict[str, list[dict]]], against: str, references
     return figure.to_html(full_html=False, include_plotlyjs=True, div_id="curves")
 
 
-def results(logs: dict[str, dict[str, list[dict]]], references: str) -> list[list[str]]:
-    """Return the rows of a table with the results of the runs and, for GPT-2's tokens, published ones."""
+def results(logs: dict[str, dict[str, list[dict]]], references: str | None) -> list[list[str]]:
+    """Return the rows of a table with the results of the runs, and published ones.
+
+    Published losses are those of the set in REFERENCES, if any; HellaSwag compares everywhere.
+    """
     rows = [["", "steps", "tokens seen", "last validation loss", "best", "HellaSwag acc_norm"]]
     for name, log in logs.items():
         seen = sum(map(AXES["tokens"], log.get("train", [])))
@@ -274,12 +286,15 @@ def results(logs: dict[str, dict[str, list[dict]]], references: str) -> list[lis
         last, best = (f"{value:.4f}" for value in (losses[-1], min(losses))) if losses else ("", "")
         score = f"{scores[-1]:.2%} of {log['hellaswag'][-1]['n']:,} items" if scores else ""
         rows.append([name, f"{len(log.get('train', [])):,}", f"{seen:,.0f}", last, best, score])
-    if unit_of(logs) == "nats per token":
-        published = REFERENCES[references]
-        for name in dict.fromkeys([*published["loss"], *published["HellaSwag"]]):
-            loss, score = published["loss"].get(name), published["HellaSwag"].get(name)
-            loss, score = f"{loss:.4g}" if loss else "", f"{score:.2%}" if score else ""
-            rows.append([f"published, on {references}: {name}", "", "", loss, "", score])
+    published = dict(REFERENCES[references or "fineweb-edu"])
+    if not references or unit_of(logs) == "nats per byte":
+        published["loss"] = {}
+    if not any(log.get("hellaswag") for log in logs.values()):
+        published["HellaSwag"] = {}
+    for name in dict.fromkeys([*published["loss"], *published["HellaSwag"]]):
+        loss, score = published["loss"].get(name), published["HellaSwag"].get(name)
+        loss, score = f"{loss:.4g}" if loss else "", f"{score:.2%}" if score else ""
+        rows.append([f"published: {name}", "", "", loss, "", score])
     return rows
 
 

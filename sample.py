@@ -33,6 +33,7 @@ from runtime.hardware import choose_device, masked_attention
 from tokenizer import get_tokenizer, to_hugging_face
 
 SEPARATOR = "\n\n---\n\n"  # between texts
+NOT_FINITE = "the model's logits are not finite: its weights are damaged or diverged"
 BLOCK = 256  # about the square root of GPT-2's vocabulary: both sums are short
 # What a model card tells of a run: what another run would have to repeat.
 CARD_OPTIONS = (
@@ -138,7 +139,7 @@ def stream(
         with contextlib.nullcontext() if compiled else model.packed_weights():
             logits = read(idx[:, -filled:], 0)
             if not logits.isfinite().all():
-                raise ValueError("the model's logits are not finite: its weights are damaged or diverged")
+                raise ValueError(NOT_FINITE)
             for layer in cache:
                 layer.repeat(num_samples)
             if compiled:
@@ -194,6 +195,7 @@ def _draw(
     """Draw one id from each row of logits (B, V)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # any temperature may divide them
     if top_k is None and top_p is None:
         return _choose((logits / temperature).softmax(dim=-1), generator)
     k = logits.size(-1)
@@ -209,7 +211,8 @@ def _choose(probs: torch.Tensor, generator: torch.Generator | None) -> torch.Ten
     """Draw one index from each row (B, N) of probabilities, which need not be normalized.
 
     `torch.multinomial` draws a random number for each of the N. Two suffice here: one for a block of
-    indices and one within it. In a single cumulative sum over N, rounding would swallow the unlikely ones.
+    indices and one within it. In a single cumulative sum over N, rounding would swallow far more of the
+    unlikely ones. Raises ValueError if a row is not finite.
     """
     blocks = F.pad(probs, (0, -probs.size(-1) % BLOCK)).unflatten(-1, (-1, BLOCK))
     thresholds = 1 - torch.rand(len(probs), 2, device=probs.device, generator=generator)  # in (0, 1]
@@ -217,7 +220,9 @@ def _choose(probs: torch.Tensor, generator: torch.Generator | None) -> torch.Ten
     def invert(weights: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
         """Return the first index (B, 1) up to which weights (B, M) add up to a share: one with a weight."""
         sums = weights.cumsum(dim=-1)
-        return torch.searchsorted(sums, threshold * sums[:, -1:])
+        if not sums[:, -1].isfinite().all():
+            raise ValueError(NOT_FINITE)
+        return torch.searchsorted(sums, threshold * sums[:, -1:]).clamp(max=weights.size(-1) - 1)
 
     block = invert(blocks.sum(dim=-1), thresholds[:, :1])
     within = blocks.take_along_dim(block[..., None], dim=1)[:, 0]

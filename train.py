@@ -273,6 +273,7 @@ def int_or_auto(text: str) -> int | str:
 
 
 AT_LEAST_1, AT_LEAST_0, POSITIVE = Range(int, 1), Range(int, 0), Range(float, above=0)
+FINITE = Range(float, above=0, below=math.inf)
 NOT_NEGATIVE, FRACTION, BELOW_1 = Range(float, 0), Range(float, 0, 1), Range(float, 0, below=1)
 
 
@@ -319,7 +320,7 @@ def option_parser(**settings) -> argparse.ArgumentParser:
     warmup = f"{CLASSIC_WARMUP_STEPS} or the preset's, fewer in proportion for a shorter run"
     add("--warmup_steps", type=AT_LEAST_0, help=f"steps of linear warm-up (None: {warmup}; 0: disabled)")
     add("--max_steps", type=AT_LEAST_1, default=CLASSIC_STEPS, help="steps to train for")
-    add("--epochs", type=POSITIVE, help="train for fewer steps if they are enough for this many epochs")
+    add("--epochs", type=FINITE, help="train for fewer steps if they are enough for this many epochs")
     add("--weight_decay", type=NOT_NEGATIVE, default=0.1, help="of matrices and embeddings (0: disabled)")
     add("--beta1", type=BELOW_1, default=0.9, help="decay rate of the gradient mean")
     add("--beta2", type=BELOW_1, default=0.95, help="decay rate of the mean of squared gradients")
@@ -359,7 +360,7 @@ def derived_options(args: argparse.Namespace) -> dict[str, float]:
 
 
 def read_run(out_dir: str, preset: str | None) -> list[str]:
-    """Return the options of a run as words, without those that followed from others and will again."""
+    """Return the options of a run as words, except for values that follow from others, and will again."""
     options = read_options(out_dir)
     with parsing(out_dir, "the folder of a run", "delete the broken lines of its log.jsonl"):
         parser = option_parser(exit_on_error=False)
@@ -644,6 +645,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
 
     if dist.is_main:
         writer.close()
+        stop.restore()
         if not stopping:
             peak_bytes = (hardware.memory(device) or [None])[0]
             log(step, "end", peak_bytes=peak_bytes)

@@ -86,7 +86,7 @@ def read_value(path: Path, key: str) -> object:
 def read_options(out_dir: str | Path) -> dict[str, object]:
     """Return the options with which the run in a folder was last started, or an empty dict.
 
-    They are in its log and, for a folder that holds nothing but a checkpoint, in that.
+    They are in its log or else, because a checkpoint may be copied alone, in its newest checkpoint.
     """
     folder = Path(out_dir)
     log = folder / "log.jsonl"
@@ -294,7 +294,7 @@ def training_state(
 
 
 def plain(value: object) -> object:
-    """Return a number without the digits that rounding has left."""
+    """Return six digits of a float, without those that rounding has left, and other values as they are."""
     return f"{value:g}" if isinstance(value, float) else value
 
 

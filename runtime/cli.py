@@ -5,6 +5,8 @@ import contextlib
 import errno
 import operator
 import os
+import shlex
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -110,6 +112,14 @@ def as_words(parser: argparse.ArgumentParser, options: dict[str, object]) -> lis
     return words
 
 
+def shell_word(text: str) -> str:
+    """Quote a text for the shell that people use on this system."""
+    if os.name == "nt":
+        return subprocess.list2cmdline([text])
+    word = shlex.quote(text)
+    return f'"{text}"' if word != text and not set(text) & set('"$`\\!') else word
+
+
 def error_lines(error: BaseException) -> list[str]:
     """Return the lines of an error message: for errors of the system what to do, for those without a message
     their name. Lines that a damaged file has made very long are cut."""
@@ -171,7 +181,8 @@ def run(
     threading.excepthook = report_failed_thread
     for name in ("stdout", "stderr"):  # None if it was closed
         stream = getattr(sys, name) or open(os.devnull, "w")
-        stream.reconfigure(errors="replace")  # a console may not be able to show every character
+        if name == "stdout" and hasattr(stream, "reconfigure"):  # a console may not show every character
+            stream.reconfigure(errors="replace")
         setattr(sys, name, stream if needs_output else Unbreakable(stream))
     try:
         args = parse_args()

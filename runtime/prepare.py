@@ -33,7 +33,7 @@ def limit_steps(args: argparse.Namespace) -> None:
     """Replace --epochs by the --max_steps that it means for the shards; the warm-up shrinks in proportion."""
     tokens = sum(fineweb.Shards(args.data_dir, "train").lengths)
     steps = min(args.max_steps, max(round(args.epochs * tokens / args.total_batch_size), 1))
-    args.warmup_steps = round(args.warmup_steps * steps / args.max_steps)
+    args.warmup_steps = min(round(args.warmup_steps * steps / args.max_steps), steps - 1)
     args.max_steps, args.epochs = steps, None  # a resumed run may be extended
 
 
@@ -96,7 +96,8 @@ def load_model(args: argparse.Namespace, n_vocab: int, resumed: dict | None) -> 
             setattr(args, name, known[name])
         elif model and asked != known[name] and not shorter_windows:
             problems.append(f"--{name} is {asked}, but {source} has {known[name]}: leave it out")
-    if args.init_from and not resumed and args.vocab_size >= 2 * n_vocab:
+    trained_on = (model.metadata.get("args") or {}).get("tokenizer") if model else None
+    if args.init_from and trained_on != args.tokenizer and args.vocab_size >= 2 * n_vocab:
         problems.append(
             f"{source} has {args.vocab_size} token ids, the shards' tokenizer only {n_vocab}: prepare shards "
             "with the tokenizer of the model"
@@ -125,8 +126,8 @@ def prepare(
 ) -> tuple[GPT, torch.dtype, dict, list[hellaswag.Example], dict | None]:
     """Return model, dtype, loaders, HellaSwag examples, and the checkpoint to resume or None.
 
-    Fills in the options left open, and locks the folder if it exists. Raises ValueError, with a line for each
-    problem, on the main rank and SystemExit on the others. A collective.
+    Fills in the options left open, and locks the folder of a run if it exists. Raises ValueError, with a line
+    for each problem, on the main rank and SystemExit on the others. A collective.
     """
     model, tokenizer, items, loaders = None, None, [], {}
     problems = Problems(dist)
@@ -139,7 +140,7 @@ def prepare(
         if dist.is_main:
             problems.call(fineweb.prepare_demo, DEMO_DATA_DIR)
         problems.none_on_any_rank()  # the other ranks wait for the shards
-    if args.epochs:
+    if args.epochs and not problems.lines:
         problems.call(limit_steps, args)
     if dist.is_main:
         problems.call(folder.check, args.data_dir, not (args.dry_run or args.eval_only))

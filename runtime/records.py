@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import shlex
 import subprocess
 import sys
 import textwrap
@@ -25,6 +24,7 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
+from runtime.cli import shell_word
 from runtime.files import FolderLock, check_folder, is_same_file, read_records, write_atomically
 from runtime.hardware import describe_machine
 
@@ -100,7 +100,7 @@ class RunFolder(contextlib.ExitStack):
         """Return the line that says so, and names the folder beside this one that has a checkpoint."""
         line = f"nothing to resume in {self.name}: starting a new run"
         if (self.path / "log.jsonl").exists():
-            line += ", with the options of the one that ended before its first checkpoint"
+            line += ", with the options of the one there, which has no checkpoint"
         with contextlib.suppress(OSError):  # another run may be deleting its checkpoints
             newest = max(self.path.parent.glob("*/model_*.pt"), key=os.path.getmtime, default=None)
             line += f" (there is one in {Path(self.name).with_name(newest.parent.name)})" if newest else ""
@@ -147,7 +147,8 @@ class Log:
     """The records of a run: log.jsonl and the console, and TensorBoard and Weights & Biases if asked for.
 
     When a run is resumed, the records that it measures again and a line that was cut short are removed from
-    log.jsonl and hidden in TensorBoard. At Weights & Biases the run continues under its old id.
+    log.jsonl and hidden in TensorBoard. At Weights & Biases the run continues under its old id, unless the
+    environment sets WANDB_RUN_ID.
 
     What cannot be written, because the disk is full, is kept and written later, except for TensorBoard.
     Raises ValueError if Weights & Biases refuses to start.
@@ -222,7 +223,7 @@ class Log:
             numbers = self._report(step, kind, **values)
             if self.wandb:
                 numbers |= {"tokens": values["tokens"]} if "tokens" in values else {}
-                if texts := values.get("texts"):
+                if texts := printable(values.get("texts")):
                     import wandb
 
                     boxes = "".join(f"<pre>{html.escape(text)}</pre>" for text in texts)
@@ -274,13 +275,14 @@ class Log:
     def _report(self, step: int, kind: str, **values) -> dict[str, float]:
         """Return the numbers of a record by the names of their curves, and send it to TensorBoard."""
         rates = {f"lr {name}": rate for name, rate in values.get("lrs", {}).items()}
-        numbers = {f"{kind}/{k}": v for k, v in {**values, **rates}.items() if isinstance(v, int | float)}
+        shown = {name: value for name, value in {**values, **rates}.items() if name != "tokens"}
+        numbers = {f"{kind}/{k}": v for k, v in shown.items() if isinstance(v, int | float)}
         try:
             for name, value in numbers.items() if self.tensorboard else ():
                 self.tensorboard.add_scalar(name, value, step)
             if self.tensorboard:
                 self._report_by_tokens(kind, **values)
-            if self.tensorboard and (texts := values.get("texts")):
+            if self.tensorboard and (texts := printable(values.get("texts"))):
                 code = "\n\n---\n\n".join(textwrap.indent(text, "    ") for text in texts)  # not Markdown
                 self.tensorboard.add_text("sample", code, step)
         except OSError as error:  # its writer gives up after the first one
@@ -317,7 +319,7 @@ class Log:
     def report_end(self, step: int, overfit_loss: float | None, stopped: bool) -> None:
         """Print how the run has ended and what to do next. Draws its picture if it went to its end."""
         if stopped:
-            again = f"python train.py --resume --out_dir {shlex.quote(self.folder.name)} continues"
+            again = f"python train.py --resume --out_dir {shell_word(self.folder.name)} continues"
             if self.args.overfit_batch:
                 again = "the check has no result"
             elif not self.args.checkpoint_every:
@@ -326,9 +328,9 @@ class Log:
         elif overfit_loss is not None:
             tqdm.write(f"overfit check passed: loss {overfit_loss:.4f} after {step} steps")
         else:
-            model, prompt = shlex.quote(self.folder.name), shlex.quote(self.args.sample_prompt)
+            model, prompt = shell_word(self.folder.name), shell_word(self.args.sample_prompt)
             tqdm.write(f"loss curve: {self.draw()}")
-            report = shlex.quote(f"{self.folder.name}/report.html")
+            report = shell_word(f"{self.folder.name}/report.html")
             tqdm.write(f"report:     python plot.py {model} --output {report}")
             tqdm.write(f"next:       python sample.py --model {model} --prompt {prompt}")
 
@@ -344,6 +346,11 @@ class Log:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def printable(texts: list[str] | None) -> list[str]:
+    """Return texts, with what UTF-8 cannot hold replaced."""
+    return [text.encode(errors="replace").decode() for text in texts or ()]
 
 
 def about_run(
@@ -419,7 +426,7 @@ def describe_run(
 def what_disappoints(
     args: argparse.Namespace, epochs: float, val_tokens: int, item_tokens: int
 ) -> list[str]:
-    """Return a line for each thing about a run that its user will probably regret; checks have none."""
+    """Return a line for each thing about a run, or its rehearsal, that its user will probably regret."""
     if args.eval_only or args.overfit_batch:
         return []
     lines = []

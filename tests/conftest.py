@@ -174,6 +174,26 @@ if os.name != "nt":
     FORKED.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.backends.backend_agg"])
 
 
+STARTED: list[multiprocessing.Process] = []
+
+
+def start(target, words: tuple, daemon: bool) -> multiprocessing.Process:
+    STARTED.append(FORKED.Process(target=target, args=words, daemon=daemon))
+    STARTED[-1].start()
+    return STARTED[-1]
+
+
+@pytest.fixture(autouse=True)
+def end_processes():
+    """A test that fails may leave processes that wait for each other; an agent ends its workers itself."""
+    yield
+    for end in (multiprocessing.Process.terminate, multiprocessing.Process.kill):
+        for process in filter(multiprocessing.Process.is_alive, STARTED):
+            end(process)
+            process.join(10 if process.daemon else 40)
+    STARTED.clear()
+
+
 def run_script(
     script: str, argv: list[str], output: str, errors: str, environment: dict[str, str], data_bytes: int
 ) -> None:
@@ -201,9 +221,7 @@ def begin(
 ) -> multiprocessing.Process:
     """Fork a process that runs a script and writes what it prints to `output`, its errors to `errors`."""
     words = (script, options.split(), output, errors, environment or {}, data_bytes)
-    life = FORKED.Process(target=run_script, args=words, daemon=True)
-    life.start()
-    return life
+    return start(run_script, words, daemon=True)
 
 
 def run_agent(launcher: list[str], argv: list[str]) -> None:
@@ -215,9 +233,7 @@ def run_agent(launcher: list[str], argv: list[str]) -> None:
 
 def torchrun(launcher: str, options: str) -> multiprocessing.Process:
     """Fork an agent of torchrun whose workers are forked as well, where torchrun starts interpreters."""
-    agent = FORKED.Process(target=run_agent, args=(launcher.split(), options.split()))
-    agent.start()
-    return agent
+    return start(run_agent, (launcher.split(), options.split()), daemon=False)  # it has children
 
 
 @pytest.fixture

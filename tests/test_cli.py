@@ -74,6 +74,13 @@ def test_user_errors_exit_without_a_traceback(monkeypatch, error, ending):
     assert exit.value.code == ending
 
 
+@pytest.mark.parametrize("text", ["log", "I'm here, ", 'a "quoted" $HOME', "é\nnext", "`date`!", "a\\b"])
+def test_word_for_the_shell_is_read_back_as_it_was(text):
+    printed = subprocess.run(["bash", "-c", f"printf %s -- {cli.shell_word(text)}"], capture_output=True)
+    assert printed.stdout.decode().removeprefix("--") == text
+    assert cli.shell_word("I'm") == '"I\'m"' and cli.shell_word("log/a.html") == "log/a.html"
+
+
 def test_character_that_a_console_cannot_show_is_replaced(monkeypatch):
     console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # that of Windows in many countries
     monkeypatch.setattr(sys, "stdout", console)

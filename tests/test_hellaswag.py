@@ -2,6 +2,7 @@ import hashlib
 import http.server
 import json
 import math
+import os
 import threading
 from pathlib import Path
 
@@ -79,6 +80,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.skipif(os.name == "nt", reason="ranks are forked")
 def test_scores_do_not_depend_on_the_number_of_ranks(two_ranks, one_thread):
     Path("ranks.py").write_text(RANKS_SCRIPT)
     two_ranks("ranks.py")

@@ -1,5 +1,6 @@
 import base64
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -118,7 +119,7 @@ def test_picture_compares_runs_without_torch(tmp_path):
     write_log("other", 500)
     code = "import sys, plot; plot.main(plot.parse_args(sys.argv[1:])); assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", code, "log", "other", "--against", "tokens", "--references"]
-    subprocess.run(command, check=True, env={"PYTHONPATH": str(REPOSITORY)})
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     assert Path("log/loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in Path("log").iterdir()) == ["log.jsonl", "loss.png"]
 
@@ -162,7 +163,7 @@ def write_report(tokenizer="gpt2"):
     with open("log/log.jsonl", "a") as file:
         file.write("".join(json.dumps(record) + "\n" for record in records))
     plot.main(plot.parse_args(["log", "a&b", "--output", "report.html", "--references", "fineweb"]))
-    return Path("report.html").read_text()
+    return Path("report.html").read_text(encoding="utf-8")
 
 
 def test_report_has_results_samples_options_and_published_values(tmp_path):
@@ -170,28 +171,31 @@ def test_report_has_results_samples_options_and_published_values(tmp_path):
     assert HOSTILE not in page and "taken over" in page
     assert "<tr><td>log</td><td>30</td><td>9,600</td><td>3.5000</td><td>3.5000</td>" in page
     assert "<td>25.00% of 44 items</td>" in page
-    assert "<td>published, on fineweb: modded-nanogpt</td><td></td><td></td><td>3.28</td>" in page
-    assert "<td>published, on fineweb: llm.c</td><td></td><td></td><td></td><td></td><td>29.90%</td>" in page
+    assert "<td>published: modded-nanogpt</td><td></td><td></td><td>3.28</td>" in page
+    assert "<td>published: llm.c</td><td></td><td></td><td></td><td></td><td>29.90%</td>" in page
     assert "<h3>step 20, validation loss 3.8000</h3><pre>" in page and "<pre>é</pre>" in page
     for name, value in {"device": "H100", "torch": "2.13", "--n_layer": 7}.items():
         assert f"<td>{name}</td><td>{value}</td><td></td>" in page
 
 
-def test_losses_per_byte_are_not_compared_with_published_ones(tmp_path):
+def test_losses_are_compared_with_published_ones_only_if_asked_and_per_token(tmp_path):
     write_log("log", 30)
-    run = {"step": 0, "kind": "run", "args": {"tokenizer": "byte"}}
-    with open("log/log.jsonl", "a") as file:
-        file.write(json.dumps(run) + "\n")
-    plot.report(["log"], "report.html")
-    page = Path("report.html").read_text()
-    assert "loss, nats per byte" in page and "published" not in page.partition("<h2>Results")[2]
+    for tokenizer in ("gpt2", "byte"):
+        with open("log/log.jsonl", "a") as file:
+            file.write(json.dumps({"step": 0, "kind": "run", "args": {"tokenizer": tokenizer}}) + "\n")
+        for references in (None, "fineweb-edu"):
+            plot.report(["log"], "report.html", references=references)
+            page = Path("report.html").read_text(encoding="utf-8")
+            assert f"loss, nats per {'byte' if tokenizer == 'byte' else 'token'}" in page
+            assert set(re.findall("<td>published: ([^<]*)</td>", page)) == {"GPT-2", "build-nanogpt", "GPT-3"}
+            assert ("<td>3.05</td>" in page) == (tokenizer == "gpt2" and references is not None)
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
 def test_report_can_be_hovered_and_zoomed_offline_in_a_browser(tmp_path):
     page = write_report()
     assert "http://" not in page.partition("<h2>Results")[2] and "<script src" not in page
-    Path("read.html").write_text(page.replace("</body>", READ + "</body>"))
+    Path("read.html").write_text(page.replace("</body>", READ + "</body>"), encoding="utf-8")
     command = "chromium --headless --no-sandbox --disable-gpu --virtual-time-budget=20000 --dump-dom".split()
     url = Path("read.html").absolute().as_uri()
     offline = ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path}/chromium"]

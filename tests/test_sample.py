@@ -111,6 +111,17 @@ def test_ids_of_all_blocks_are_drawn_as_often_as_they_should():
     assert ((quarters - 500).abs() < 4 * 500**0.5).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}])
+def test_logits_that_are_not_finite_are_an_error_and_any_temperature_is_allowed(options):
+    generator = torch.Generator().manual_seed(0)
+    words = (options.get("top_k"), options.get("top_p"), generator)
+    logits = torch.tensor([[1.0, 5.0, 3.0], [300.0, 100.0, 200.0]])
+    assert sample._draw(logits, 1e-45, *words).tolist() == [1, 0]
+    logits[1, 1] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        sample._draw(logits, 1.0, *words)
+
+
 def test_every_threshold_gives_an_id_that_has_a_probability(monkeypatch):
     probs = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]])
     monkeypatch.setattr(sample, "BLOCK", 2)

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +21,7 @@ import fineweb
 import train
 from model import GPT, GPTConfig
 from runtime import prepare
+from runtime.cli import shell_word
 from runtime.distributed import Distributed
 from tokenizer import get_tokenizer
 from train import DataLoaderLite
@@ -616,7 +616,7 @@ def test_options_come_back_from_a_checkpoint_without_a_log(run_train, capsys):
 def test_restart_of_a_run_that_ended_before_its_first_checkpoint_says_whose_options_it_has(run_train, capsys):
     run_train("--max_steps 3 --checkpoint_every 0 --seed 5")
     train.main(train.parse_args(["--resume"]))
-    line = "nothing to resume in log: starting a new run, with the options of the one that ended before its"
+    line = "nothing to resume in log: starting a new run, with the options of the one there, which has no che"
     assert line in capsys.readouterr().out
     assert json.loads(Path("log/log.jsonl").read_text().splitlines()[0])["args"]["seed"] == 5
 
@@ -656,6 +656,8 @@ def test_model_of_another_tokenizer_is_not_trained_on_bytes(run_train):
     with pytest.raises(ValueError, match="theirs has 1024 token ids, the shards' tokenizer only 257: "):
         run_train("--init_from theirs --n_layer 1 --n_head 1 --n_embd 8")
     assert not Path("log").exists()
+    run_train("--vocab_size 1024 --max_steps 3")
+    run_train("--eval_only --init_from log")  # it was trained on bytes
 
 
 def test_damaged_options_of_a_run_are_one_line(run_train):
@@ -797,7 +799,8 @@ def test_run_whose_shards_vanish_goes_on_and_then_saves(run_train, shards, monke
 def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
     monkeypatch.chdir(shards.parent)
     options = "--preset text --data_dir shards --tokenizer byte --n_layer 1 --n_embd 16 --block_size 16"
-    options = f"{options} --device cpu --dtype float32 --total_batch_size 128 --val_every 30".split()
+    options += " --batch_size 8 --total_batch_size 128 --val_every 30 --device cpu --dtype float32"
+    options = options.split()
     train.main(train.parse_args(options))
     printed = capsys.readouterr().out
     run = next(json.loads(line) for line in open("log/log.jsonl"))["args"]
@@ -807,7 +810,7 @@ def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
     tokens = np.load("shards/edufineweb_val_000000.npy")[:17]  # of the first window
     text = bytes(token for token in tokens.tolist() if token < 256).decode(errors="replace")
     prompt = " ".join(text.strip("\ufffd").split()[:5])
-    assert run["sample_prompt"] == prompt and shlex.quote(prompt) in printed
+    assert run["sample_prompt"] == prompt and shell_word(prompt) in printed
     middle = np.frombuffer(b"the end.\n\nA new line begins here, and goes on", np.uint8)
     assert prepare.first_words(middle, get_tokenizer("byte")) == "A new line begins here,"
     assert prepare.first_words(np.array([256, *middle]), get_tokenizer("byte")) == "the end. A new line"
@@ -817,6 +820,12 @@ def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
     short = train.parse_args([*options, "--epochs", "2"])
     prepare.limit_steps(short)
     assert (short.max_steps, short.warmup_steps) == (28, 1)
+    short = train.parse_args([*options, "--epochs", "2", "--warmup_steps", "1999"])
+    prepare.limit_steps(short)
+    assert short.warmup_steps < short.max_steps
+    for words, message in {"--total_batch_size 0": "--total_batch_size is 0", "--epochs inf": "less"}.items():
+        with pytest.raises(ValueError, match=message):
+            train.main(train.parse_args([*options, *words.split()]))
     long = train.parse_args([*options, "--max_steps", "50", "--warmup_steps", "7"])
     prepare.limit_steps(long)
     assert (long.max_steps, long.warmup_steps) == (50, 7)
