@@ -420,6 +420,8 @@ def describe_run(
         lines.append((group["optimizer"], f"{what}, weight decay {group['weight_decay']:g}"))
     warnings = what_disappoints(args, tokens / epoch_tokens, val_tokens, item_tokens)
     lines += [("warning", text) for text in warnings]
+    if args.eval_only:
+        lines = [line for line in lines if line[0] in ("device", "compute", "model")]
     return "\n".join(f"{name:12} {text}" for name, text in lines)
 
 
@@ -427,7 +429,7 @@ def what_disappoints(
     args: argparse.Namespace, epochs: float, val_tokens: int, item_tokens: int
 ) -> list[str]:
     """Return a line for each thing about a run, or its rehearsal, that its user will probably regret."""
-    if args.eval_only or args.overfit_batch:
+    if args.overfit_batch:
         return []
     lines = []
     if epochs < FEW_EPOCHS:

@@ -690,6 +690,7 @@ def test_evaluation_alone_gives_what_the_run_measured_and_changes_nothing(run_tr
     run_train(f"{options} --eval_only --init_from log --total_batch_size 100")
     printed = capsys.readouterr().out
     results = json.loads(printed.splitlines()[-1])
+    assert "\nbatch" not in printed and "\nmodel" in printed and "warning" not in printed
     assert results["val_loss"] == run["val"][-1]["loss"] and results["val_tokens"] == 160
     assert results["hellaswag"]["acc_norm"] == run["hellaswag"][-1]["acc_norm"]
     assert results["hellaswag"]["n"] == 7 == run["hellaswag"][-1]["n"]
