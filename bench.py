@@ -802,7 +802,7 @@ def gpu_parts(on_gpu: bool) -> dict[str, int]:
 def bench_gpu(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Measure what is worth most on a rented GPU, each part in a process of its own with a time limit.
 
-    Each part is written to the folder --output as soon as it ends. Prints the rows for the README's table.
+    Each part is written to the folder --output as soon as it ends.
     """
     folder = Path(args.output or "measured")
     folder.mkdir(parents=True, exist_ok=True)

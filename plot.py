@@ -1,7 +1,7 @@
 """Draw the curves of one or more runs from their log.jsonl.
 
     python plot.py log                                            # writes log/loss.png
-    python plot.py log --output report.html                       # curves to hover and zoom, samples, options
+    python plot.py log --output report.html                       # interactive curves, samples, options
     python plot.py log --follow 30 --references                   # again every 30 s until the run has ended
     python plot.py log log.1 --against minutes --output runs.png  # compares runs
 
@@ -143,6 +143,7 @@ def lines_of(
 
 def limits(lines: list[tuple[list[float], list[float]]], published: list[float]) -> tuple[float, float]:
     """Return limits of the loss panel that show the lines from the first tenth on, and published values."""
+    # The last point always counts, even where the positions of a damaged log are negative.
     late = [y for x, values in lines for at, y in zip(x, values, strict=True) if at >= min(x[-1], x[-1] / 10)]
     late += published
     room = 0.05 * (max(late) - min(late)) or 0.05
@@ -352,7 +353,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("runs", nargs="+", help="run folders or log.jsonl files")
     add("--output", help="PNG or report.html to write (default: loss.png in the first folder)")
     add("--against", choices=AXES, default="step", help="horizontal axis; minutes exclude evaluations")
-    help = "draw published values of the 124M model: of FineWeb-Edu, or on fineweb (None: none)"
+    help = "draw published values of the 124M model: on FineWeb-Edu, or on fineweb (None: no losses)"
     add("--references", nargs="?", choices=REFERENCES, const="fineweb-edu", help=help)
     add("--follow", type=Range(float, 0), default=0, help="redraw every N seconds until all end (0: once)")
     args = parser.parse_args(argv)

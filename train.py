@@ -382,7 +382,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if given.resume:
         before = read_run(given.out_dir, given.preset)
         words = [*before, *words]  # what is given comes last, so it wins
-    preset = parser.parse_known_args(words)[0].preset or "gpt2"
+        given = parser.parse_known_args(words)[0]
+    preset = given.preset or "gpt2"
     if preset not in PRESETS:
         raise ValueError(f"unknown --preset {preset!r}: choose from {', '.join(PRESETS)}")
     later = (*SIZES, "warmup_steps")  # filled in below or by --init_from

@@ -92,10 +92,17 @@ def read_options(out_dir: str | Path) -> dict[str, object]:
     log = folder / "log.jsonl"
     records = read_records(log) if log.exists() else []
     found = [record["args"] for record in records if isinstance(record.get("args"), dict)]
-    if not found and folder.is_dir():
-        found = [read_value(path, "args") for path in checkpoints_in(folder)]
-        found = [options for options in found if isinstance(options, dict)]
-    return found[-1] if found else {}
+    if found:
+        return found[-1]
+    for path in reversed(checkpoints_in(folder)) if folder.is_dir() else ():
+        if isinstance(options := read_value(path, "args"), dict):
+            return options
+    return {}
+
+
+def is_milestone(step: float, every: int) -> bool:
+    """Return whether the checkpoint of a step is kept forever; `every` is in steps (0: none)."""
+    return step > 0 and every > 0 and step % every == 0
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -540,8 +547,8 @@ def check_disk(args: argparse.Namespace, groups: list[dict], resumed: dict | Non
     if resumed:
         grid, recent = args.milestone_every * args.checkpoint_every, resumed.get("recent", {})
         for path in checkpoints_in(Path(args.out_dir)):
-            is_milestone = path.name != BEST and grid and step_of(path) and step_of(path) % grid == 0
-            if path.name == BEST or path.name in recent or is_milestone or args.keep == 0:
+            is_kept = path.name == BEST or args.keep == 0 or is_milestone(step_of(path), grid)
+            if is_kept or path.name in recent:
                 needed -= path.stat().st_size
         needed = max(needed, size)
     if free < needed:
@@ -610,9 +617,8 @@ class CheckpointWriter:
     def _write(self, names: list[str], checkpoint: dict, held_ms: float) -> None:
         started, recent = time.perf_counter(), dict(self.recent)
         if self.keep:
-            step = checkpoint["step"]
-            is_milestone = step and self.milestone_steps and step % self.milestone_steps == 0
-            recent |= {name: not is_milestone for name in names if NUMBERED.fullmatch(name)}
+            may_go = not is_milestone(checkpoint["step"], self.milestone_steps)
+            recent |= {name: may_go for name in names if NUMBERED.fullmatch(name)}
         else:
             recent = {}
         # Includes what is deleted next: a run that is killed before that deletes it when it is resumed.

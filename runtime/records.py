@@ -201,10 +201,10 @@ class Log:
                 mean_s = (now - self.first_step_began) / (step + 1 - self.start_step)
                 left_s = mean_s * (self.args.max_steps - step - 1)
                 tqdm.write(describe_step(step, values, left_s))
-                left_s = values["dt_ms"] / 1000 * (self.args.max_steps - step - 1)  # without compilation
-                if left_s > LONG_RUN_S and 0 < step - self.start_step <= self.args.log_every:
+                rest_s = values["dt_ms"] / 1000 * (self.args.max_steps - step - 1)  # without compilation
+                if rest_s > LONG_RUN_S and 0 < step - self.start_step <= self.args.log_every:
                     tqdm.write(
-                        f"warning: at this speed, the rest of the run takes {left_s / 86400:.0f} days: lower "
+                        f"warning: at this speed, the rest of the run takes {rest_s / 86400:.0f} days: lower "
                         "--max_steps, or use --dry_run to see how long another machine would take"
                     )
             self.bar.update()

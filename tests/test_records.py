@@ -131,7 +131,8 @@ def test_tensorboard_matches_the_log_and_hides_repeated_steps(run_train):
     Path("log/model_00006.pt").unlink()
     Path("log/model_best.pt").unlink()
     hellaswag = "--max_steps 6 --hellaswag_every 6 --hellaswag_data demo --sample_every 3"
-    by_kind = run_train(f"--tensorboard --resume {hellaswag}")
+    run_train(f"--tensorboard --resume {hellaswag}")
+    by_kind = run_train(f"--tensorboard --resume {hellaswag} --max_steps 9")
     events = event_accumulator.EventAccumulator("log/tensorboard").Reload()
     for tag, kind, name in (
         ("train/loss", "train", "loss"),
@@ -149,7 +150,7 @@ def test_tensorboard_matches_the_log_and_hides_repeated_steps(run_train):
         assert [record["tokens"] for record in by_kind[kind]] == [tokens for tokens, _ in seen]
     texts = events.Tensors("sample/text_summary")
     texts = {event.step: event.tensor_proto.string_val[0].decode() for event in texts}
-    assert texts.keys() == {0, 3, 6}
+    assert texts.keys() == {0, 3, 6, 9}
     for record in by_kind["sample"]:
         lines = [f"    {line}" for text in record["texts"] for line in text.splitlines() if line.strip()]
         assert len(lines) >= 2 and all(line in texts[record["step"]] for line in lines)

@@ -633,6 +633,14 @@ def test_signal_while_the_last_checkpoint_is_written_does_not_lose_it(run_train,
     run_train("--max_steps 6")
     assert Path("log/model_00006.pt").exists() and signal.getsignal(signal.SIGTERM) == before
 
+    def fails(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(train, "train_step", fails)
+    with pytest.raises(RuntimeError, match="broken"):
+        run_train("--max_steps 6")
+    assert signal.getsignal(signal.SIGTERM) == before
+
 
 def test_interrupted_check_promises_nothing(run_train, monkeypatch, capsys):
     take_step = train.train_step
