@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from runtime import hub
 from runtime.cli import Range, check_options, count, run
 from runtime.files import (
     FolderLock,
@@ -75,8 +76,8 @@ MOST_VALIDATION = 0.2  # share of a set; where the first shard is more, a tenth 
 DOCUMENTS_PER_CHUNK = 64  # enough to hide the cost of passing a chunk to a thread
 ROWS_PER_CHUNK = 1000  # of parquet files, whose row groups typically have as many
 RETRY_S = (1, 5, 25, 125)  # delays after which a shard that cannot be read is tried again
-HUB_TRIES = 4  # on top of the retries of huggingface_hub, which can take half a minute per try
-HUB_REFUSALS = ("OfflineModeIsEnabled", "DatasetNotFoundError", "LocalEntryNotFoundError")
+DOWNLOAD_PATIENCE_S = 60  # of trying and waiting, on top of the retries of huggingface_hub
+CONVERTED = "refs/convert/parquet"  # the branch for which the Hub converts datasets itself
 SUFFIXES = (".txt", ".py", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 GPT2_VOCABULARY = 50257  # with end-of-text, its last id
 TOKEN_FILES = ".bin"  # of GPT-2's tokens, in llm.c's format
@@ -141,12 +142,12 @@ def hub_inputs(dataset: str, name: str | None) -> list[Input]:
 
     if constants.HF_HUB_OFFLINE and not Path(dataset).is_dir():
         where = dict(repo_type="dataset", local_files_only=True)
-        dataset = retrying(lambda: snapshot_download(dataset, **where), f"find {dataset} in the cache")
+        dataset = ask_hub(lambda: snapshot_download(dataset, **where), f"find {dataset} in the cache")
     if not Path(dataset).is_dir():
-        info = retrying(lambda: HfApi().dataset_info(dataset), f"list {dataset}")
+        info = ask_hub(lambda: HfApi().dataset_info(dataset, timeout=hub.ANSWER_S), f"list {dataset}")
         if tokens := [file.rfilename for file in info.siblings if file.rfilename.endswith(TOKEN_FILES)]:
             return describe_files(dataset, info.sha, validation_first(sorted(tokens)))
-    builder = retrying(lambda: load_dataset_builder(dataset, name), f"list {dataset}")
+    builder = ask_hub(lambda: load_dataset_builder(dataset, name), f"list {dataset}")
     files = (builder.config.data_files or {}).get("train", [])
     if not files:
         raise ValueError(f"{dataset} ({name}) has no train split: choose another --name")
@@ -164,7 +165,7 @@ def converted_files(dataset: str, config: str) -> list[Input]:
     from huggingface_hub import HfApi
 
     what = f"list the parquet files of {dataset}"
-    info = retrying(lambda: HfApi().dataset_info(dataset, revision="refs/convert/parquet"), what)
+    info = ask_hub(lambda: HfApi().dataset_info(dataset, revision=CONVERTED, timeout=hub.ANSWER_S), what)
     paths = [file.rfilename for file in info.siblings]
     paths = [path for path in paths if re.match(rf"{re.escape(config)}/(partial-)?train/.*\.parquet$", path)]
     if not paths:
@@ -183,7 +184,7 @@ def describe_files(dataset: str, revision: str, paths: list[str]) -> list[Input]
         infos = HfApi().get_paths_info(dataset, paths, repo_type="dataset", revision=revision)
         return {info.path: info for info in infos}
 
-    infos = retrying(describe, f"list {dataset}")
+    infos = ask_hub(describe, f"list {dataset}")
     return [
         Input(path, infos[path].size, infos[path].lfs and infos[path].lfs.sha256, dataset, revision)
         for path in paths
@@ -195,27 +196,11 @@ def validation_first(paths: list[str]) -> list[str]:
     return sorted(paths, key=lambda path: path.endswith(TOKEN_FILES) and "train" in Path(path).name)
 
 
-def retrying(call: Callable, what: str):
-    """Return what `call` returns; retry temporary errors of the Hub with growing delays.
-
-    Raises FileNotFoundError if the Hub refuses the request, and ConnectionError after the last try.
-    """
-    for left in reversed(range(HUB_TRIES)):
-        try:
-            return call()
-        except Exception as error:  # the client library's errors have no common base class
-            if isinstance(error, ValueError) and not isinstance(error, OSError):
-                raise
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            if status in (401, 403, 404) or any(name in reason for name in HUB_REFUSALS):
-                raise FileNotFoundError(
-                    f"cannot {what} ({reason}): check its name, HF_TOKEN and HF_HUB_OFFLINE, or use --files"
-                ) from error
-            if not left:
-                command = f"python {shlex.join(sys.argv)}"
-                raise ConnectionError(f"cannot {what} ({reason}); to continue: {command}") from error
-            time.sleep(2 ** (HUB_TRIES - 1 - left))
+def ask_hub(call: Callable, what: str, patience_s: float = hub.PATIENCE_S):
+    """Return what `call` gets from the Hub; see `hub.retrying`."""
+    advice = "check its name, HF_TOKEN and HF_HUB_OFFLINE, or use --files"
+    command = f"python {shlex.join(sys.argv)}"
+    return hub.retrying(call, what, f"{advice}; to continue: {command}", patience_s)
 
 
 def download(source: Input, folder: Path) -> Path:
@@ -230,7 +215,7 @@ def download(source: Input, folder: Path) -> Path:
             raise OSError(f"the hash of {source.path} differs from the one on the Hub")
         return path
 
-    return retrying(fetch, f"download {source.path}")
+    return ask_hub(fetch, f"download {source.path}", DOWNLOAD_PATIENCE_S)
 
 
 class Fetcher:
@@ -252,14 +237,7 @@ class Fetcher:
     def prefetch(self, index: int) -> None:
         """Start to download an input of the Hub, unless that has been done."""
         if index < len(self.inputs) and self.inputs[index].repo and index not in self.pending:
-            self.pending[index] = Future()
-            threading.Thread(target=self._download, args=(index,), daemon=True).start()
-
-    def _download(self, index: int) -> None:
-        try:
-            self.pending[index].set_result(download(self.inputs[index], self.folder))
-        except Exception as error:
-            self.pending[index].set_exception(error)
+            self.pending[index] = hub.started(partial(download, self.inputs[index], self.folder))
 
     def release(self, before: int) -> None:
         """Delete the downloads before this input, whose tokens have been written."""

@@ -1,6 +1,6 @@
 """Score a language model on HellaSwag: which of four endings does it find most likely? (Zellers et al. 2019)
 
-    python hellaswag.py --model gpt2                 # downloads the 10,042 validation items, 12 MB, once
+    python hellaswag.py --model gpt2                 # downloads the 10,042 validation items, 6 MB, once
     python hellaswag.py --model log --limit 200      # the newest checkpoint of a run
     python hellaswag.py --model log --lm_eval --output results.json
 
@@ -20,108 +20,82 @@ Published values: build-nanogpt's hellaswag.py for GPT-2 in both ways, Brown et 
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import re
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from corpus.rows import rows_of
 from model import GPT, head_rows
+from runtime import hub
 from runtime.checkpoint import describe_pretrained
 from runtime.cli import Range, check_options, run
 from runtime.distributed import Interrupted
-from runtime.files import check_output, file_hash, parsing, write_json
+from runtime.files import check_output, parsing, write_atomically, write_json
 from runtime.hardware import choose_device, masked_attention
 from runtime.records import watched
 from sample import tokenizer_for
 
-URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 DATA = "hellaswag_val.jsonl"
-TRIES = 5
-BACK_OFF_S = 1.0  # delay before the second try; doubles with each further one
+HUB_DATASET = "Rowan/hellaswag"
+ADVICE = (
+    "use --hellaswag_every 0, or pass a file to --hellaswag_data (hellaswag.py: --data), or set HF_ENDPOINT "
+    "to a mirror"
+)
+# `fingerprint` of the 10,042 items on which all published scores were measured (LOG.md, 2026-11-28).
+PUBLISHED_ITEMS, PUBLISHED_FINGERPRINT = 10042, "148f8efb84d40214"
 PUBLISHED = {"completion": "GPT-2 28.59 / 29.55, GPT-2 XL 38.42 / 48.93, GPT-3 125M - / 33.7",
              "lm_eval": "GPT-2 28.92 / 31.14, GPT-2 XL 40.04 / 50.89"}  # fmt: skip
 
 
-def download(url: str = URL, path: str | Path = DATA, sha256: str = SHA256) -> Path:
-    """Download the validation set if it is missing, with retries, and verify its hash.
+def download(path: str | Path = DATA) -> Path:
+    """Return the file of the validation items; the first call writes it, from the Hub.
 
-    An interrupted download is resumed. Raises FileNotFoundError after the last try.
+    Raises FileNotFoundError or ConnectionError, within a minute, if the Hub does not have or give it.
     """
-    import requests
-
     path = Path(path)
-    partial = path.with_name(path.name + ".tmp")
     if path.exists():
         return path
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(BACK_OFF_S * 2 ** (attempt - 1))
-        have = partial.stat().st_size if partial.exists() else 0
-        try:
-            headers = {"Range": f"bytes={have}-"} if have else {}
-            with requests.get(url, headers=headers, stream=True, timeout=30) as response:
-                if response.status_code == 416:  # the partial file is as long as the whole one, or longer
-                    partial.unlink()
-                response.raise_for_status()
-                have = have if response.status_code == 206 else 0
-                size = have + int(response.headers.get("Content-Length", 0))
-                with (
-                    open(partial, "ab" if have else "wb") as file,
-                    tqdm(
-                        total=size or None,
-                        initial=have,
-                        unit="B",
-                        unit_scale=True,
-                        desc=path.name,
-                        disable=None,
-                    ) as bar,
-                ):
-                    for block in response.iter_content(1 << 16):
-                        bar.update(file.write(block))
-                    file.flush()
-                    os.fsync(file.fileno())
-            if partial.stat().st_size < size:
-                raise OSError(f"the connection ended after {partial.stat().st_size} of {size} bytes")
-            digest = file_hash(partial)
-            if digest != sha256:
-                partial.unlink()
-                raise OSError(f"its sha256 is {digest[:12]}…, not {sha256[:12]}…")
-            os.replace(partial, path)
-            return path
-        except OSError as error:
-            # The messages of requests can be very long.
-            reason = str(error) if len(str(error)) < 100 else type(error).__name__
-    raise FileNotFoundError(
-        f"cannot download HellaSwag ({reason}): download {url} yourself and pass it as --data "
-        "(train.py: --hellaswag_data), or train with --hellaswag_every 0"
-    )
+    fetch = partial(hub.fetch, HUB_DATASET, repo_type="dataset", what="download HellaSwag", advice=ADVICE)
+    try:
+        source = fetch("data/validation-00000-of-00001.parquet")
+    except FileNotFoundError:  # the Hub converts every dataset itself
+        source = fetch("default/validation/0000.parquet", revision="refs/convert/parquet")
+    lines = [json.dumps(item) + "\n" for item in load_items(source)]
+    # Another run may be doing the same.
+    mine = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    write_atomically(mine, lambda file: file.write("".join(lines).encode()))
+    os.replace(mine, path)
+    return path
 
 
 def load_items(path: str | Path) -> list[dict]:
-    """Read items (`ind`, `activity_label`, `ctx`, `label`, four `endings`) from a .jsonl file.
+    """Read items (`ind`, `activity_label`, `ctx`, `label`, four `endings`) from a .jsonl, .jsonl.gz or
+    .parquet file. A label may be a number or text, and becomes a number.
 
-    Raises FileNotFoundError, or ValueError naming the bad line.
+    Raises FileNotFoundError, or ValueError naming the bad row.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no HellaSwag items at {path}: `python hellaswag.py` downloads them")
-    items, advice = [], "fix it, or delete the file to download it again"
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            with parsing(f"{path}, line {number}", "a HellaSwag item", advice):
-                items.append(_check_item(json.loads(line)))
+    items, what = [], "a HellaSwag item"
+    advice = "fix it, or delete the file to download it again"
+    for where, item in rows_of(path, what, advice):
+        with parsing(where, what, advice):
+            items.append(_check_item(item))
     if not items:
         raise ValueError(f"{path} holds no items: delete it to download it again")
     return items
@@ -135,14 +109,32 @@ def _check_item(item: dict) -> dict:
         raise ValueError(f"it has no {', '.join(sorted(missing))}")
     if any(not isinstance(item.get(name, ""), str) for name in ("activity_label", "ctx_a", "ctx_b")):
         raise ValueError("its activity_label, ctx_a and ctx_b are not text")
-    if item["label"] not in (0, 1, 2, 3):
+    if str(item["label"]) not in ("0", "1", "2", "3"):
         raise ValueError(f"its label is {item['label']!r}, not 0, 1, 2 or 3")
     if not isinstance(item["ctx"], str) or not item["ctx"].strip():
         raise ValueError("its ctx is empty")
     endings = item["endings"] if isinstance(item["endings"], list) else []
     if len(endings) != 4 or not all(isinstance(ending, str) and ending.strip() for ending in endings):
         raise ValueError("it needs four non-empty endings")
-    return item
+    return {**item, "label": int(item["label"])}
+
+
+def identify(items: list[dict]) -> dict[str, str]:
+    """Return the `fingerprint` of items: a hash of contexts, endings and labels in order, however stored.
+
+    If these are not the items of the published scores, `warning` says so.
+    """
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps([item["ctx"], item["endings"], item["label"]]).encode() + b"\n")
+    fingerprint = digest.hexdigest()[:16]
+    if fingerprint == PUBLISHED_FINGERPRINT:
+        return {"fingerprint": fingerprint}
+    return {
+        "fingerprint": fingerprint,
+        "warning": f"these are not the {PUBLISHED_ITEMS:,} items of the published scores: {len(items):,} "
+        f"items, fingerprint {fingerprint} instead of {PUBLISHED_FINGERPRINT}",
+    }
 
 
 @dataclass(frozen=True)
@@ -195,6 +187,14 @@ def render_lm_eval(items: list[dict], tokenizer: tiktoken.Encoding) -> list[Exam
             Example(item["ind"], item["label"], context, tokens, [len(ending) for ending in endings])
         )
     return examples
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Examples to score, and what `identify` says of the items in the file that they come from."""
+
+    examples: list[Example]
+    about: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -349,7 +349,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", default="log", help="checkpoint, run folder, Hugging Face folder, or gpt2 … gpt2-xl")
-    add("--data", help=f"items in a .jsonl file (None: {DATA}, downloaded if missing)")
+    add("--data", help=f"items in .jsonl, .jsonl.gz or .parquet (None: {DATA}, downloaded if missing)")
     add("--limit", type=Range(int, 1), help="score only the first N items (None: all)")
     add("--lm_eval", action="store_true", help="also score as lm-evaluation-harness does; doubles the time")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -364,7 +364,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     if args.output:
         check_output(args.output)
-    items = load_items(args.data or download())[: args.limit]
+    items = load_items(args.data or download())
+    about, items = identify(items), items[: args.limit]
+    if "warning" in about:
+        print(about["warning"], file=sys.stderr, flush=True)
     device = choose_device(args.device)
     model = GPT.from_pretrained(args.model)
     if line := describe_pretrained(args.model, model.metadata):
@@ -374,7 +377,7 @@ def main(args: argparse.Namespace) -> None:
     results = {}
     for style, renderer in (("completion", render), ("lm_eval", render_lm_eval))[: 1 + args.lm_eval]:
         result = evaluate(model, renderer(items, tokenizer), batch_tokens=args.batch_tokens)
-        results[style] = result
+        results[style] = result | about
         name = {"completion": "completion style", "lm_eval": "lm-evaluation-harness style"}[style]
         print(
             f"{name}: acc {result['acc']:.2%} ± {result['acc_stderr']:.2%}, "

@@ -1,20 +1,25 @@
 """The two tokenizers. Both are `tiktoken.Encoding`s whose last id is `<|endoftext|>`.
 
-    get_tokenizer("gpt2")     # 50,257 ids; tiktoken downloads the vocabulary once, 1.5 MB
+    get_tokenizer("gpt2")     # 50,257 ids; the vocabulary is downloaded once, 1.5 MB
     get_tokenizer("byte")     # 257 ids: the 256 bytes and <|endoftext|>; needs no download
     BatchTokenizer("gpt2")    # the same ids for many texts at a time, more than ten times as fast
     to_hugging_face(get_tokenizer("gpt2"), 1024).save_pretrained("folder")
 """
 
 import base64
+import hashlib
+import json
 import tempfile
 import threading
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import tiktoken
 
+from runtime import hub
+from runtime.files import parsing
 from runtime.memory import resident_bytes
 
 if TYPE_CHECKING:
@@ -23,6 +28,10 @@ if TYPE_CHECKING:
     from transformers import GPT2Tokenizer
 
 NAMES = ("gpt2", "byte")
+END_OF_TEXT = "<|endoftext|>"
+OPENAI_S = 5  # after which the Hub is asked
+# Of r50k_base.tiktoken, which has GPT-2's ranks: tiktoken 0.14, tiktoken_ext/openai_public.py.
+RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 CHECKED_BYTES = 200_000  # of the first texts, which are also tokenized by tiktoken: 20 ms
 # gigatoken remembers every word that it has seen. A tokenizer is replaced when this process has grown by so
 # much since it was made or, where that is not known (not Linux), after so much text.
@@ -32,24 +41,65 @@ MOST_GROWTH, MOST_TEXT = 600_000_000, 256_000_000  # bytes
 def get_tokenizer(name: str) -> tiktoken.Encoding:
     """Return the tokenizer with that name.
 
-    Raises ValueError for an unknown name, and FileNotFoundError if GPT-2's vocabulary cannot be downloaded.
+    Raises ValueError for an unknown name, and OSError, within a minute, if GPT-2's vocabulary is neither
+    cached nor can be downloaded.
     """
     if name == "gpt2":
+        # tiktoken's download has no time limit, and some networks do not let it through.
+        openai = hub.started(lambda: tiktoken.get_encoding("gpt2"))
         try:
-            return tiktoken.get_encoding("gpt2")
+            return openai.result(timeout=OPENAI_S)
         except Exception as error:  # network, proxy and cache folder can each raise different errors
-            raise FileNotFoundError(
-                f"cannot download the GPT-2 vocabulary ({type(error).__name__}): connect to the network "
-                "once, or set TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache from another machine"
-            ) from error
+            reason = type(error).__name__
+        try:
+            return gpt2_from_hub(reason)
+        except OSError:
+            if openai.done() and not openai.exception():  # it was only slow
+                return openai.result()
+            raise
     if name == "byte":
         return tiktoken.Encoding(
             name="byte",
             pat_str=r"[^\n]+\n?|\n",  # any split gives the same ids; splitting into lines is fast
             mergeable_ranks={bytes([i]): i for i in range(256)},
-            special_tokens={"<|endoftext|>": 256},
+            special_tokens={END_OF_TEXT: 256},
         )
     raise ValueError(f"unknown tokenizer {name!r}: choose from {', '.join(NAMES)}")
+
+
+@cache
+def gpt2_from_hub(reason: str) -> tiktoken.Encoding:
+    """Return GPT-2's tokenizer, made from the vocabulary on the Hub, for when tiktoken cannot download it.
+
+    Raises OSError if it cannot be downloaded either, and ValueError if it is not OpenAI's vocabulary.
+    """
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    file = hub.fetch(
+        "openai-community/gpt2",
+        "vocab.json",
+        what=f"download GPT-2's vocabulary, neither from OpenAI ({reason}) nor from the Hugging Face Hub",
+        advice="connect to the network once, set TIKTOKEN_CACHE_DIR to a copy of tiktoken's cache from "
+        "another machine, or set HF_ENDPOINT to a mirror",
+    )
+    # Tokens are spelled in letters that stand for bytes: for itself if it is printable, else one from 256 on.
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
+    others = [byte for byte in range(256) if byte not in printable]
+    bytes_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    with parsing(file, "OpenAI's vocabulary", "delete it, and check HF_ENDPOINT"):
+        vocabulary = json.loads(file.read_bytes())
+        end_of_text = {END_OF_TEXT: vocabulary.pop(END_OF_TEXT)}
+        ranks = {bytes(bytes_of[letter] for letter in token): rank for token, rank in vocabulary.items()}
+        digest = hashlib.sha256(tiktoken_file(ranks)).hexdigest()
+        if digest != RANKS_SHA256 or end_of_text[END_OF_TEXT] != len(ranks):
+            raise ValueError(f"the hash of its tokens is {digest[:12]}…, not {RANKS_SHA256[:12]}…")
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=end_of_text)
+
+
+def tiktoken_file(ranks: dict[bytes, int]) -> bytes:
+    """Return a vocabulary in tiktoken's format: a line for each token, by rank."""
+    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ordered)
 
 
 class BatchTokenizer:
@@ -83,10 +133,9 @@ class BatchTokenizer:
             del mine.fast
         import gigatoken
 
-        ranks = self.encoding._mergeable_ranks.items()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "gpt2.tiktoken")
-            file.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks))
+            file.write_bytes(tiktoken_file(self.encoding._mergeable_ranks))
             mine.fast = gigatoken.Tokenizer.from_tiktoken(file, pretokenizer="gpt2")
         mine.size, mine.text = resident_bytes(), new_text
         return mine.fast

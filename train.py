@@ -331,7 +331,8 @@ def option_parser(**settings) -> argparse.ArgumentParser:
     add("--val_tokens", type=AT_LEAST_1, default=10485760, help="tokens per validation, always the same ones")
     add("--hellaswag_every", type=AT_LEAST_0, default=250, help="steps between evaluations (0: disabled)")
     add("--hellaswag_limit", type=AT_LEAST_1, help="score only the first N items (None: all)")
-    add("--hellaswag_data", help=f"items to score; demo: 44 items (None: {hellaswag.DATA}, downloaded)")
+    items = f".jsonl, .jsonl.gz or .parquet, or demo: 44 items (None: {hellaswag.DATA}, downloaded)"
+    add("--hellaswag_data", help=f"items to score: {items}")
     add("--sample_every", type=AT_LEAST_0, default=250, help="steps between samples (0: disabled)")
     prompt = "Hello, I'm a language model,"
     add("--sample_prompt", default=prompt, help="prompt of the samples (None: the start of the text)")
@@ -506,7 +507,7 @@ def write_samples(
 
 def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> None:
     opened = partial(open_loaders, args, dist)
-    raw_model, dtype, loaders, examples, resumed = prepare(args, dist, folder, option_parser(), opened)
+    raw_model, dtype, loaders, benchmark, resumed = prepare(args, dist, folder, option_parser(), opened)
     device = dist.device
     optimizer = build_optimizer(raw_model, args, dist)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -541,18 +542,18 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
     about = about_run(args, dist.world_size, optimizer.param_groups, device)
     disk = disk_usage(args, optimizer.param_groups)
     epoch_tokens = loaders["train"].windows * args.block_size
-    item_tokens = sum(len(each.context) + sum(map(len, each.endings)) for each in examples)
+    item_tokens = sum(len(each.context) + sum(map(len, each.endings)) for each in benchmark.examples)
     val_tokens = loaders["val"].windows_for(args.val_tokens) * args.block_size
     dist.say(describe_run(args, about, how, epoch_tokens, val_tokens, item_tokens, disk))
     raw_model.train()
     loaders["train"].seek(progress.windows)
     calls = dict(evaluate=evaluate, score=score_items, write_samples=write_texts)
     if args.dry_run:
-        what = (args, dist, dtype, raw_model, model, *contexts, loaders, examples, progress.step, compiled)
-        dry_run.rehearse(*what, **calls, take_step=take_step, state=state)
+        what = (args, dist, dtype, raw_model, model, *contexts, loaders, benchmark.examples)
+        dry_run.rehearse(*what, progress.step, compiled, **calls, take_step=take_step, state=state)
         return dist.leave()
     if args.eval_only:
-        eval_only.report(args, loaders["val"], examples, get_tokenizer(args.tokenizer), **calls)
+        eval_only.report(args, loaders["val"], benchmark, get_tokenizer(args.tokenizer), **calls)
         return dist.leave()
 
     folder.callback(stop.restore)
@@ -593,7 +594,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
                     last_step = True
 
             if args.hellaswag_every and (step % args.hellaswag_every == 0 or last_step):
-                scores = score_items(examples)
+                scores = score_items(benchmark.examples) | benchmark.about
                 del scores["items"]
                 compilations = hardware.compilations() if compiled else 0
                 log(step, "hellaswag", **scores, tokens=seen, compilations=compilations)

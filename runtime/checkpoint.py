@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from runtime import hub
 from runtime.cli import NOT_RESUMED
 from runtime.files import (
     check_types,
@@ -38,6 +39,7 @@ from runtime.memory import is_out_of_memory
 from runtime.records import RunFolder
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+HUB_FILES = ("model.safetensors", "config.json")  # in this order both are of one revision
 # OpenAI's checkpoints store these four as (in, out); `nn.Linear` expects (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # Prefixes that DDP, torch.compile and wrapper modules add to tensor names.
@@ -377,8 +379,13 @@ def read_pretrained(source: str | Path | dict) -> tuple[dict, dict[str, torch.Te
     """
     if isinstance(source, dict):
         return _read_gpt2_checkpoint("the checkpoint", source)
-    if str(source) in HUB_NAMES and not Path(source).exists() or (Path(source) / "config.json").exists():
-        return _read_hugging_face(str(source))
+    if str(source) in HUB_NAMES and not Path(source).exists():
+        advice = "connect to the network, or use a checkpoint or a Hugging Face folder"
+        for name in HUB_FILES:
+            path = hub.fetch(source, name, what=f"download {source}", advice=advice)
+        return _read_hugging_face(path.parent)
+    if (Path(source) / "config.json").exists():
+        return _read_hugging_face(Path(source))
     return _read_gpt2_checkpoint(source, load_checkpoint(source))
 
 
@@ -398,8 +405,8 @@ def describe_pretrained(source: str | Path, metadata: dict) -> str:
     return "\n".join(lines)
 
 
-def _read_hugging_face(source: str) -> tuple[dict, dict[str, torch.Tensor], dict]:
-    """Read a Hugging Face folder or Hub name; the metadata is empty."""
+def _read_hugging_face(source: Path) -> tuple[dict, dict[str, torch.Tensor], dict]:
+    """Read a Hugging Face folder; the metadata is empty."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
@@ -424,7 +431,7 @@ def _read_hugging_face(source: str) -> tuple[dict, dict[str, torch.Tensor], dict
             config = {ours: getattr(theirs, name) for ours, name in sizes.items()}
             if not all(isinstance(size, int) and size > 0 for size in config.values()):
                 raise ValueError(f"its sizes are {config}")
-            if files := [path for path in Path(source).glob("*") if path.suffix in (".safetensors", ".bin")]:
+            if files := [path for path in source.glob("*") if path.suffix in (".safetensors", ".bin")]:
                 check_size(config, sum(path.stat().st_size for path in files))  # at least a byte per weight
             hf_model, report = GPT2LMHeadModel.from_pretrained(
                 source, dtype=torch.float32, output_loading_info=True

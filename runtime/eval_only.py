@@ -9,13 +9,14 @@ from concurrent.futures import wait
 import numpy as np
 import tiktoken
 
+import hellaswag
 from runtime.distributed import Problems
 
 
 def report(
     args: argparse.Namespace,
     loader,
-    examples: list,
+    benchmark: hellaswag.Benchmark,
     tokenizer: tiktoken.Encoding,
     *,
     evaluate: Callable[[int], float],
@@ -34,7 +35,7 @@ def report(
         say(f"validation   {loss:.4f} nats per token, {results['bits_per_byte']:.4f} bits per byte")
         say(f"             on {tokens:,} tokens, {size:,} bytes, of {args.data_dir}")
     if args.hellaswag_every:
-        scores = results["hellaswag"] = score(examples)
+        scores = results["hellaswag"] = score(benchmark.examples) | benchmark.about
         del scores["items"]
         for name in ("acc_norm", "acc"):
             interval = f"{scores[name]:.2%} ± {scores[f'{name}_stderr']:.2%}"

@@ -118,8 +118,13 @@ def parsing(path: str | Path, what: str, advice: str) -> Iterator[None]:
             raise
         if is_out_of_memory(error):
             raise MemoryError(f"too little memory to read {path}: nothing has been changed") from error
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{path} is damaged or not {what} ({reason}): {advice}") from error
+        raise damage(path, what, error, advice) from error
+
+
+def damage(path: str | Path, what: str, error: Exception, advice: str) -> ValueError:
+    """Return the one-line error for a file, or a part of one, that cannot be interpreted."""
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return ValueError(f"{path} is damaged or not {what} ({reason}): {advice}")
 
 
 def check_types(record: object, needed: dict[str, type], optional: dict[str, type] | None = None) -> None:

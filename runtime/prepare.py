@@ -1,6 +1,6 @@
 """What has to be right, or has to be loaded, before the first step of a run.
 
-    model, dtype, loaders, examples, resumed = prepare(args, dist, folder, parser, open_loaders)
+    model, dtype, loaders, benchmark, resumed = prepare(args, dist, folder, parser, open_loaders)
 
 Finds everything that is wrong with a command and reports it at once, on the main rank.
 """
@@ -123,8 +123,8 @@ def prepare(
     folder: RunFolder,
     parser: argparse.ArgumentParser,
     open_loaders: Callable[[], dict],
-) -> tuple[GPT, torch.dtype, dict, list[hellaswag.Example], dict | None]:
-    """Return model, dtype, loaders, HellaSwag examples, and the checkpoint to resume or None.
+) -> tuple[GPT, torch.dtype, dict, hellaswag.Benchmark, dict | None]:
+    """Return model, dtype, loaders, HellaSwag, and the checkpoint to resume or None.
 
     Fills in the options left open, and locks the folder of a run if it exists. Raises ValueError, with a line
     for each problem, on the main rank and SystemExit on the others. A collective.
@@ -163,6 +163,9 @@ def prepare(
                 problems.call(hellaswag.download)
             if problems.none_on_any_rank():  # the other ranks wait for the file
                 items = problems.call(hellaswag.load_items, hellaswag.DATA) or []
+            elif args.dry_run:
+                dist.say("\n".join([*problems.lines, "the dry run goes on without HellaSwag"]))
+                problems.lines, args.hellaswag_every = [], 0
     if problems.none_on_any_rank():
         n_vocab = tokenizer.n_vocab if tokenizer else manifest["vocab_size"]
         torch.manual_seed(args.seed)
@@ -190,4 +193,8 @@ def prepare(
         hint = f"the ranks see different shards; {args.data_dir} has to be the same on every node"
         problems.call(dist.check_same, found, hint)
     problems.raise_all()
-    return model, dtype, loaders, hellaswag.render(items[: args.hellaswag_limit], tokenizer), resumed
+    about = hellaswag.identify(items) if items else {}
+    if "warning" in about:
+        dist.say(f"HellaSwag: {about['warning']}")
+    benchmark = hellaswag.Benchmark(hellaswag.render(items[: args.hellaswag_limit], tokenizer), about)
+    return model, dtype, loaders, benchmark, resumed

@@ -1,6 +1,7 @@
 """Fixtures and helpers that several test files share: tiny shards, tiny runs of train.py, ranks, models."""
 
 import contextlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -38,6 +39,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU"))
+        for marker in item.iter_markers("needs"):
+            if not importlib.util.find_spec(marker.args[0]):
+                reason = f"needs the optional package {marker.args[0]}"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +79,10 @@ TINY = (
 )
 
 
+# What holds with and without the optional package.
+WITHOUT_AND_WITH_TENSORBOARD = pytest.mark.parametrize(
+    "tensorboard", ["", pytest.param("--tensorboard", marks=pytest.mark.needs("tensorboard"))]
+)
 MUON = "--optimizer muon --schedule wsd --decay_share 0.5 --min_lr 0"
 
 

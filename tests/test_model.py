@@ -87,7 +87,7 @@ def test_loss_and_gradients_match_full_logits_for_any_number_of_rows(monkeypatch
         full = loss_and_grads(full_logits, model, idx, targets, dtype, reduction)
         ours = loss_and_grads(head_loss, model, idx, targets, dtype, reduction)
         if dtype == torch.float32:
-            assert max(errors(ours, full)) < 1e-6
+            assert max(errors(ours, full)) < 1e-5  # sums in another order
             continue
         # The rounding of single tensors is random.
         for error, usual in zip(errors(ours, exact), errors(full, exact), strict=True):

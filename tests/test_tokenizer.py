@@ -32,16 +32,9 @@ def test_end_of_text_is_the_last_id():
     assert tokenizer.decode([256]) == "<|endoftext|>"
 
 
-def test_unknown_and_unreachable_tokenizers_name_a_fix(monkeypatch):
+def test_unknown_tokenizer_names_the_known_ones():
     with pytest.raises(ValueError, match="choose from gpt2, byte"):
         get_tokenizer("gpt3")
-
-    def unreachable(name):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
-    with pytest.raises(FileNotFoundError, match="TIKTOKEN_CACHE_DIR"):
-        get_tokenizer("gpt2")
 
 
 @functools.cache

@@ -1,0 +1,1 @@
+"""Text to train on and to score: tokenizers, documents, rows of files."""
