@@ -84,6 +84,14 @@ class KVCache:
         self.k, self.v = (each.repeat_interleave(times, dim=0) for each in (self.k, self.v))
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that computes in fp32, on every device and under autocast, and keeps its input's dtype."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -129,9 +137,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x: torch.Tensor, *attention_inputs) -> torch.Tensor:
@@ -158,10 +166,9 @@ class HeadLoss(torch.autograd.Function):
         dtype: torch.dtype,
         needs_grad: bool,
     ) -> torch.Tensor:
-        rows = head_rows(hidden.device)
-        loss, grad_hidden, grad_weight = torch.zeros((), device=hidden.device), None, None
+        rows = head_rows(hidden.device, len(hidden))
+        loss, grad_weight, parts = torch.zeros((), device=hidden.device), None, []
         if needs_grad:
-            grad_hidden = torch.empty_like(hidden, dtype=dtype)
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             w = weight.to(dtype)
@@ -170,9 +177,9 @@ class HeadLoss(torch.autograd.Function):
                 loss_part, *grads = chunk_loss(hidden[part].to(dtype), w, targets[part, None], needs_grad)
                 loss = loss + loss_part  # in place, torch 2.11 compiles this to gradients of zero
                 if needs_grad:
-                    grad_hidden[part] = grads[0]
+                    parts.append(grads[0])
                     grad_weight += grads[1]
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(torch.cat(parts) if needs_grad else None, grad_weight)
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         return loss
 
@@ -184,12 +191,21 @@ class HeadLoss(torch.autograd.Function):
         return grad_hidden, grad_weight.mul_(grad).to(ctx.weight_dtype), None, None, None
 
 
-def head_rows(device: torch.device) -> int:
-    """Return how many tokens go through the head at a time.
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype of autocast on the device of `x` or, without autocast, that of `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def head_rows(device: torch.device, tokens: int) -> int:
+    """Return how many of `tokens` go through the head at a time.
 
     With fewer, adding up the gradient of the weight takes more of the time (LOG.md); with more, the logits
-    take more memory.
+    take more memory. A compiled graph has the head's kernels once for each of at most 8 parts: Inductor sums
+    up to 8 gradients of the weight in one kernel, and with more, it keeps the logits of all parts.
     """
+    if torch.compiler.is_compiling():
+        return max(2048, math.ceil(tokens / 8))
     return 512 if device.type == "cpu" else 2048
 
 
@@ -197,13 +213,21 @@ def chunk_loss(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, needs_grad: bool
 ) -> tuple[torch.Tensor, ...]:
     """Return the summed loss of hidden states (n, C) and targets (n, 1) and, if needed, its gradients."""
-    counted, targets = targets != -100, targets.clamp(min=0)
     log_probs = F.linear(hidden, weight).log_softmax(dim=1, dtype=torch.float32)  # (n, V)
-    loss = -log_probs.gather(1, targets).masked_fill(~counted, 0.0).sum()
+    counted = targets != -100
+    if torch.compiler.is_compiling():  # one pass over (n, V): what gathers or scatters would need others
+        is_target = torch.arange(len(weight), device=targets.device) == targets
+        loss = -log_probs.where(is_target, 0.0).sum(dim=1).sum()
+        if not needs_grad:
+            return (loss,)
+        error = ((log_probs.exp() - is_target.float()) * counted).to(hidden.dtype)  # softmax minus one-hot
+        return loss, error @ weight, error.t() @ hidden
+    ids = targets.clamp(min=0)
+    loss = -log_probs.gather(1, ids).masked_fill(~counted, 0.0).sum()
     if not needs_grad:
         return (loss,)
-    one_hot = torch.ones_like(targets, dtype=torch.float32)
-    error = log_probs.exp_().scatter_add_(1, targets, -one_hot).to(hidden.dtype)  # softmax minus one-hot
+    error = log_probs.exp_().scatter_add_(1, ids, -torch.ones_like(ids, dtype=torch.float32))
+    error = error.to(hidden.dtype)
     return loss, (error @ weight) * counted, error.t() @ (hidden * counted)
 
 
@@ -226,7 +250,7 @@ class GPT(nn.Module):
                 wpe=nn.Embedding(config.block_size, config.n_embd),
                 drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                ln_f=nn.LayerNorm(config.n_embd),
+                ln_f=LayerNorm(config.n_embd),
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -263,6 +287,7 @@ class GPT(nn.Module):
                 )
             positions = torch.arange(T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        x = x.to(compute_dtype(x))  # the residual stream: half the bytes of fp32 under autocast
         recompute = self.recompute and torch.is_grad_enabled()
         for i, block in enumerate(self.transformer.h):
             inputs = (x, mask, cache[i] if cache else None, slots)
@@ -280,9 +305,7 @@ class GPT(nn.Module):
         hidden, weight = self.trunk(idx), self.lm_head.weight
         if targets is None:
             return self.lm_head(hidden), None
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        targets = targets.flatten()
+        targets, dtype = targets.flatten(), compute_dtype(weight)
         loss = HeadLoss.apply(hidden.flatten(0, 1), weight, targets, dtype, torch.is_grad_enabled())
         return None, loss if reduction == "sum" else loss / (targets != -100).sum()
 
@@ -342,7 +365,7 @@ class GPT(nn.Module):
         """
         P, V, C, L = self.num_params(), self.config.vocab_size, self.config.n_embd, self.config.n_layer
         a, half, tokens = dtype.itemsize, dtype != torch.float32, batch_size * T
-        logits = min(tokens, head_rows(self.lm_head.weight.device)) * V
+        logits = min(tokens, head_rows(self.lm_head.weight.device, tokens)) * V
         block = (8 + 14 * a) * C
         head = max((8 + a * half) * logits, (4 + a * half) * logits + a * V * C)
         head += a * P * half + 4 * V * C + tokens * (4 + a) * C

@@ -77,9 +77,11 @@ def errors(ours, exact):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 80, 1000])
-def test_loss_and_gradients_match_full_logits_for_any_number_of_rows(monkeypatch, rows, reduction):
-    monkeypatch.setattr(model_module, "head_rows", lambda device: rows)
+def test_loss_and_gradients_match_full_logits_for_any_number_of_rows(monkeypatch, rows, compiling, reduction):
+    monkeypatch.setattr(model_module, "head_rows", lambda *_: rows)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     model, idx, targets = tiny_gpt(), torch.randint(320, (5, 16)), torch.randint(320, (5, 16))
     targets[1, 3:9], targets[4] = -100, -100
     exact = loss_and_grads(full_logits, tiny_gpt().double(), idx, targets, reduction=reduction)
@@ -108,13 +110,42 @@ def test_gradients_of_many_tokens_do_not_underflow_in_fp16():
         assert ((many * ours - expected).norm() / expected.norm()).item() < 0.01
 
 
-def test_few_tokens_go_through_the_head_at_a_time():
-    assert head_rows(torch.device("cpu")) < 1000 < head_rows(torch.device("cuda")) < 5000
+def test_few_tokens_go_through_the_head_at_a_time(monkeypatch):
+    tokens = 64 * 1024
+    assert head_rows(torch.device("cpu"), tokens) < 1000 < head_rows(torch.device("cuda"), tokens) < 5000
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert head_rows(torch.device("cuda"), 4096) < 4096
+    for tokens in (16 * 1024, 64 * 1024, 256 * 1024, 300_001):  # one graph, whatever the batch
+        assert math.ceil(tokens / head_rows(torch.device("cuda"), tokens)) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_residual_stream_has_the_dtype_of_autocast_and_layer_norms_compute_in_fp32(monkeypatch, dtype):
+    model, idx, computed = tiny_gpt(), torch.randint(320, (2, 16)), []
+    layer_norm, block = F.layer_norm, model.transformer.h[0]
+
+    def watched(x, shape, weight, bias, eps):
+        computed.append({x.dtype, weight.dtype, bias.dtype})
+        return layer_norm(x, shape, weight, bias, eps)
+
+    monkeypatch.setattr(F, "layer_norm", watched)
+    streams = []
+    for each in (*model.transformer.h, model.transformer.ln_f):
+        each.register_forward_hook(lambda module, inputs, output: streams.extend((inputs[0], output)))
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        model(idx, idx)[1].backward()
+    assert [x.dtype for x in streams] == [dtype] * 6 and computed == [{torch.float32}] * 5
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+    x = 1e3 + torch.randn(4, 32, generator=torch.Generator().manual_seed(0))  # bf16 has 8 bits
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        ours = block.ln_1(x.to(dtype))
+    exact = layer_norm(x.to(dtype).double(), (32,), block.ln_1.weight.double(), block.ln_1.bias.double())
+    torch.testing.assert_close(ours, exact.to(dtype), atol=1e-3, rtol=0.01)
 
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_logits_of_all_tokens_are_never_in_memory(monkeypatch, grad):
-    monkeypatch.setattr(model_module, "head_rows", lambda device: 24)
+    monkeypatch.setattr(model_module, "head_rows", lambda *_: 24)
 
     class Sizes(TorchDispatchMode):
         largest = 0
