@@ -8,6 +8,7 @@
     python bench.py ladder --batch_size 16 --block_size 1024
     python bench.py memory --n_layer 6 --n_embd 1600 --n_head 25 --output memory.json
     python bench.py optimizer
+    python bench.py compile --card h100             # bytes, memory and kernels on a GPU that is not there
     python bench.py sweep --name adamw -- --preset demo --learning_rate 3e-3 6e-3    # three seeds each
     python bench.py soak --steps 6000               # memory and open files of a long run that is killed twice
     python bench.py gpu --output measured           # what to run on a GPU that is rented for ten minutes
@@ -20,6 +21,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -58,6 +60,16 @@ from tokenizer import NAMES, BatchTokenizer, get_tokenizer
 
 PUBLISHED = "llm.c 468,000 tokens/s per H100 (40 % of peak) and 218,000 per A100 (60 %), discussion 481"
 GRACE_S = 40.0  # torchrun takes 30 to end ranks that do not react
+# NVIDIA's data sheets: bytes per second, and dense FLOP/s in bf16 (T4: fp16).
+CARDS = {
+    "h100": (3.35e12, 989e12),
+    "a100": (2.04e12, 312e12),
+    "4090": (1.01e12, 165e12),
+    "t4": (0.32e12, 65e12),
+}
+ABSENT_GPU = str(Path(__file__).parent / "runtime" / "absent_gpu.py")
+CUDA_SCRIPT = "runtime/cuda_env.sh"
+CUDA_PYTHON = Path(__file__).parent / ".cuda-venv" / "bin" / "python"
 WARM_UP_STEPS = 3  # until code is compiled and memory allocated
 
 
@@ -299,6 +311,80 @@ def bench_memory(args: argparse.Namespace, device: torch.device) -> list[dict]:
                 peak, formula = pool.apply(measure_training_bytes, call)
             way = f"{str(dtype).removeprefix('torch.')}{', --recompute' if recompute else ''}"
             rows.append({"way": way, "MB": peak / 1e6, "formula": formula / 1e6, "ratio": peak / formula})
+    return rows
+
+
+def cuda_python() -> str:
+    """Return a Python whose torch is a CUDA build, which compiles for GPUs that are not there.
+
+    Raises FileNotFoundError, saying how to get it, if there is none.
+    """
+    if torch.version.cuda and importlib.util.find_spec("triton"):
+        return sys.executable
+    if not CUDA_PYTHON.exists():
+        raise FileNotFoundError(
+            f"torch {torch.__version__} cannot compile for GPUs: `bash {CUDA_SCRIPT}` makes an environment "
+            "that can, once (5 GB)"
+        )
+    return str(CUDA_PYTHON)
+
+
+def count_kernels(folder: Path, args: argparse.Namespace) -> dict:
+    """Return what `runtime/absent_gpu.py` counts for the model.py of a folder."""
+    if not (folder / "model.py").is_file():
+        raise FileNotFoundError(f"no model.py in {folder}: name the folder of another version with --against")
+    words = [f"--{name}={getattr(args, name)}" for name in ("card", "what", "n_layer", "n_head", "n_embd")]
+    words += [f"--{name}={getattr(args, name)}" for name in ("batch_size", "block_size", "dropout")]
+    words += ["--recompute"] if args.recompute else []
+    command = [cuda_python(), "-P", ABSENT_GPU, str(folder.absolute()), *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"the model in {folder} does not compile: {done.stderr.splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def bench_compile(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Bytes that a step moves on a GPU that is not there, its memory and kernels; nothing is run.
+
+    Generated kernels are limited by memory bandwidth, matrix products and attention by arithmetic. The
+    roofline assumes 85 % of the data sheet's bandwidth and 75 % of its FLOP/s, one after the other: compare
+    versions of a model with it, not cards. `ratio` is that of its tokens per second to the first.
+    """
+    config, tokens = config_of(args), args.batch_size * (1 if args.what == "decoding" else args.block_size)
+    with torch.device("meta"):
+        model = GPT(config)
+    bandwidth, flops_per_s = CARDS[args.card]
+    flops = model.flops_per_token(args.block_size) * tokens / (1 if args.what == "training" else 3)
+    rows = []
+    for folder in [Path(__file__).parent, *([Path(args.against)] if args.against else [])]:
+        record = count_kernels(folder, args)
+        generated = total = 0
+        print(f"\n{folder}: {args.what} on {record['card']}, {record['dtype']}, {tokens:,} tokens")
+        for graph in record["graphs"]:
+            kinds = sorted(graph["kinds"].items(), key=lambda kind: -kind[1][1])
+            for name, (number, size) in kinds[: args.top]:
+                print(f"  {graph['kind']:9} {size / 1e9:8.2f} GB {number:4} x {name[:90]}")
+            total += sum(size for _, size in graph["kinds"].values())
+            generated += sum(size for name, (_, size) in kinds if not name.startswith("library"))
+        first, peak = record["graphs"][0], max(graph["peak_bytes"] for graph in record["graphs"])
+        fixed = 16 * model.num_params() if args.what == "training" else 0
+        seconds = generated / (0.85 * bandwidth) + flops / (0.75 * flops_per_s)
+        rows.append(
+            {
+                "way": str(folder),
+                "MB/token": generated / tokens / 1e6,
+                "generated": generated / 1e9,
+                "all GB": total / 1e9,
+                "kept GB": first["kept_bytes"] / 1e9,
+                "peak GB": (peak + fixed) / 1e9,
+                "tokens/s": tokens / seconds,
+                "nodes": first["nodes"],
+                "kernels": sum(graph["kernels"] for graph in record["graphs"]),
+                "compile s": record["trace_seconds"] + sum(graph["seconds"] for graph in record["graphs"]),
+                "ratio": tokens / seconds / rows[0]["tokens/s"] if rows else 1.0,
+            }
+        )
+    print()
     return rows
 
 
@@ -961,6 +1047,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data_dir", required=True, help="Tiny Shakespeare: fineweb.py --files input.txt --tokenizer byte")
     add("--steps", type=at_least_1, default=400, help="training steps of train.py")
     command("gpu", bench_gpu)
+    add = command("compile", bench_compile, sized)
+    add("--card", choices=CARDS, default="h100", help="GPU to compile for")
+    passes = ("training", "validation", "decoding")
+    add("--what", choices=passes, default="training", help="forward and backward, forward, or one new token")
+    add("--batch_size", type=at_least_1, default=64, help="sequences")
+    add("--block_size", type=at_least_1, default=1024, help="context in tokens")
+    add("--dropout", type=float, default=0.0, help="dropout probability (0: disabled)")
+    add("--recompute", action="store_true", help="recompute activations")
+    add("--against", help="folder with another model.py, such as an older commit's")
+    add("--top", type=int, default=12, help="kinds of kernels to list per graph")
     add = command("soak", bench_soak)
     add("--out_dir", default="soak", help="folder of the run, which is replaced")
     add("--steps", type=at_least_1, default=6000, help="training steps")

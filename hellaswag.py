@@ -272,7 +272,7 @@ def score_batch(model: GPT, batch: list[Sequence]) -> tuple[list[int], torch.Ten
     with masked_attention():
         hidden = model.trunk(idx, positions=positions, mask=mask).flatten(0, 1)
     hidden = hidden[sources]  # (ending tokens, n_embd)
-    n = head_rows(device, len(hidden))
+    n = head_rows(device, len(hidden), compiled=False)
     losses = [
         F.cross_entropy(model.lm_head(rows).float(), wanted, reduction="none")
         for rows, wanted in zip(hidden.split(n), targets.split(n), strict=True)

@@ -166,7 +166,7 @@ class HeadLoss(torch.autograd.Function):
         dtype: torch.dtype,
         needs_grad: bool,
     ) -> torch.Tensor:
-        rows = head_rows(hidden.device, len(hidden))
+        rows = head_rows(hidden.device, len(hidden), torch.compiler.is_compiling())
         loss, grad_weight, parts = torch.zeros((), device=hidden.device), None, []
         if needs_grad:
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
@@ -197,14 +197,14 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def head_rows(device: torch.device, tokens: int) -> int:
+def head_rows(device: torch.device, tokens: int, compiled: bool) -> int:
     """Return how many of `tokens` go through the head at a time.
 
     With fewer, adding up the gradient of the weight takes more of the time (LOG.md); with more, the logits
     take more memory. A compiled graph has the head's kernels once for each of at most 8 parts: Inductor sums
     up to 8 gradients of the weight in one kernel, and with more, it keeps the logits of all parts.
     """
-    if torch.compiler.is_compiling():
+    if compiled:
         return max(2048, math.ceil(tokens / 8))
     return 512 if device.type == "cpu" else 2048
 
@@ -352,26 +352,32 @@ class GPT(nn.Module):
         weights = self.num_params() - self.transformer.wpe.weight.numel()
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * (T or self.config.block_size)
 
-    def training_bytes(self, batch_size: int, T: int, dtype: torch.dtype) -> int:
-        """Return the peak memory in bytes of an uncompiled training step.
+    def training_bytes(self, batch_size: int, T: int, dtype: torch.dtype, compiled: bool = False) -> int:
+        """Return the peak memory in bytes of a training step, eager or compiled by Inductor.
 
         Each weight takes 16 bytes in fp32: the weight, its gradient and AdamW's two moments. Autocast adds a
-        copy of a = 2 bytes. Each token takes, per block, two fp32 inputs of LayerNorm and 14 * n_embd values
-        of a bytes each; with `recompute`, only the fp32 input of the block. The peak is reached in the head,
-        which holds the fp32 gradient of its weight, up to three times the logits of a few tokens (or twice,
-        and a product of the size of the weight), and the last hidden states with their gradient. With
-        `recompute`, it may be reached in a backward pass instead, where one block has all its activations and
-        gradients. Attention is assumed to store no scores, which holds except for bf16 on CPUs and for MPS.
+        copy of a = 2 bytes. A block keeps for each token 16 * n_embd values of a bytes if compiled; in eager
+        mode 14, and two fp32 inputs of LayerNorm. With `recompute` it keeps only its input. The peak is
+        reached in the head, which holds the fp32 gradient of its weight, two or three times the logits of a
+        few tokens, and the last hidden states with their gradient. With `recompute`, it may be reached in a
+        backward pass instead, where one block has all its activations and gradients. Attention is assumed to
+        store no scores, which holds except for bf16 on CPUs and for MPS.
         """
         P, V, C, L = self.num_params(), self.config.vocab_size, self.config.n_embd, self.config.n_layer
         a, half, tokens = dtype.itemsize, dtype != torch.float32, batch_size * T
-        logits = min(tokens, head_rows(self.lm_head.weight.device, tokens)) * V
-        block = (8 + 14 * a) * C
-        head = max((8 + a * half) * logits, (4 + a * half) * logits + a * V * C)
-        head += a * P * half + 4 * V * C + tokens * (4 + a) * C
+        rows = min(tokens, head_rows(self.lm_head.weight.device, tokens, compiled))
+        if compiled:
+            block, copies = 16 * a * C, a * P * half * (not self.recompute)
+            # Inductor sums the parts' gradients of the weight last. Until then, it keeps them.
+            head = 2 * a * rows * V + (math.ceil(tokens / rows) - 1) * a * V * C + 2 * a * tokens * C
+        else:
+            block, copies = (8 + 14 * a) * C, a * P * half
+            head = max((8 + a * half) * rows * V, (4 + a * half) * rows * V + a * V * C)
+            head += (4 + a) * tokens * C
+        fixed, head = 16 * P + copies, head + 4 * V * C
         if not self.recompute:
-            return 16 * P + tokens * block * L + head
-        return 16 * P + tokens * 4 * C * L + max(head, 4 * V * C + tokens * (block + (4 + 12 * a) * C))
+            return fixed + tokens * block * L + head
+        return fixed + tokens * a * C * L + max(head, 4 * V * C + tokens * (block + (4 + 12 * a) * C))
 
     def optimizer_groups(self, weight_decay: float) -> list[dict]:
         """Return named parameter groups: matrices and embeddings decay, biases and LayerNorm gains do not.
