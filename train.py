@@ -188,7 +188,9 @@ class DataLoaderLite:
             return self.without_targets()
         self.waited_s += time.perf_counter() - started
         self.seek(self.window + self.dist.world_size * self.batch_size)
-        rows = rows.to(self.dist.device, non_blocking=True)
+        # Only pinned rows may be copied asynchronously: MPS would read others after they have been freed
+        # (pytorch/pytorch#189690).
+        rows = rows.to(self.dist.device, non_blocking=self.dist.device.type == "cuda")
         # Of one form, so that validation and training are compiled for the same one.
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 

@@ -566,8 +566,9 @@ def check_disk(args: argparse.Namespace, groups: list[dict], resumed: dict | Non
 def to_host(value, host: dict[tuple, torch.Tensor]):
     """Copy nested dicts and lists with their tensors to host memory; shared memory stays shared.
 
-    `host` keeps that memory for the next call. For GPUs it is pinned, so that the copy runs at the full speed
-    of the bus.
+    `host` keeps that memory for the next call. For CUDA devices it is pinned, so that copies are asynchronous
+    and run at the full speed of the bus: synchronize before reading them. On MPS, asynchronous copies may
+    hold wrong values (pytorch/pytorch#139550).
     """
     if isinstance(value, dict):
         return {name: to_host(each, host) for name, each in value.items()}
@@ -578,7 +579,7 @@ def to_host(value, host: dict[tuple, torch.Tensor]):
     key = (value.data_ptr(), value.shape, value.dtype)
     if key not in host:
         host[key] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-    return host[key].copy_(value, non_blocking=True)
+    return host[key].copy_(value, non_blocking=value.is_cuda)
 
 
 class CheckpointWriter:

@@ -438,6 +438,26 @@ def test_checkpoint_holds_the_state_at_the_time_of_saving(run_folder, tmp_path, 
     assert logged == [(1, ["model_00001.pt", "model_best.pt"]), (2, ["model_00002.pt"])]
 
 
+@pytest.mark.parametrize("on_cuda", [True, False])
+def test_copies_to_the_host_are_pinned_and_asynchronous_from_cuda_devices_only(on_cuda):
+    calls = {}
+
+    class Elsewhere(torch.Tensor):
+        """A tensor in host memory that says where it is, and notes what is asked of it."""
+
+        is_cuda = on_cuda
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            options = calls[function.__name__] = kwargs or {}
+            possible = {name: value for name, value in options.items() if name != "pin_memory"}
+            return super().__torch_function__(function, types, args, possible)
+
+    (copy,) = checkpoint.to_host([torch.arange(3.0).as_subclass(Elsewhere)], {})
+    assert calls["empty_like"]["pin_memory"] == calls["copy_"]["non_blocking"] == on_cuda
+    assert copy.tolist() == [0, 1, 2]
+
+
 def test_newest_milestones_and_best_are_kept(run_train):
     run_train("--checkpoint_every 1 --milestone_every 2 --keep 1 --max_steps 7 --learning_rate 1e-9")
     best = torch.load("log/model_best.pt", weights_only=True)

@@ -76,6 +76,29 @@ def test_shuffle_permutes_each_epoch_and_seek_reaches_any_step(shards):
     assert torch.cat((x, y[:, -1:]), dim=1).tolist() == seen[77]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:0", "cuda:1", "mps"])
+def test_batches_are_pinned_and_copied_asynchronously_on_every_cuda_device_only(shards, monkeypatch, device):
+    pinned, copies = [], []
+
+    def pin_memory(rows):
+        pinned.append(rows)
+        return rows
+
+    def to(rows, device, non_blocking=False):
+        copies.append((device, non_blocking, any(rows is each for each in pinned)))
+        return rows
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    dist = Distributed(0, 1, torch.device(device))
+    batches = DataLoaderLite(shards, "train", batch_size=2, block_size=16, vocab_size=257, dist=dist)
+    for _ in range(2):
+        batches.next_batch()
+    batches.pool.shutdown()  # it reads ahead, and must not pin without the patch
+    on_cuda = device.startswith("cuda")
+    assert copies == 2 * [(torch.device(device), on_cuda, on_cuda)]
+
+
 def test_bad_shards_are_reported_by_name(shards):
     with pytest.raises(FileNotFoundError, match="no train shards in nowhere/: .*--preset demo"):
         loader("nowhere")
