@@ -1,27 +1,36 @@
 import contextlib
 import importlib
+import json
 import math
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import click
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, wait_until
 from huggingface_hub.cli import hf
+from torch.distributed.launcher.api import LaunchConfig
 
 import train
 from model import GPT, GPTConfig
 from runtime import prepare
 
 SCRIPTS = ("train", "fineweb", "hellaswag", "sample", "plot", "bench")
+NO_COMMANDS = ("#", "export ", "trap ", "wait ")
 
 
 def shell_lines(text):
     blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
-    lines = [line.removeprefix("srun ") for block in blocks for line in block.splitlines()]
+    lines = [line for block in blocks for line in block.splitlines()]
+    lines = [line.removeprefix("srun ").removesuffix(" &") for line in lines]
     lines += [" ".join(line.split()) for line in re.findall(r"(?<!`)`(python [^`]+)`", text)]
-    return [line for line in lines if line.strip() and not line.startswith(("#", "export "))]
+    return [line for line in lines if line.strip() and not line.startswith(NO_COMMANDS)]
 
 
 def docstring_lines(name):
@@ -82,6 +91,102 @@ def test_table_of_cards_matches_the_formula():
         bytes_ = model.training_bytes(*sizes, compiled=True) + 1e9  # CUDA's context and fragmentation
         assert float(gigabytes) == round(bytes_ / 1e9, 1), (preset, options)
         assert args.total_batch_size % (args.batch_size * args.block_size) == 0
+
+
+# Stands in for srun, scontrol and scancel. The run ends with STATUS or, if that is empty, after a signal.
+SLURM_COMMAND = """#!{python}
+import json, os, pathlib, signal, sys, time
+
+def note(what):
+    with open("calls", "a") as file:
+        file.write(what + "\\n")
+
+def save(*_):
+    time.sleep(0.3)  # longer than a script that does not wait takes for its next command
+    note("saved")
+    sys.exit(1)
+
+name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
+if name == "scontrol" and words[0] == "show":
+    print("node0\\nnode1")
+elif name == "srun":
+    signal.signal(signal.SIGTERM, save)
+    pathlib.Path("srun.json").write_text(json.dumps([os.getpid(), words, dict(os.environ)]))
+    note("srun")
+    if os.environ["STATUS"]:
+        sys.exit(int(os.environ["STATUS"]))
+    signal.pause()
+else:
+    note(" ".join([name, *words]))
+    if name == "scancel":
+        os.kill(json.loads(pathlib.Path("srun.json").read_text())[0], signal.SIGTERM)
+"""
+(SLURM_JOB,) = re.findall(r"^#!/bin/bash\n.*?(?=^```)", README, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def run_job(tmp_path):
+    """Run the README's Slurm job, which gets a signal if `number` is given; return its status and calls."""
+
+    def run(status: str = "", number: int = 0) -> tuple[int, list[str]]:
+        commands = tmp_path / "commands"
+        commands.mkdir()
+        for name in ("srun", "scontrol", "scancel"):
+            (commands / name).write_text(SLURM_COMMAND.format(python=sys.executable))
+            (commands / name).chmod(0o755)
+        about = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "64", "SLURM_JOB_NODELIST": "node[0-1]"}
+        about |= {"PATH": f"{commands}:{os.environ['PATH']}", "STATUS": status}
+        calls = tmp_path / "calls"
+        Path("job.sh").write_text(SLURM_JOB)
+        job = subprocess.Popen(["bash", "job.sh"], env={**os.environ, **about}, start_new_session=True)
+        try:
+            wait_until(lambda: (calls.exists() and calls.read_text()) or job.poll() is not None)
+            if number:
+                job.send_signal(number)
+            return job.wait(20), calls.read_text().splitlines()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+
+    return run
+
+
+def test_slurm_job_is_requeued_after_its_ranks_have_saved(run_job):
+    _, calls = run_job(number=signal.SIGUSR1)
+    assert calls == ["srun", "scancel --signal=TERM 7", "saved", "scontrol requeue 7"]
+    assert "--signal=B:USR1@" in SLURM_JOB and "--requeue" in SLURM_JOB
+
+
+@pytest.mark.parametrize("status", ["0", "3"])
+def test_slurm_job_whose_run_has_finished_or_failed_ends_with_its_status(run_job, status):
+    assert run_job(status) == (int(status), ["srun"])
+
+
+def test_slurm_job_that_is_cancelled_ends(run_job):
+    assert run_job(number=signal.SIGTERM) == (-signal.SIGTERM, ["srun"])
+
+
+def test_slurm_job_passes_its_settings_on(run_job):
+    run_job("0")
+    _, words, environment = json.loads(Path("srun.json").read_text())
+    assert {"--rdzv_endpoint=node0:29500", "--rdzv_id=7", "--resume"} <= {*words}
+    assert environment["SRUN_CPUS_PER_TASK"] == "64"
+    set_here = set(re.findall(r"^(?:export )?(\w+)=", SLURM_JOB, flags=re.MULTILINE))
+    assert len(set_here) == 4 and set_here <= environment.keys()
+
+
+@pytest.mark.skipif(not hasattr(LaunchConfig, "shutdown_timeout"), reason="torch 2.13 introduced it")
+def test_slurm_job_sets_what_torchrun_reads_and_has_time_to_save(run_job, monkeypatch):
+    run_job("0")
+    *_, environment = json.loads(Path("srun.json").read_text())
+    names = [name for name in environment if name.startswith("TORCH_") and name in SLURM_JOB]
+    sources = "".join(path.read_text() for path in Path(torch.distributed.__file__).parent.rglob("*.py"))
+    assert len(names) == 2 and all(f'"{name}"' in sources for name in names)
+    default = LaunchConfig(1, 2, 8).shutdown_timeout
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    (before_limit,) = re.findall(r"--signal=\S+@(\d+)", SLURM_JOB)
+    assert default < LaunchConfig(1, 2, 8).shutdown_timeout < int(before_limit)
 
 
 def test_ci_runs_the_readmes_test_command():
