@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -36,8 +37,13 @@ from runtime.distributed import SAME_SIGNAL_S
 STANDALONE = "--rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:0 --local-addr=127.0.0.1"
 TWO_RANKS_SCRIPT = """
 import argparse, functools, hashlib, os, torch, train
-torch.compile = functools.partial(torch.compile, backend="aot_eager")
-reductions = []
+reductions, graphs = [], []
+
+def counted(graph, inputs):
+    graphs.append(graph)
+    return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+torch.compile = functools.partial(torch.compile, backend=counted)
 
 class Counted(train.DistributedDataParallel):
     def __init__(self, *args, **options):
@@ -46,7 +52,7 @@ class Counted(train.DistributedDataParallel):
 
     def __del__(self):
         for p in self.parameters():  # gradients are kept once: as views of the buckets that are reduced
-            assert not p.grad.any() and p.grad.untyped_storage().nbytes() > p.grad.nbytes
+            assert not p.grad.any() and p.grad._is_view()
         weights = b"".join(p.detach().numpy().tobytes() for p in self.parameters())
         print(f"weights {{hashlib.sha256(weights).hexdigest()}}\\n", end="", flush=True)
 
@@ -60,8 +66,10 @@ train.DistributedDataParallel = Counted
 for i, args in enumerate({runs}):
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(i)  # a second process group needs a store of its own
     train.main(argparse.Namespace(**args))
-    print(f"{{len(reductions)}} reductions\\n", end="", flush=True)  # one write: two ranks print at once
+    # One write, because two ranks print at once.
+    print(f"{{len(reductions)}} reductions, {{len(graphs)}} graphs\\n", end="", flush=True)
     reductions.clear()
+    graphs.clear()
 """
 
 
@@ -90,6 +98,27 @@ def test_two_ranks_match_one_with_one_reduction_per_step(run_train, two_ranks):
     assert [r["loss"] for r in two if r["kind"] == "train"] == pytest.approx(losses(muon), abs=1e-3)
     # Two micro-steps, one bucket of gradients: 6 steps from the start, twice, and 3 from step 3; two ranks.
     assert (output.count("6 reductions"), output.count("3 reductions")) == (4, 2)
+
+
+def test_compiled_ranks_with_several_buckets_match_eager_ones(shards, two_ranks):
+    # The block is larger than the first bucket, of 1 MB, and the head is larger than the others, of 25 MB.
+    sizes = "--n_layer 1 --n_embd 160 --vocab_size 50304 --batch_size 1"
+    options = f"{TINY} {sizes} --dtype bfloat16 --max_steps 3 --checkpoint_every 0"
+    args = vars(train.parse_args(options.split()))
+    runs = [{**args, "out_dir": "eager"}, {**args, "compile": True, "out_dir": "compiled"}]
+    Path("two.py").write_text(TWO_RANKS_SCRIPT.format(runs=runs))
+    output = two_ranks("two.py")
+    figures = []
+    for folder in ("eager", "compiled"):
+        records = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+        figures.append([record[name] for name in ("loss", "norm") for record in records if name in record])
+    assert len(figures[0]) == (3 + 2) + 3 and figures[1] == pytest.approx(figures[0], rel=1e-3)
+    weights = re.findall("weights (.*)", output)
+    assert len(weights) == 4 and weights[:2] == weights[2:]  # those of both ranks are the same
+    counts = re.findall(r"(\d+) reductions, (\d+) graphs", output)
+    assert len(counts) == 4 and all(int(reductions) > 3 for reductions, _ in counts)
+    # Besides a trial, validation and training are compiled. Unsplit, they would have a graph each.
+    assert [int(graphs) > 3 for _, graphs in counts] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("device, backend", [("cuda:1", "nccl"), ("cpu", "gloo"), ("mps", "gloo")])
