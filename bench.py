@@ -396,10 +396,12 @@ def write_shards(folder: Path, tokens: int) -> None:
         np.save(folder / f"edufineweb_{name}.npy", ids)
 
 
-def run_train(options: dict, device: torch.device, patch: str = "", ranks: int = 1) -> tuple[float, float]:
+def run_train(
+    options: dict, device: torch.device, patch: str = "", ranks: int = 1
+) -> tuple[float, float, float]:
     """Run only training steps of train.py on random shards, after a line of Python that may patch torch.
 
-    Returns the median seconds of all steps but the first few, and the peak memory in bytes.
+    Returns what `step_times` does, and the peak memory in bytes.
     """
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), 1_000_000)
@@ -419,12 +421,16 @@ def run_train(options: dict, device: torch.device, patch: str = "", ranks: int =
             errors = [line for line in done.stderr.splitlines() if "error:" in line.lower()]
             raise RuntimeError(errors[0] if errors else f"train.py ended with {done.returncode}")
         log = read_log(f"{folder}/log")
-        return median_step([step["dt_ms"] / 1000 for step in log["train"]]), log["end"][-1]["peak_bytes"]
+        return *step_times([step["dt_ms"] / 1000 for step in log["train"]]), log["end"][-1]["peak_bytes"]
 
 
-def median_step(seconds: list[float]) -> float:
-    """Return the median of all steps but the first few."""
-    return statistics.median(seconds[WARM_UP_STEPS:])
+def step_times(seconds: list[float]) -> tuple[float, float]:
+    """Return the median seconds of all steps but the first few, and what those took more, mostly to compile.
+
+    Compilation may find in Inductor's cache what it has compiled for another way.
+    """
+    first, median = seconds[:WARM_UP_STEPS], statistics.median(seconds[WARM_UP_STEPS:])
+    return median, max(sum(first) - len(first) * median, 0.0)
 
 
 def in_process(function: Callable, *args):
@@ -434,30 +440,33 @@ def in_process(function: Callable, *args):
 
 
 def train_in_turn(ways: dict[str, Callable], rounds: int, device: torch.device, tokens: int) -> list[dict]:
-    """Time ways to train on `tokens` a step, each of which returns seconds and bytes, alternately.
+    """Time ways to train on `tokens` a step, alternately. Each returns `step_times` and bytes.
 
-    The rows add the peak memory in GB. That of a way that fails says so and has no figures.
+    The rows add the seconds to compile and the peak memory in GB. A way that fails says so, and its row has
+    no figures.
     """
+    compile_s: dict[str, float] = {}
     peaks: dict[str, float] = {}
 
     def timed(name: str) -> float:
         if math.isnan(peaks.get(name, 0.0)):
             return math.nan
         try:
-            seconds, peaks[name] = ways[name]()
+            seconds, extra_s, peaks[name] = ways[name]()
+            compile_s.setdefault(name, extra_s)  # later rounds find the code in Inductor's cache
             return seconds
         except (RuntimeError, BrokenExecutor) as error:  # out of memory is one of them
             print(f"{name}: {' '.join(str(error).split())[:200]}", flush=True)
-            peaks[name] = math.nan
+            compile_s[name] = peaks[name] = math.nan
             return math.nan
 
     calls = {name: functools.partial(timed, name) for name in ways}
     rows, _ = alternate(calls, rounds, device, tokens, "tokens", warm_up=False)
-    return [{**row, "GB": peaks[row["way"]] / 1e9} for row in rows]
+    return [{**row, "GB": peaks[row["way"]] / 1e9, "compile s": compile_s[row["way"]]} for row in rows]
 
 
-def usual_steps(options: dict, device: torch.device) -> tuple[float, float]:
-    """Run the usual loop with transformers; return the median seconds of a step, and the peak memory."""
+def usual_steps(options: dict, device: torch.device) -> tuple[float, float, float]:
+    """Run the usual loop with transformers; return `step_times` and the peak memory."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {name: options[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
@@ -479,7 +488,7 @@ def usual_steps(options: dict, device: torch.device) -> tuple[float, float]:
         optimizer.zero_grad()
         loss.item()
         seconds.append(time.perf_counter() - start)
-    return median_step(seconds), peak_bytes(device)
+    return *step_times(seconds), peak_bytes(device)
 
 
 def peak_bytes(device: torch.device) -> float:
@@ -515,10 +524,15 @@ def add_shares(
             row["mfu"] = row["tokens/s"] * flops / ranks / peak
 
 
+def ranks_on(device: torch.device) -> int:
+    """Return how many ranks train on this machine: one on each GPU."""
+    return torch.cuda.device_count() if device.type == "cuda" else 1
+
+
 def bench_train(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Tokens per second and memory of train.py's step, with its variants, and of the usual loop."""
     options = training_options(args) | {"dtype": args.dtype}
-    ranks = torch.cuda.device_count() if device.type == "cuda" else 1
+    ranks = ranks_on(device)
     ours = functools.partial(run_train, device=device, ranks=ranks)
     muon = options | {"optimizer": "muon"}
     ways = {
@@ -549,8 +563,8 @@ def attention_written_out(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=Fals
 
 def ladder_steps(
     args: argparse.Namespace, device: torch.device, settings: set[str], trace: str | None
-) -> tuple[float, float]:
-    """Train on one batch with some of the ladder's improvements; return seconds of a step and peak memory."""
+) -> tuple[float, float, float]:
+    """Train on one batch with some of the ladder's improvements; return `step_times` and the peak memory."""
     torch.set_float32_matmul_precision("high" if "TF32" in settings else "highest")
     if "flash attention" not in settings:
         F.scaled_dot_product_attention = attention_written_out
@@ -574,7 +588,7 @@ def ladder_steps(
         seconds.append(time.perf_counter() - start)
     if trace:
         profile.export_chrome_trace(trace)
-    return median_step(seconds), peak_bytes(device)
+    return *step_times(seconds), peak_bytes(device)
 
 
 def bench_ladder(args: argparse.Namespace, device: torch.device) -> list[dict]:
@@ -888,14 +902,15 @@ def gpu_parts(on_gpu: bool) -> dict[str, int]:
 def bench_gpu(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Measure what is worth most on a rented GPU, each part in a process of its own with a time limit.
 
-    Each part is written to the folder --output as soon as it ends.
+    Each part is written to the folder --output as soon as it ends. A table for the README comes last.
     """
     folder = Path(args.output or "measured")
     folder.mkdir(parents=True, exist_ok=True)
     args.output, outcomes = f"{folder}/gpu.json", []
     for number, (words, limit_s) in enumerate(gpu_parts(device.type == "cuda").items()):
         print(f"\nbench.py {words}", flush=True)
-        path = folder / f"{number}_{words.split()[0]}.json"
+        path = part_path(folder, number, words)
+        path.unlink(missing_ok=True)  # what an earlier command has measured
         command = [sys.executable, __file__, *words.split(), "--device", str(device), "--output", str(path)]
         start = time.perf_counter()
         process = subprocess.Popen(command, start_new_session=True)
@@ -915,6 +930,32 @@ def bench_gpu(args: argparse.Namespace, device: torch.device) -> list[dict]:
         outcomes.append({"way": words, "s": time.perf_counter() - start, "failed": float(failed)})
     print(f"\nPublished for GPT-2 (124M), 1,024 tokens of context: {PUBLISHED}\n")
     return outcomes
+
+
+def part_path(folder: Path, number: int, words: str) -> Path:
+    """Return where a part of `bench.py gpu` writes its figures."""
+    return folder / f"{number}_{words.split()[0]}.json"
+
+
+def table_of_training(folder: Path, parts: list[str], device: torch.device) -> str:
+    """Return what the `train` parts of `bench.py gpu` have measured, as a table in Markdown.
+
+    What was not measured leaves its cells empty: all of a part or way that failed, MFU of an unknown card.
+    """
+    card = f"{ranks_on(device)} x {hardware.describe_machine(device)['hardware']['device']}"
+    lines = ["| card | way | tokens/s | MFU | GB | seconds to compile |", "|---|---|---|---|---|---|"]
+    formats = {"tokens/s": ",.0f", "mfu": ".1%", "GB": ".1f", "compile s": ".0f"}
+    for number, words in enumerate(parts):
+        if words.split()[0] != "train":
+            continue
+        path, rows = part_path(folder, number, words), [{"way": "train.py"}]
+        if path.exists():
+            rows = json.loads(path.read_text())["rows"]
+        for row in rows:
+            known = {name: row[name] for name in formats if row.get(name) is not None}
+            cells = [format(known[name], how) if name in known else "" for name, how in formats.items()]
+            lines.append(f"| {' | '.join([card, row['way'], *cells])} |")
+    return "\n".join(lines)
 
 
 def alternate(
@@ -1094,6 +1135,9 @@ def main(args: argparse.Namespace) -> None:
         rows = [{k: None if v != v else v for k, v in row.items()} for row in rows]
         record = {"args": options, **hardware.describe_machine(device), "rows": rows}
         write_json(args.output, record)
+    if args.command == "gpu":
+        parts = [row["way"] for row in rows]
+        print(f"\n{table_of_training(Path(args.output).parent, parts, device)}")
 
 
 if __name__ == "__main__":

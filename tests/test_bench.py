@@ -58,7 +58,7 @@ def test_share_of_the_optimizer_is_that_of_a_step_with_half_a_million_tokens():
 
 def test_rung_of_the_ladder_can_be_traced():
     args = bench.parse_args(f"ladder {TINY} --batch_size 1 --block_size 8 --steps 1".split())
-    seconds, peak = bench.ladder_steps(args, torch.device("cpu"), {"flash attention"}, "trace.json")
+    seconds, _, peak = bench.ladder_steps(args, torch.device("cpu"), {"flash attention"}, "trace.json")
     assert seconds > 0 and peak > 1e8
     events = json.loads(Path("trace.json").read_text())["traceEvents"]
     assert any("attention" in event["name"] for event in events)
@@ -138,12 +138,42 @@ def test_gpu_parts_are_written_as_they_end_and_a_failure_is_a_row(monkeypatch, c
     parts = {"train --steps 0": 60, "startup": 0.01, **dict.fromkeys(parts, 60)}
     monkeypatch.setattr(bench, "gpu_parts", lambda on_gpu: parts)
     monkeypatch.setattr(bench, "GRACE_S", 0.1)
+    Path("measured").mkdir()
+    Path("measured/0_train.json").write_text('{"rows": [{"way": "of an earlier command"}]}')
     bench.main(bench.parse_args("gpu --device cpu --output measured".split()))
     outcomes = json.loads(Path("measured/gpu.json").read_text())["rows"]
     assert [row["failed"] for row in outcomes] == [1, 1, 0]
     assert {path.stem for path in Path("measured").iterdir()} == {"gpu", "2_optimizer"}
     printed = capsys.readouterr().out
     assert "stopped after 0.01 s" in printed and "468,000" in printed
+    *_, head, dashes, row = printed.splitlines()
+    assert head.startswith("| card |") and head.count("|") == dashes.count("|") == row.count("|")
+    assert row == "| 1 x cpu | train.py |  |  |  |  |"  # it failed
+
+
+def test_gpu_ends_with_a_table_of_its_training(tmp_path, monkeypatch):
+    rows = [
+        {"way": "train.py", "tokens/s": 468123.4, "GB": 25.46, "compile s": 31.7, "mfu": 0.4012},
+        {"way": "transformers", "tokens/s": 201000.0, "GB": 70.0, "compile s": 20.0},  # an unknown card
+        {"way": "train.py, no flash", "tokens/s": None, "GB": None, "compile s": None, "mfu": None},
+    ]
+    (tmp_path / "1_train.json").write_text(json.dumps({"rows": rows}))
+    parts = ["optimizer --n_layer 1", "train --n_layer 1", "train --n_layer 2"]
+    monkeypatch.setattr(bench, "ranks_on", lambda device: 8)
+    table = bench.table_of_training(tmp_path, parts, torch.device("cpu"))
+    assert table.splitlines() == [
+        "| card | way | tokens/s | MFU | GB | seconds to compile |",
+        "|---|---|---|---|---|---|",
+        "| 8 x cpu | train.py | 468,123 | 40.1% | 25.5 | 32 |",
+        "| 8 x cpu | transformers | 201,000 |  | 70.0 | 20 |",
+        "| 8 x cpu | train.py, no flash |  |  |  |  |",
+        "| 8 x cpu | train.py |  |  |  |  |",
+    ]
+
+
+def test_seconds_to_compile_are_what_the_first_steps_take_more():
+    assert bench.step_times([31.0, 2.5, 2.0, 1.5, 2.0, 9.0]) == (2.0, 31 + 2.5 + 2 - 3 * 2)
+    assert bench.step_times([1.0, 1.0, 1.0, 2.0]) == (2.0, 0.0)
 
 
 def test_training_is_compared_with_the_rate_of_the_machine(monkeypatch):
@@ -171,17 +201,19 @@ def test_way_that_runs_out_of_memory_has_a_row_without_figures(capsys):
         calls.append("fails")
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 6.14 GiB")
 
-    ways = {"large": fails, "small": lambda: calls.append("small") or (0.5, 3e9)}
+    compile_s = iter([20.0, 1.0])  # cached in the second round
+    ways = {"large": fails, "small": lambda: calls.append("small") or (0.5, next(compile_s), 3e9)}
     large, small = bench.train_in_turn(ways, 2, torch.device("cpu"), 100)
     assert calls == ["fails", "small", "small"]  # not tried again
-    assert math.isnan(large["tokens/s"]) and math.isnan(large["GB"])
-    assert (small["tokens/s"], small["GB"]) == (200, 3)
+    assert all(math.isnan(large[name]) for name in ("tokens/s", "GB", "compile s"))
+    assert (small["tokens/s"], small["GB"], small["compile s"]) == (200, 3, 20)
     assert capsys.readouterr().out == "large: CUDA out of memory. Tried to allocate 6.14 GiB\n"
 
 
 def test_patched_training_reports_its_error():
     options = {"n_layer": 1, "n_head": 2, "n_embd": 16, "batch_size": 1, "block_size": 8, "max_steps": 4}
-    seconds, peak = bench.run_train({**options, "vocab_size": 50304}, "cpu", "torch.is_patched = True")
-    assert 0 < seconds < 60 and peak > 1e8
+    patched = bench.run_train({**options, "vocab_size": 50304}, "cpu", "torch.is_patched = True")
+    seconds, compile_s, peak = patched
+    assert 0 < seconds < 60 and 0 <= compile_s < 60 and peak > 1e8
     with pytest.raises(RuntimeError, match="train.py: error: --n_embd 17 is not divisible by --n_head 2"):
         bench.run_train({**options, "n_embd": 17}, torch.device("cpu"))
