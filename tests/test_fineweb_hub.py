@@ -13,11 +13,11 @@ import urllib.parse
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 from conftest import REPOSITORY, token_stream
 
+pyarrow = pytest.importorskip("pyarrow")  # a machine for the GPU tests may lack it
+pytest.importorskip("pyarrow.parquet")
 REVISION, CONVERTED = "a" * 40, "b" * 40  # the second one is that of the branch refs/convert/parquet
 TEXTS = [[f"document {row} of file {number}" for row in range(300)] for number in range(3)]
 CARD = """---

@@ -4,7 +4,6 @@ import math
 import os
 from pathlib import Path
 
-import pyarrow.parquet
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -213,6 +212,8 @@ def test_bad_items_are_reported_with_their_line(change, message):
 
 def write_parquet(items, path, **changes):
     """The layout of the Hub: labels are text, and no value is missing."""
+    import pyarrow.parquet
+
     rows = [{"ctx_a": item["ctx"], "ctx_b": "", **item, "label": str(item["label"])} for item in items]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, **changes} for row in rows]), path)
 

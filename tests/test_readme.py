@@ -10,11 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
 import torch
 from conftest import REPOSITORY, wait_until
-from huggingface_hub.cli import hf
 from torch.distributed.launcher.api import LaunchConfig
 
 import train
@@ -51,6 +49,9 @@ def test_every_command_parses(line):
         if words[:3] == ["pip", "install", "-r"]:
             assert (REPOSITORY / words[3]).exists()
         elif words[0] == "hf":
+            import click
+            from huggingface_hub.cli import hf
+
             name, command, arguments = hf.app.resolve_command(click.Context(hf.app), words[1:])
             command.make_context(name, arguments)
         elif words[:3] != ["python", "-m", "pytest"] and words[0] != "lm_eval":  # which is not installed here
