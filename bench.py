@@ -332,8 +332,6 @@ def cuda_python() -> str:
 
 def count_kernels(folder: Path, args: argparse.Namespace) -> dict:
     """Return what `runtime/absent_gpu.py` counts for the model.py of a folder."""
-    if not (folder / "model.py").is_file():
-        raise FileNotFoundError(f"no model.py in {folder}: name the folder of another version with --against")
     words = [f"--{name}={getattr(args, name)}" for name in ("card", "what", "n_layer", "n_head", "n_embd")]
     words += [f"--{name}={getattr(args, name)}" for name in ("batch_size", "block_size", "dropout")]
     words += ["--recompute"] if args.recompute else []
@@ -356,8 +354,10 @@ def bench_compile(args: argparse.Namespace, device: torch.device) -> list[dict]:
         model = GPT(config)
     bandwidth, flops_per_s = CARDS[args.card]
     flops = model.flops_per_token(args.block_size) * tokens / (1 if args.what == "training" else 3)
-    rows = []
-    for folder in [Path(__file__).parent, *([Path(args.against)] if args.against else [])]:
+    rows, folders = [], [Path(__file__).parent, *([Path(args.against)] if args.against else [])]
+    if not (folders[-1] / "model.py").is_file():
+        raise FileNotFoundError(f"no model.py in {args.against}: name the folder of another version")
+    for folder in folders:
         record = count_kernels(folder, args)
         generated = total = 0
         print(f"\n{folder}: {args.what} on {record['card']}, {record['dtype']}, {tokens:,} tokens")

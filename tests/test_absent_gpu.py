@@ -33,7 +33,7 @@ def test_build_without_cuda_says_how_to_get_another():
 
 def test_folder_without_a_model_is_refused():
     with pytest.raises(FileNotFoundError, match="no model.py in nowhere: name the folder of another version"):
-        bench.count_kernels(Path("nowhere"), bench.parse_args(["compile"]))
+        compile_for_card("--against nowhere")
 
 
 @needs_cuda_build
