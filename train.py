@@ -482,12 +482,16 @@ def score(
     dist: Distributed,
     autocast: torch.autocast,
     stop: StopSignal,
+    about: dict[str, str],
     examples: list[hellaswag.Example],
 ) -> dict:
-    """Return the HellaSwag scores of `hellaswag.evaluate`; an error ends all ranks. A collective."""
+    """Return the scores of `hellaswag.evaluate` and what is known `about` the items; an error ends all ranks.
+
+    A collective.
+    """
     try:
         with autocast:
-            return hellaswag.evaluate(model, examples, stop=stop)
+            return hellaswag.evaluate(model, examples, stop=stop) | about
     except ValueError as error:  # all ranks see the same scores
         raise dist.leave_with_error(str(error)) from error
 
@@ -536,7 +540,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
     contexts = (autocast, attention)
     take_step = partial(train_step, model, optimizer, scaler, loaders["train"], *contexts, args)
     evaluate = partial(validate, model, loaders["val"], autocast, stop=stop)
-    score_items = partial(score, raw_model, dist, autocast, stop)
+    score_items = partial(score, raw_model, dist, autocast, stop, benchmark.about)
     write_texts = partial(write_samples, raw_model, dist, stop, args)
     state = partial(training_state, raw_model, optimizer, scaler, progress, args, loaders)
     with attention():
@@ -555,7 +559,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
         dry_run.rehearse(*what, progress.step, compiled, **calls, take_step=take_step, state=state)
         return dist.leave()
     if args.eval_only:
-        eval_only.report(args, loaders["val"], benchmark, get_tokenizer(args.tokenizer), **calls)
+        eval_only.report(args, loaders["val"], benchmark.examples, get_tokenizer(args.tokenizer), **calls)
         return dist.leave()
 
     folder.callback(stop.restore)
@@ -596,7 +600,7 @@ def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> Non
                     last_step = True
 
             if args.hellaswag_every and (step % args.hellaswag_every == 0 or last_step):
-                scores = score_items(benchmark.examples) | benchmark.about
+                scores = score_items(benchmark.examples)
                 del scores["items"]
                 compilations = hardware.compilations() if compiled else 0
                 log(step, "hellaswag", **scores, tokens=seen, compilations=compilations)

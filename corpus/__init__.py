@@ -1,1 +1,1 @@
-"""Text to train on and to score: tokenizers, documents, rows of files."""
+"""Text to train on and to score: the rows of files."""

@@ -13,6 +13,7 @@ torch has no interface for this. What is replaced below was found by reading tor
 import argparse
 import collections
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -310,8 +311,7 @@ def main(args: argparse.Namespace) -> None:
     pretend(card)
     sys.path.insert(0, args.folder)
     os.chdir(args.folder)
-    import model as model_module
-
+    model_module = importlib.import_module("model")
     counter, F.scaled_dot_product_attention = Counter(), attention
     if rows := getattr(model_module, "head_rows", None):  # the graphs are traced on the CPU
         model_module.head_rows = lambda device, *sizes: rows(torch.device("cuda"), *sizes)

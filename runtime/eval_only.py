@@ -9,14 +9,13 @@ from concurrent.futures import wait
 import numpy as np
 import tiktoken
 
-import hellaswag
 from runtime.distributed import Problems
 
 
 def report(
     args: argparse.Namespace,
     loader,
-    benchmark: hellaswag.Benchmark,
+    examples: list,
     tokenizer: tiktoken.Encoding,
     *,
     evaluate: Callable[[int], float],
@@ -35,7 +34,7 @@ def report(
         say(f"validation   {loss:.4f} nats per token, {results['bits_per_byte']:.4f} bits per byte")
         say(f"             on {tokens:,} tokens, {size:,} bytes, of {args.data_dir}")
     if args.hellaswag_every:
-        scores = results["hellaswag"] = score(benchmark.examples) | benchmark.about
+        scores = results["hellaswag"] = score(examples)
         del scores["items"]
         for name in ("acc_norm", "acc"):
             interval = f"{scores[name]:.2%} ± {scores[f'{name}_stderr']:.2%}"
