@@ -48,7 +48,7 @@ import hellaswag
 import train
 from model import GPT, GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPTConfig
 from plot import curve, read_log
-from runtime import hardware
+from runtime import absent_gpu, hardware
 from runtime.cli import Range, check_options, count, run
 from runtime.distributed import Distributed
 from runtime.files import file_hash, write_atomically, write_json
@@ -61,14 +61,6 @@ from tokenizer import NAMES, BatchTokenizer, get_tokenizer
 # With 524,288 tokens a step. Here a step has one micro-step, so the optimizer takes more of it.
 PUBLISHED = "llm.c 468,000 tokens/s per H100 (40 % of peak) and 218,000 per A100 (60 %), discussion 481"
 GRACE_S = 40.0  # torchrun takes 30 to end ranks that do not react
-# NVIDIA's data sheets: bytes per second, and dense FLOP/s in bf16 (T4: fp16).
-CARDS = {
-    "h100": (3.35e12, 989e12),
-    "a100": (2.04e12, 312e12),
-    "4090": (1.01e12, 165e12),
-    "t4": (0.32e12, 65e12),
-}
-ABSENT_GPU = str(Path(__file__).parent / "runtime" / "absent_gpu.py")
 CUDA_SCRIPT = "runtime/cuda_env.sh"
 CUDA_PYTHON = Path(__file__).parent / ".cuda-venv" / "bin" / "python"
 WARM_UP_STEPS = 3  # until code is compiled and memory allocated
@@ -335,7 +327,7 @@ def count_kernels(folder: Path, args: argparse.Namespace) -> dict:
     words = [f"--{name}={getattr(args, name)}" for name in ("card", "what", "n_layer", "n_head", "n_embd")]
     words += [f"--{name}={getattr(args, name)}" for name in ("batch_size", "block_size", "dropout")]
     words += ["--recompute"] if args.recompute else []
-    command = [cuda_python(), "-P", ABSENT_GPU, str(folder.absolute()), *words]
+    command = [cuda_python(), "-P", absent_gpu.__file__, str(folder.absolute()), *words]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"the model in {folder} does not compile: {done.stderr.splitlines()[-1]}")
@@ -352,7 +344,7 @@ def bench_compile(args: argparse.Namespace, device: torch.device) -> list[dict]:
     config, tokens = config_of(args), args.batch_size * (1 if args.what == "decoding" else args.block_size)
     with torch.device("meta"):
         model = GPT(config)
-    bandwidth, flops_per_s = CARDS[args.card]
+    card = absent_gpu.CARDS[args.card]
     flops = model.flops_per_token(args.block_size) * tokens / (1 if args.what == "training" else 3)
     rows, folders = [], [Path(__file__).parent, *([Path(args.against)] if args.against else [])]
     if not (folders[-1] / "model.py").is_file():
@@ -369,7 +361,7 @@ def bench_compile(args: argparse.Namespace, device: torch.device) -> list[dict]:
             generated += sum(size for name, (_, size) in kinds if not name.startswith("library"))
         first, peak = record["graphs"][0], max(graph["peak_bytes"] for graph in record["graphs"])
         fixed = 16 * model.num_params() if args.what == "training" else 0
-        seconds = generated / (0.85 * bandwidth) + flops / (0.75 * flops_per_s)
+        seconds = generated / (0.85 * card.bandwidth) + flops / (0.75 * card.flops)
         rows.append(
             {
                 "way": str(folder),
@@ -1093,9 +1085,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=at_least_1, default=400, help="training steps of train.py")
     command("gpu", bench_gpu)
     add = command("compile", bench_compile, sized)
-    add("--card", choices=CARDS, default="h100", help="GPU to compile for")
-    passes = ("training", "validation", "decoding")
-    add("--what", choices=passes, default="training", help="forward and backward, forward, or one new token")
+    add("--card", choices=absent_gpu.CARDS, default="h100", help="GPU to compile for")
+    what = "forward and backward, forward, or one new token"
+    add("--what", choices=absent_gpu.PASSES, default="training", help=what)
     add("--batch_size", type=at_least_1, default=64, help="sequences")
     add("--block_size", type=at_least_1, default=1024, help="context in tokens")
     add("--dropout", type=float, default=0.0, help="dropout probability (0: disabled)")

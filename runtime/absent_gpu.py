@@ -23,14 +23,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch._inductor.config
-import triton
 from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
 class Card:
-    """What the compiler asks about a GPU."""
+    """What the compiler asks about a GPU, and NVIDIA's data sheet: bytes/s, and dense FLOP/s in `dtype`."""
 
     name: str
     capability: int
@@ -38,14 +36,16 @@ class Card:
     shared_bytes: int  # per block
     threads: int  # per processor
     memory: int
+    bandwidth: float
+    flops: float
     dtype: torch.dtype = torch.bfloat16
 
 
 CARDS = {
-    "h100": Card("h100", 90, 132, 232448, 2048, 80 << 30),
-    "a100": Card("a100", 80, 108, 166912, 2048, 80 << 30),
-    "4090": Card("4090", 89, 128, 101376, 1536, 24 << 30),
-    "t4": Card("t4", 75, 40, 65536, 1024, 16 << 30, torch.float16),
+    "h100": Card("h100", 90, 132, 232448, 2048, 80 << 30, 3.35e12, 989e12),
+    "a100": Card("a100", 80, 108, 166912, 2048, 80 << 30, 2.04e12, 312e12),
+    "4090": Card("4090", 89, 128, 101376, 1536, 24 << 30, 1.01e12, 165e12),
+    "t4": Card("t4", 75, 40, 65536, 1024, 16 << 30, 0.32e12, 65e12, torch.float16),
 }
 PASSES = ("training", "validation", "decoding")
 
@@ -133,6 +133,7 @@ class Counter:
     """What Inductor has compiled: bytes read and written by kind of kernel, peak memory, Triton kernels."""
 
     def __init__(self):
+        import triton
         from torch._inductor.graph import GraphLowering
 
         self.kinds: dict[str, list[int]] = {}  # each with a number of kernels and their bytes
@@ -306,8 +307,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    from torch._inductor import config
+
     card = CARDS[args.card]
-    torch._inductor.config.compile_threads, torch._inductor.config.force_disable_caches = 1, True
+    config.compile_threads, config.force_disable_caches = 1, True
     pretend(card)
     sys.path.insert(0, args.folder)
     os.chdir(args.folder)

@@ -9,6 +9,7 @@ from conftest import REPOSITORY
 
 import bench
 from bench import cuda_python
+from runtime import absent_gpu
 
 try:
     cuda_python()
@@ -37,7 +38,7 @@ def test_folder_without_a_model_is_refused():
 
 
 @needs_cuda_build
-@pytest.mark.parametrize("card", sorted(bench.CARDS))
+@pytest.mark.parametrize("card", sorted(absent_gpu.CARDS))
 @pytest.mark.parametrize(
     "options",
     [
@@ -95,4 +96,4 @@ class GPT(torch.nn.Module):
 def test_script_that_makes_the_environment_names_the_interpreter_that_is_looked_for():
     script = (REPOSITORY / bench.CUDA_SCRIPT).read_text()
     assert str(bench.CUDA_PYTHON.relative_to(REPOSITORY)) in script
-    assert Path(bench.ABSENT_GPU).is_file() and sys.version_info >= (3, 11)
+    assert Path(absent_gpu.__file__).is_file() and sys.version_info >= (3, 11)
