@@ -328,7 +328,8 @@ def count_kernels(folder: Path, args: argparse.Namespace) -> dict:
     words += [f"--{name}={getattr(args, name)}" for name in ("batch_size", "block_size", "dropout")]
     words += ["--recompute"] if args.recompute else []
     command = [cuda_python(), "-P", absent_gpu.__file__, str(folder.absolute()), *words]
-    done = subprocess.run(command, capture_output=True, text=True)
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # a GPU that is there
+    done = subprocess.run(command, capture_output=True, text=True, env=hidden)
     if done.returncode:
         raise ValueError(f"the model in {folder} does not compile: {done.stderr.splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -540,6 +541,9 @@ def bench_train(args: argparse.Namespace, device: torch.device) -> list[dict]:
         for kernel in ("flash", "cudnn"):
             patch = f"torch.backends.cuda.enable_{kernel}_sdp(False)"
             ways[f"train.py, no {kernel}"] = functools.partial(ours, options, patch=patch)
+        for rows in (4096, 8192, 16384):
+            patch = f"import model; model.head_rows = lambda *sizes: {rows}"
+            ways[f"train.py, head {rows:,} rows"] = functools.partial(ours, options, patch=patch)
     if ranks > 1:
         patch = "torch._dynamo.config.optimize_ddp = False"
         ways["train.py, no optimize_ddp"] = lambda: ours(options, patch=patch)
@@ -876,16 +880,21 @@ def compare_runs(folder: Path, baseline: str | None) -> list[dict]:
     return rows
 
 
-def gpu_parts(on_gpu: bool) -> dict[str, int]:
-    """Return the commands of `bench.py gpu` in order of worth, and the seconds that each may take."""
+def gpu_parts(on_gpu: bool, card: str | None = None) -> dict[str, int]:
+    """Return the commands of `bench.py gpu` in order of worth, and the seconds that each may take.
+
+    The roofline is counted for a known `card`.
+    """
     size = "--n_layer 12 --n_head 12 --n_embd 768" if on_gpu else "--n_layer 1 --n_head 2 --n_embd 16"
     steps = f"--block_size {1024 if on_gpu else 32} --steps {20 if on_gpu else 1} --batch_size"
     # Attention that is written out keeps its scores: 64 sequences would need more than 80 GB.
     batch_size, ladder_batch_size = (64, 16) if on_gpu else (4, 4)
     items, tokens, dtype = (10042, 256, "bfloat16") if on_gpu else (4, 4, "float32")
     text = f"generate {size} --rounds 1 --dtype {dtype} --max_new_tokens {tokens}"
+    roofline = {f"compile {size} --batch_size {batch_size} --card {card}": 200} if card else {}
     return {
-        f"train {size} {steps} {batch_size} --rounds 1": 900,
+        f"train {size} {steps} {batch_size} --rounds 1": 1200,
+        **roofline,
         f"hellaswag {size} --dtype {dtype} --limit {items} --rounds 1 --alone": 120,
         text: 300,
         f"{text} --batch_size 8": 300,
@@ -903,7 +912,8 @@ def bench_gpu(args: argparse.Namespace, device: torch.device) -> list[dict]:
     folder = Path(args.output or "measured")
     folder.mkdir(parents=True, exist_ok=True)
     args.output, outcomes = f"{folder}/gpu.json", []
-    for number, (words, limit_s) in enumerate(gpu_parts(device.type == "cuda").items()):
+    card = absent_gpu.card_in(hardware.describe_machine(device)["hardware"]["device"])
+    for number, (words, limit_s) in enumerate(gpu_parts(device.type == "cuda", card).items()):
         print(f"\nbench.py {words}", flush=True)
         path = part_path(folder, number, words)
         path.unlink(missing_ok=True)  # what an earlier command has measured
@@ -936,21 +946,29 @@ def part_path(folder: Path, number: int, words: str) -> Path:
 def table_of_training(folder: Path, parts: list[str], device: torch.device) -> str:
     """Return what the `train` parts of `bench.py gpu` have measured, as a table in Markdown.
 
-    What was not measured leaves its cells empty: all of a part or way that failed, MFU of an unknown card.
+    What was not measured leaves its cells empty: all of a part or way that failed, MFU and roofline of an
+    unknown card. The roofline is that of `bench.py compile`.
     """
-    card = f"{ranks_on(device)} x {hardware.describe_machine(device)['hardware']['device']}"
-    lines = ["| card | way | tokens/s | MFU | GB | seconds to compile |", "|---|---|---|---|---|---|"]
-    formats = {"tokens/s": ",.0f", "mfu": ".1%", "GB": ".1f", "compile s": ".0f"}
+    ranks, measured = ranks_on(device), []
+    card = f"{ranks} x {hardware.describe_machine(device)['hardware']['device']}"
+    columns = {"tokens/s": ",.0f", "roofline": ",.0f", "mfu": ".1%", "GB": ".1f", "compile s": ".0f"}
+    roofline = None
     for number, words in enumerate(parts):
-        if words.split()[0] != "train":
-            continue
         path, rows = part_path(folder, number, words), [{"way": "train.py"}]
         if path.exists():
             rows = json.loads(path.read_text())["rows"]
-        for row in rows:
-            known = {name: row[name] for name in formats if row.get(name) is not None}
-            cells = [format(known[name], how) if name in known else "" for name, how in formats.items()]
-            lines.append(f"| {' | '.join([card, row['way'], *cells])} |")
+        if words.startswith("train "):
+            measured += rows
+        elif words.startswith("compile ") and path.exists():
+            roofline = ranks * rows[0]["tokens/s"]
+    lines = [
+        "| card | way | tokens/s | roofline | MFU | GB | seconds to compile |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in measured:
+        row["roofline"] = roofline if row["way"] == "train.py" else None
+        cells = ["" if row.get(name) is None else format(row[name], how) for name, how in columns.items()]
+        lines.append(f"| {' | '.join([card, row['way'], *cells])} |")
     return "\n".join(lines)
 
 

@@ -43,11 +43,17 @@ class Card:
 
 CARDS = {
     "h100": Card("h100", 90, 132, 232448, 2048, 80 << 30, 3.35e12, 989e12),
+    "h200": Card("h200", 90, 132, 232448, 2048, 141 << 30, 4.8e12, 989e12),
     "a100": Card("a100", 80, 108, 166912, 2048, 80 << 30, 2.04e12, 312e12),
     "4090": Card("4090", 89, 128, 101376, 1536, 24 << 30, 1.01e12, 165e12),
     "t4": Card("t4", 75, 40, 65536, 1024, 16 << 30, 0.32e12, 65e12, torch.float16),
 }
 PASSES = ("training", "validation", "decoding")
+
+
+def card_in(device_name: str) -> str | None:
+    """Return the name of the card that a device such as "NVIDIA A100-SXM4-80GB" is, or None."""
+    return next((name for name in CARDS if name in device_name.lower()), None)
 
 
 def returning(value: object) -> Callable:

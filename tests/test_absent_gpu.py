@@ -1,8 +1,5 @@
 """Compiling for GPUs that are not there: `bench.py compile`. Needs a CUDA build of torch, but no GPU."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -96,4 +93,11 @@ class GPT(torch.nn.Module):
 def test_script_that_makes_the_environment_names_the_interpreter_that_is_looked_for():
     script = (REPOSITORY / bench.CUDA_SCRIPT).read_text()
     assert str(bench.CUDA_PYTHON.relative_to(REPOSITORY)) in script
-    assert Path(absent_gpu.__file__).is_file() and sys.version_info >= (3, 11)
+
+
+@pytest.mark.parametrize(
+    "device_name, card",
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-40GB", "a100"), ("Tesla T4", "t4"), ("cpu", None)],
+)
+def test_known_cards_are_found_by_what_their_driver_calls_them(device_name, card):
+    assert absent_gpu.card_in(device_name) == card

@@ -136,7 +136,7 @@ def test_gpu_parts_are_written_as_they_end_and_a_failure_is_a_row(monkeypatch, c
     """One part of `bench.py gpu` on CPUs; before it one that fails and one that takes too long."""
     parts = [words for words in bench.gpu_parts(False) if words.startswith("optimizer")]
     parts = {"train --steps 0": 60, "startup": 0.01, **dict.fromkeys(parts, 60)}
-    monkeypatch.setattr(bench, "gpu_parts", lambda on_gpu: parts)
+    monkeypatch.setattr(bench, "gpu_parts", lambda on_gpu, card: parts)
     monkeypatch.setattr(bench, "GRACE_S", 0.1)
     Path("measured").mkdir()
     Path("measured/0_train.json").write_text('{"rows": [{"way": "of an earlier command"}]}')
@@ -148,7 +148,7 @@ def test_gpu_parts_are_written_as_they_end_and_a_failure_is_a_row(monkeypatch, c
     assert "stopped after 0.01 s" in printed and "468,000" in printed
     *_, head, dashes, row = printed.splitlines()
     assert head.startswith("| card |") and head.count("|") == dashes.count("|") == row.count("|")
-    assert row == "| 1 x cpu | train.py |  |  |  |  |"  # it failed
+    assert row == "| 1 x cpu | train.py |  |  |  |  |  |"  # it failed
 
 
 def test_gpu_ends_with_a_table_of_its_training(tmp_path, monkeypatch):
@@ -158,16 +158,17 @@ def test_gpu_ends_with_a_table_of_its_training(tmp_path, monkeypatch):
         {"way": "train.py, no flash", "tokens/s": None, "GB": None, "compile s": None, "mfu": None},
     ]
     (tmp_path / "1_train.json").write_text(json.dumps({"rows": rows}))
-    parts = ["optimizer --n_layer 1", "train --n_layer 1", "train --n_layer 2"]
+    (tmp_path / "3_compile.json").write_text('{"rows": [{"way": "model.py", "tokens/s": 635000.4}]}')
+    parts = ["optimizer --n_layer 1", "train --n_layer 1", "train --n_layer 2", "compile --card h100"]
     monkeypatch.setattr(bench, "ranks_on", lambda device: 8)
     table = bench.table_of_training(tmp_path, parts, torch.device("cpu"))
     assert table.splitlines() == [
-        "| card | way | tokens/s | MFU | GB | seconds to compile |",
-        "|---|---|---|---|---|---|",
-        "| 8 x cpu | train.py | 468,123 | 40.1% | 25.5 | 32 |",
-        "| 8 x cpu | transformers | 201,000 |  | 70.0 | 20 |",
-        "| 8 x cpu | train.py, no flash |  |  |  |  |",
-        "| 8 x cpu | train.py |  |  |  |  |",
+        "| card | way | tokens/s | roofline | MFU | GB | seconds to compile |",
+        "|---|---|---|---|---|---|---|",
+        "| 8 x cpu | train.py | 468,123 | 5,080,003 | 40.1% | 25.5 | 32 |",
+        "| 8 x cpu | transformers | 201,000 |  |  | 70.0 | 20 |",
+        "| 8 x cpu | train.py, no flash |  |  |  |  |  |",
+        "| 8 x cpu | train.py |  | 5,080,003 |  |  |  |",
     ]
 
 
@@ -188,7 +189,7 @@ def test_training_is_compared_with_the_rate_of_the_machine(monkeypatch):
 
 
 def test_gpu_parts_exist_at_full_size():
-    for words, limit_s in bench.gpu_parts(True).items():
+    for words, limit_s in bench.gpu_parts(True, "h100").items():
         args = bench.parse_args(words.split())
         assert (args.n_layer, args.n_embd) == (12, 768) and limit_s >= 60
         assert getattr(args, "rounds", 2) <= 2

@@ -1,6 +1,7 @@
 """The network against Hugging Face's, its cache, counts and optimizer groups."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -138,6 +139,23 @@ def test_formula_of_memory_matches_what_inductor_plans(
     model.recompute = recompute
     formula = model.training_bytes(batch_size, 1024, torch.bfloat16, compiled=True)
     assert formula / 1e9 == pytest.approx(gigabytes, rel=0.08)
+
+
+def test_head_keeps_no_product_of_an_earlier_part(monkeypatch):
+    """Each is as large as the head's weight: 154 MB at GPT-2's size."""
+    products, chunk_loss = [], model_module.chunk_loss
+
+    def watched(*args):
+        assert not any(product() is not None for product in products)
+        result = chunk_loss(*args)
+        products.append(weakref.ref(result[2]))
+        return result
+
+    monkeypatch.setattr(model_module, "chunk_loss", watched)
+    monkeypatch.setattr(model_module, "head_rows", lambda *sizes: 8)
+    idx = torch.randint(320, (2, 16))
+    tiny_gpt()(idx, idx)[1].backward()
+    assert len(products) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
