@@ -46,17 +46,19 @@ from torch.nn import functional as F
 import fineweb
 import hellaswag
 import train
+from corpus import documents
+from corpus.shards import find_shards, read_manifest
+from corpus.tokenizer import NAMES, BatchTokenizer, get_tokenizer
 from model import GPT, GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPTConfig
-from plot import curve, read_log
+from plot import curve
 from runtime import absent_gpu, hardware
 from runtime.cli import Range, check_options, count, run
 from runtime.distributed import Distributed
 from runtime.files import file_hash, write_atomically, write_json
 from runtime.hardware import synchronize
+from runtime.log import read_log
 from runtime.memory import keep_freed_memory
-from runtime.prepare import DEMO_ITEMS
 from sample import generate
-from tokenizer import NAMES, BatchTokenizer, get_tokenizer
 
 # With 524,288 tokens a step. Here a step has one micro-step, so the optimizer takes more of it.
 PUBLISHED = "llm.c 468,000 tokens/s per H100 (40 % of peak) and 218,000 per A100 (60 %), discussion 481"
@@ -120,7 +122,7 @@ USUAL_DATA_SCRIPT = """
 import multiprocessing, os, sys
 import numpy as np
 from datasets import load_dataset
-from tokenizer import get_tokenizer
+from corpus.tokenizer import get_tokenizer
 
 name, shard_size, folder, *files = sys.argv[1:]
 tokenizer, shard_size = get_tokenizer(name), int(shard_size)
@@ -148,7 +150,7 @@ if __name__ == "__main__":
 DATA_SHARD = 10_000_000  # tokens
 
 
-def data_stages(inputs: list[fineweb.Input], tokenizer_name: str) -> dict[str, float]:
+def data_stages(inputs: list[documents.Input], tokenizer_name: str) -> dict[str, float]:
     """Return the seconds that one thread spends on each stage of fineweb.py."""
     seconds: dict[str, float] = {}
 
@@ -159,9 +161,9 @@ def data_stages(inputs: list[fineweb.Input], tokenizer_name: str) -> dict[str, f
         return result
 
     tokenizer, parts = timed("vocabulary", BatchTokenizer, tokenizer_name), []
-    for chunk in fineweb.read_chunks(fineweb.Fetcher(inputs, Path(), keep=True), "text", (0, 0)):
+    for chunk in documents.read_chunks(documents.Fetcher(inputs, Path(), keep=True), "text", (0, 0)):
         texts = timed("decode", chunk.read)
-        texts = timed("filter and validate", fineweb.clean, texts)
+        texts = timed("filter and validate", documents.clean, texts)
         ids, starts = timed("tokenize", tokenizer.encode, texts)
         parts.append(timed("end-of-text", np.insert, ids, starts[:-1], tokenizer.encoding.eot_token))
     tokens = timed("collect", np.concatenate, parts)
@@ -174,9 +176,9 @@ def data_stages(inputs: list[fineweb.Input], tokenizer_name: str) -> dict[str, f
 
 def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """MB of text per second of whole commands: the usual script, and fineweb.py with one worker and more."""
-    inputs, shards = fineweb.local_inputs(args.files), {}
-    chunks = fineweb.read_chunks(fineweb.Fetcher(inputs, Path(), keep=True), "text", (0, 0))
-    megabytes = sum(fineweb.clean(chunk.read()).nbytes for chunk in chunks) / 1e6
+    inputs, shards = documents.local_inputs(args.files), {}
+    chunks = documents.read_chunks(documents.Fetcher(inputs, Path(), keep=True), "text", (0, 0))
+    megabytes = sum(documents.clean(chunk.read()).nbytes for chunk in chunks) / 1e6
     files = [each.path for each in inputs]
 
     def hashes(name: str, command: list[str]) -> float:
@@ -683,9 +685,9 @@ def usual_quickstart(data_dir: str, steps: int = 2000) -> float:
     sequences, and AdamW at 1e-3 with warm-up and cosine.
     """
     torch.manual_seed(1337)
-    tokens, manifest = {}, fineweb.read_manifest(Path(data_dir))
+    tokens, manifest = {}, read_manifest(Path(data_dir))
     for split in ("train", "val"):
-        shards = [np.load(path) for path in fineweb.find_shards(Path(data_dir), split, manifest)]
+        shards = [np.load(path) for path in find_shards(Path(data_dir), split, manifest)]
         tokens[split] = torch.from_numpy(np.concatenate(shards).astype(np.int64))
     model = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=4, n_head=4, n_embd=128)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
@@ -1072,7 +1074,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         return command.add_argument
 
     add = command("hellaswag", bench_hellaswag, timed, tokenized, sized)
-    add("--data", default=str(DEMO_ITEMS), help="items to score")
+    add("--data", default=str(hellaswag.DEMO_ITEMS), help="items to score")
     add("--limit", type=at_least_1, default=20, help="items to score; if there are fewer, they repeat")
     add("--alone", action="store_true", help="leave out the reference")
     add("--batch_tokens", type=at_least_1, help="tokens per forward pass (None: as hellaswag.py)")

@@ -14,362 +14,57 @@ gives about 100 shards of 200 MB. The same command continues an interrupted set 
 
 import argparse
 import contextlib
-import glob
-import gzip
 import hashlib
 import io
-import json
 import os
 import platform
-import re
 import shlex
 import shutil
 import sys
-import sysconfig
-import threading
-import time
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass
-from functools import lru_cache, partial
-from itertools import chain, islice
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from runtime import hub
+from corpus.documents import (
+    SUFFIXES,
+    TOKEN_FILES,
+    Chunk,
+    Fetcher,
+    Input,
+    Position,
+    clean,
+    hub_inputs,
+    local_inputs,
+    read_chunks,
+    read_token_file,
+    stdlib_inputs,
+)
+from corpus.shards import SAME_IN_ALL_TASKS, difference, read_manifests, read_task_manifest
+from corpus.tokenizer import NAMES, BatchTokenizer, get_tokenizer
 from runtime.cli import Range, check_options, count, run
 from runtime.files import (
     FolderLock,
-    check_types,
     existing_folder,
     file_hash,
     locked_folder,
-    parsing,
     write_atomically,
     write_json,
 )
 from runtime.memory import keep_freed_memory
-from tokenizer import NAMES, BatchTokenizer, get_tokenizer
 
 if TYPE_CHECKING:
-    import pyarrow
+    pass
 
 SMALL_TEXT = 100_000_000  # tokens; `train.py --preset text` is meant for fewer
-# What all tasks of a set have in common.
-SAME_IN_ALL_TASKS = ("source", "tokenizer", "vocab_size", "shard_size", "max_tokens", "task_count")
-# What a manifest says, and what only sets of fineweb.py need; the same for each of its shards.
-MANIFEST_TYPES = (
-    {"complete": bool, "shards": list},
-    {
-        **{"tokenizer": str, "source": dict, "vocab_size": int, "eot_token": int, "shard_size": int},
-        **{"max_tokens": int | None, "task_index": int, "task_count": int, "skipped_documents": int},
-    },
-)
-SHARD_TYPES = ({"name": str, "tokens": int}, {"documents": int, "sha256": str, "next": list | None})
-SINGLE_TASK = {"task_index": 0, "task_count": 1}
 MOST_VALIDATION = 0.2  # share of a set; where the first shard is more, a tenth of the set is validation
-DOCUMENTS_PER_CHUNK = 64  # enough to hide the cost of passing a chunk to a thread
-ROWS_PER_CHUNK = 1000  # of parquet files, whose row groups typically have as many
-RETRY_S = (1, 5, 25, 125)  # delays after which a shard that cannot be read is tried again
-DOWNLOAD_PATIENCE_S = 60  # of trying and waiting, on top of the retries of huggingface_hub
-CONVERTED = "refs/convert/parquet"  # the branch for which the Hub converts datasets itself
-SUFFIXES = (".txt", ".py", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 GPT2_VOCABULARY = 50257  # with end-of-text, its last id
-TOKEN_FILES = ".bin"  # of GPT-2's tokens, in llm.c's format
-TOKEN_FILE_HEADER, TOKEN_FILE_MAGIC, TOKEN_FILE_VERSION = 256, 20240520, 1  # int32 numbers
-
-
-@dataclass(frozen=True)
-class Input:
-    """One file of documents: local or, with `repo` and `revision`, from a dataset on the Hub."""
-
-    path: str
-    size: int
-    sha256: str | None = None
-    repo: str | None = None
-    revision: str | None = None
-
-
-Position = tuple[int, int, int]  # input, first row of a chunk, and tokens to skip from there
-
-
-class Chunk(NamedTuple):
-    """Consecutive documents of one input, which `read` returns; a thread calls it, to read them itself."""
-
-    input: int  # index of the input
-    row: int  # of its first document
-    share: float  # fraction of the input read by the chunk's end
-    read: "Callable[[], list[str | None] | pyarrow.Array]"
-
-
-def check_format(path: str) -> None:
-    """Raise ValueError for an unsupported file format."""
-    if not path.endswith((*SUFFIXES, TOKEN_FILES)):
-        supported = ", ".join((*SUFFIXES, f"{TOKEN_FILES} (tokens)"))
-        raise ValueError(f"cannot read {path}: supported formats are {supported}")
-
-
-def local_inputs(patterns: list[str]) -> list[Input]:
-    """Return the files that match, sorted by name within each pattern, token files for validation first.
-
-    Raises FileNotFoundError for a pattern without a match, and ValueError for an unsupported format.
-    """
-    paths = []
-    for pattern in patterns:
-        matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-        if not matches:
-            raise FileNotFoundError(f"no file matches {pattern!r}: check the path given to --files")
-        paths += matches
-    for path in paths:
-        check_format(path)
-    return [Input(path, os.path.getsize(path)) for path in validation_first(paths)]
-
-
-def hub_inputs(dataset: str, name: str | None) -> list[Input]:
-    """Return the files of a dataset at its current revision: those of its `train` split, or its token files.
-
-    If the Hub has only formats that are not supported, the parquet files that it has made of them are used.
-    With HF_HUB_OFFLINE, the files come from the local cache. Raises ValueError if there are none, and
-    ConnectionError if the Hub cannot be reached.
-    """
-    from datasets import load_dataset_builder
-    from huggingface_hub import HfApi, constants, snapshot_download
-
-    if constants.HF_HUB_OFFLINE and not Path(dataset).is_dir():
-        where = dict(repo_type="dataset", local_files_only=True)
-        dataset = ask_hub(lambda: snapshot_download(dataset, **where), f"find {dataset} in the cache")
-    if not Path(dataset).is_dir():
-        info = ask_hub(lambda: HfApi().dataset_info(dataset, timeout=hub.ANSWER_S), f"list {dataset}")
-        if tokens := [file.rfilename for file in info.siblings if file.rfilename.endswith(TOKEN_FILES)]:
-            return describe_files(dataset, info.sha, validation_first(sorted(tokens)))
-    builder = ask_hub(lambda: load_dataset_builder(dataset, name), f"list {dataset}")
-    files = (builder.config.data_files or {}).get("train", [])
-    if not files:
-        raise ValueError(f"{dataset} ({name}) has no train split: choose another --name")
-    if not files[0].startswith("hf://"):  # a folder on this machine
-        return local_inputs([glob.escape(file) for file in files])
-    if not all(file.endswith(SUFFIXES) for file in files):
-        return converted_files(dataset, builder.config.name)
-    at = f"hf://datasets/{dataset}@"
-    revision = files[0].removeprefix(at).split("/")[0]
-    return describe_files(dataset, revision, [file.removeprefix(f"{at}{revision}/") for file in files])
-
-
-def converted_files(dataset: str, config: str) -> list[Input]:
-    """Return the parquet files that the Hub has made of the `train` split of a dataset in another format."""
-    from huggingface_hub import HfApi
-
-    what = f"list the parquet files of {dataset}"
-    info = ask_hub(lambda: HfApi().dataset_info(dataset, revision=CONVERTED, timeout=hub.ANSWER_S), what)
-    paths = [file.rfilename for file in info.siblings]
-    paths = [path for path in paths if re.match(rf"{re.escape(config)}/(partial-)?train/.*\.parquet$", path)]
-    if not paths:
-        raise ValueError(f"the Hub has no parquet files of {dataset} ({config}): download it and use --files")
-    return describe_files(dataset, info.sha, sorted(paths))
-
-
-def describe_files(dataset: str, revision: str, paths: list[str]) -> list[Input]:
-    """Return files of a dataset with sizes and hashes. Raises ValueError for an unsupported format."""
-    from huggingface_hub import HfApi
-
-    for path in paths:
-        check_format(path)
-
-    def describe() -> dict:
-        infos = HfApi().get_paths_info(dataset, paths, repo_type="dataset", revision=revision)
-        return {info.path: info for info in infos}
-
-    infos = ask_hub(describe, f"list {dataset}")
-    return [
-        Input(path, infos[path].size, infos[path].lfs and infos[path].lfs.sha256, dataset, revision)
-        for path in paths
-    ]
-
-
-def validation_first(paths: list[str]) -> list[str]:
-    """Return token files with those for validation first, so that a limited set has some."""
-    return sorted(paths, key=lambda path: path.endswith(TOKEN_FILES) and "train" in Path(path).name)
-
-
-def ask_hub(call: Callable, what: str, patience_s: float = hub.PATIENCE_S):
-    """Return what `call` gets from the Hub; see `hub.retrying`."""
-    advice = "check its name, HF_TOKEN and HF_HUB_OFFLINE, or use --files"
-    command = f"python {shlex.join(sys.argv)}"
-    return hub.retrying(call, what, f"{advice}; to continue: {command}", patience_s)
-
-
-def download(source: Input, folder: Path) -> Path:
-    """Download a file from the Hub and verify its hash; resume an interrupted download."""
-    from huggingface_hub import hf_hub_download
-
-    def fetch() -> Path:
-        where = dict(repo_type="dataset", revision=source.revision, local_dir=folder)
-        path = Path(hf_hub_download(source.repo, source.path, **where))
-        if source.sha256 and file_hash(path) != source.sha256:
-            path.unlink()
-            raise OSError(f"the hash of {source.path} differs from the one on the Hub")
-        return path
-
-    return ask_hub(fetch, f"download {source.path}", DOWNLOAD_PATIENCE_S)
-
-
-class Fetcher:
-    """The inputs as local files; the next one can be downloaded while one is being read.
-
-    Downloads are daemon threads, so that no command waits for the end of one that it does not need.
-    """
-
-    def __init__(self, inputs: list[Input], folder: Path, keep: bool):
-        self.inputs, self.folder, self.keep = inputs, folder, keep
-        self.pending: dict[int, Future] = {}
-
-    def path(self, index: int) -> Path:
-        if self.inputs[index].repo is None:
-            return Path(self.inputs[index].path)
-        self.prefetch(index)
-        return self.pending[index].result()
-
-    def prefetch(self, index: int) -> None:
-        """Start to download an input of the Hub, unless that has been done."""
-        if index < len(self.inputs) and self.inputs[index].repo and index not in self.pending:
-            self.pending[index] = hub.started(partial(download, self.inputs[index], self.folder))
-
-    def release(self, before: int) -> None:
-        """Delete the downloads before this input, whose tokens have been written."""
-        for index in [index for index in self.pending if index < before and not self.keep]:
-            if self.pending[index].done():
-                self.pending.pop(index).result().unlink(missing_ok=True)
-
-
-def read_chunks(fetcher: Fetcher, text_column: str, start: tuple[int, int]) -> Iterator[Chunk | None]:
-    """Yield the documents of all inputs in order, starting at row start[1] of input start[0].
-
-    Yields None before it waits for a download, which the caller may not need. That row has to be the first
-    one of a chunk. A .txt or .py file is one document; the other formats have one per row. Raises ValueError
-    for input that cannot be read, naming the file and, if possible, the line.
-    """
-    first, first_row = start
-    for index in range(first, len(fetcher.inputs)):
-        if fetcher.inputs[index].repo:
-            yield None
-        path, skip = fetcher.path(index), first_row if index == first else 0
-        try:
-            if path.suffix == ".parquet":
-                for row, share, read in _parquet_rows(path, text_column, skip):
-                    yield Chunk(index, row, share, read)
-                continue
-            if path.suffix in (".txt", ".py"):
-                errors = "strict" if path.suffix == ".txt" else "replace"
-                rows = iter([(1.0, path.read_bytes().decode("utf-8", errors))])
-            else:
-                rows = _jsonl_rows(path, text_column)
-            rows = islice(rows, skip, None)
-            while batch := list(islice(rows, DOCUMENTS_PER_CHUNK)):
-                texts = [text for _, text in batch]
-                yield Chunk(index, skip, batch[-1][0], partial(list, texts))
-                skip += len(batch)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 ({error}): convert it with iconv") from error
-        except (ValueError, OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: {error}") from error
-
-
-def _jsonl_rows(path: Path, text_column: str) -> Iterator[tuple[float, str | None]]:
-    with open(path, "rb") as file:
-        lines = io.TextIOWrapper(gzip.open(file) if path.suffix == ".gz" else file, encoding="utf-8")
-        size = max(path.stat().st_size, 1)
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield file.tell() / size, json.loads(line)[text_column]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"line {number} is not a JSON object with the key {text_column!r} ({error}): "
-                    "fix it or set another --text_column"
-                ) from error
-
-
-class RowGroup:
-    """A column of a row group in a parquet file, decoded by the first thread that needs a part of it."""
-
-    def __init__(self, path: Path, metadata: "pyarrow.parquet.FileMetaData", number: int, column: str):
-        self.path, self.metadata, self.number, self.column = path, metadata, number, column
-        self.lock, self.values = threading.Lock(), None
-
-    def read(self, first: int, rows: int) -> "pyarrow.Array":
-        """Return some of the rows. Raises ValueError if the file is damaged."""
-        import pyarrow.parquet
-
-        with self.lock:
-            if self.values is None:
-                try:
-                    with pyarrow.parquet.ParquetFile(self.path, metadata=self.metadata) as file:
-                        group = file.read_row_group(self.number, [self.column], use_threads=False)
-                except (ValueError, OSError) as error:
-                    raise ValueError(f"{self.path}: {error}") from error
-                self.values = group[0]
-        return self.values.slice(first, rows)
-
-
-def _parquet_rows(path: Path, text_column: str, skip: int) -> Iterator[tuple[int, float, Callable]]:
-    import pyarrow.parquet
-
-    metadata = pyarrow.parquet.read_metadata(path)
-    names = metadata.schema.to_arrow_schema().names
-    if text_column not in names:
-        raise ValueError(f"no column {text_column!r}: set --text_column to one of {names}")
-    row = 0
-    for number in range(metadata.num_row_groups):
-        rows, group = metadata.row_group(number).num_rows, RowGroup(path, metadata, number, text_column)
-        # Sets of older versions may continue in the middle of what is a chunk now.
-        for first in range(max(skip - row, 0), rows, ROWS_PER_CHUNK):
-            count = min(ROWS_PER_CHUNK, rows - first)
-            share = (row + first + count) / metadata.num_rows
-            yield row + first, share, partial(group.read, first, count)
-        row += rows
-
-
-def stdlib_inputs() -> list[Input]:
-    """Return the sources of Python's standard library: about 10 MB of text on every machine with Python.
-
-    Excludes its tests, installed packages and two packages of tables. Files are ordered by the hash of their
-    names, so that the last tenth is a fair sample.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    excluded = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
-    names = [path.relative_to(root) for path in root.rglob("*.py")]
-    names = [name.as_posix() for name in names if not excluded & set(name.parts)]
-    if not names:
-        raise FileNotFoundError(
-            f"no Python sources in {root}: make shards with `python fineweb.py --files …`"
-        )
-    names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
-    return local_inputs([glob.escape(str(root / name)) for name in names])
-
-
-def clean(texts: "list[str | None] | pyarrow.Array") -> "pyarrow.LargeStringArray":
-    """Return the documents that are text and not empty. Lone surrogates are replaced, as tiktoken does it."""
-    import pyarrow
-    import pyarrow.compute as compute
-
-    if isinstance(texts, list):
-        texts = [text for text in texts if isinstance(text, str) and text]
-        try:
-            return pyarrow.array(texts, pyarrow.large_string())
-        except UnicodeEncodeError:  # possible in JSON
-            whole = (text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts)
-            return pyarrow.array(whole, pyarrow.large_string())
-    kind = texts.type.value_type if pyarrow.types.is_dictionary(texts.type) else texts.type
-    if not any(is_text(kind) for is_text in (pyarrow.types.is_string, pyarrow.types.is_large_string)):
-        return pyarrow.array([], pyarrow.large_string())
-    texts = pyarrow.chunked_array(texts).cast(pyarrow.large_string())
-    texts = texts.filter(compute.greater(compute.binary_length(texts), 0)).combine_chunks()
-    texts.validate(full=True)  # UTF-8
-    return texts
 
 
 def encode_chunk(chunk: Chunk, tokenizer: BatchTokenizer) -> tuple[np.ndarray, int]:
@@ -568,17 +263,6 @@ class ShardSet:
         self.write(number, tokens, record["sha256"])
 
 
-def read_token_file(path: Path) -> np.ndarray:
-    """Memory-map the tokens of a file in llm.c's format. Raises ValueError if it is not a complete one."""
-    header = np.fromfile(path, dtype="<i4", count=TOKEN_FILE_HEADER)
-    if len(header) < TOKEN_FILE_HEADER or header[0] != TOKEN_FILE_MAGIC or header[1] != TOKEN_FILE_VERSION:
-        raise ValueError(f"{path} is not a token file of llm.c, version {TOKEN_FILE_VERSION}: leave it out")
-    tokens, size = int(header[2]), path.stat().st_size
-    if size != header.nbytes + 2 * tokens:
-        raise ValueError(f"{path} has {size} bytes, which do not fit its {tokens} tokens: copy it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=header.nbytes, shape=(tokens,))
-
-
 class TokenShardSet(ShardSet):
     """A set made of token files, each of which becomes one shard. No tokenizer is needed."""
 
@@ -671,74 +355,6 @@ def task_name(name: str, task_index: int, task_count: int) -> str:
     return name if task_count == 1 else f"{name}_{task_index:04d}_of_{task_count:04d}"
 
 
-def check_next(position: object) -> None:
-    """Raise ValueError unless it is a Position, as JSON has it, or None."""
-    if position is not None and not (len(position) == 3 and all(type(n) is int and n >= 0 for n in position)):
-        raise ValueError("it says wrongly where a shard begins")
-
-
-def check_source(source: dict) -> None:
-    """Raise ValueError unless the files in the `source` of a manifest are described as `find_inputs` does."""
-    for name, size, *_ in [*source.get("files", []), *source.get("inputs", [])]:
-        check_types({"name": name, "size": size}, {"name": str, "size": int})
-    for each in source.get("inputs", []):
-        Input(*each)
-
-
-def read_manifests(out_dir: Path) -> list[dict]:
-    """Return the manifests of all tasks. Raises ValueError for a file that is damaged."""
-    manifests = []
-    for path in sorted(out_dir.glob("manifest*.json")):
-        with parsing(path, "a manifest of shards", "make the set again in another folder"):
-            manifest = json.loads(path.read_bytes())
-            check_types(manifest, *MANIFEST_TYPES)
-            if not 0 < manifest.get("vocab_size", 1) <= 2**16 or not 0 < manifest.get("shard_size", 1):
-                raise ValueError("its sizes are out of range")
-            for shard in manifest["shards"]:
-                check_types(shard, *SHARD_TYPES)
-                if Path(shard["name"]).name != shard["name"]:
-                    raise ValueError(f"it names {shard['name']!r}, which is not in its folder")
-                check_next(shard.get("next"))
-            check_source(manifest.get("source", {}))
-        for name, value in SINGLE_TASK.items():
-            manifest.setdefault(name, value)
-        manifests.append(manifest)
-    return manifests
-
-
-def read_task_manifest(out_dir: Path, task_index: int = 0, task_count: int = 1) -> dict | None:
-    """Return the manifest of one task, or None if there is none. Raises ValueError if it lacks something."""
-    for manifest in read_manifests(out_dir):
-        if (manifest["task_index"], manifest["task_count"]) == (task_index, task_count):
-            with parsing(out_dir, "a set of fineweb.py", "make it again in another folder"):
-                check_types(manifest, MANIFEST_TYPES[0] | MANIFEST_TYPES[1])
-                for shard in manifest["shards"]:
-                    check_types(shard, SHARD_TYPES[0] | SHARD_TYPES[1])
-            return manifest
-    return None
-
-
-def read_manifest(out_dir: Path) -> dict:
-    """Return the manifest of a finished set, merged over all tasks; without one, `shards` is empty.
-
-    Raises ValueError if the set is incomplete or its tasks do not belong together.
-    """
-    manifests = read_manifests(out_dir)
-    if not manifests:
-        return {"shards": []}
-    incomplete = f"the shards in {out_dir} are incomplete: repeat the fineweb.py command"
-    if not all(each["complete"] for each in manifests):
-        raise ValueError(incomplete)
-    for name in SAME_IN_ALL_TASKS:
-        for each in manifests[1:]:
-            if each.get(name) != manifests[0].get(name):
-                found = difference(name, manifests[0].get(name), each.get(name))
-                raise ValueError(f"the tasks in {out_dir} differ: {found}; use a folder for each set")
-    if sorted(each["task_index"] for each in manifests) != list(range(manifests[0]["task_count"])):
-        raise ValueError(incomplete)
-    return {**manifests[0], "shards": [shard for each in manifests for shard in each["shards"]]}
-
-
 def prepare(
     inputs: list[Input],
     out_dir: str | Path,
@@ -813,156 +429,6 @@ def prepare(
     if not keep_downloads:
         shutil.rmtree(fetcher.folder, ignore_errors=True)
     return manifest
-
-
-def find_shards(data_dir: Path, split: str, manifest: dict) -> list[Path]:
-    """Return the shards of a split, sorted by name; `manifest` is the result of `read_manifest`.
-
-    If it lists shards, the .npy files of the folder have to be exactly those. If not, they are all those with
-    the split in their name. Raises FileNotFoundError if there are none, and ValueError if
-    files are missing, not listed, or named after both splits.
-    """
-    paths = sorted(data_dir.iterdir()) if data_dir.exists() else []
-    names = [path.name for path in paths if path.suffix == ".npy"]
-    if both := [name for name in names if "train" in name and "val" in name]:
-        raise ValueError(f"{data_dir / both[0]} has both train and val in its name: rename it")
-    if listed := {shard["name"] for shard in manifest["shards"]}:
-        if missing := sorted(listed - set(names)):
-            raise ValueError(
-                f"{len(missing)} of the {len(listed)} shards in the manifest of {data_dir} are missing, the "
-                f"first is {missing[0]}: repeat the fineweb.py command, or copy them again"
-            )
-        if others := sorted(set(names) - listed):
-            raise ValueError(f"the manifest of {data_dir} does not list {others[0]}: move it elsewhere")
-    paths = [data_dir / name for name in names if split in name]
-    if not paths:
-        raise FileNotFoundError(
-            f"no {split} shards in {data_dir}/: `python fineweb.py --out_dir {data_dir}` makes them from "
-            "FineWeb-Edu, `python train.py --preset demo` trains without them"
-        )
-    return paths
-
-
-def read_set(data_dir: str | Path, tokenizer: str | None) -> dict:
-    """Return the manifest of a folder that holds shards of both splits, with their `tokenizer` in any case.
-
-    Raises FileNotFoundError if there are none, and ValueError if they were made with another tokenizer.
-    """
-    data_dir = Path(data_dir)
-    manifest = read_manifest(data_dir)
-    for split in ("val", "train"):
-        find_shards(data_dir, split, manifest)
-    made_with = manifest.get("tokenizer", tokenizer or "gpt2")
-    if tokenizer not in (None, made_with):
-        raise ValueError(
-            f"--tokenizer is {tokenizer}, but the shards in {data_dir} were made with {made_with}: "
-            "omit --tokenizer or make other shards"
-        )
-    return {**manifest, "tokenizer": made_with}
-
-
-class Shards:
-    """The shards of one split, whose tokens are read from their files when they are asked for.
-
-    They are not mapped into memory, where a file that is cut short or a network drive that fails would kill
-    the process without a word. `lengths` are their numbers of tokens, and `digest` tells sets apart. Warnings
-    go to `say`. Raises FileNotFoundError if there are no shards, and ValueError for one that is damaged.
-    """
-
-    def __init__(self, data_dir: str | Path, split: str, say: Callable[[str], None] = print):
-        manifest, self.say = read_manifest(Path(data_dir)), say
-        self.paths = find_shards(Path(data_dir), split, manifest)
-        listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
-        # Each holds a file descriptor, through which the shard stays readable if it is deleted.
-        self.files = lru_cache(maxsize=256)(open_shard)
-        self.lengths, digest = [], hashlib.sha256()
-        for path in self.paths:
-            tokens = self.files(path)
-            if len(tokens) != listed.get(path.name, len(tokens)):
-                expected = f"its manifest says {listed[path.name]}"
-                raise ValueError(f"{path} has {len(tokens)} tokens, but {expected}: make it again")
-            self.lengths.append(len(tokens))
-            digest.update(path.name.encode() + fingerprint(tokens))
-        self.digest = digest.hexdigest()
-        self.stamps = list(map(stamp, self.paths))
-
-    def read(self, shard: int, start: int, end: int) -> np.ndarray:
-        """Return some tokens of a shard. A network drive may come back, so its errors are retried."""
-        for delay_s in (*RETRY_S, None):
-            try:
-                return self.files(self.paths[shard])[start:end]
-            except OSError as error:
-                if delay_s is None:
-                    raise
-                self.say(f"warning: cannot read {self.paths[shard]} ({error}), trying again in {delay_s} s")
-                self.files.cache_clear()
-                time.sleep(delay_s)
-
-    def warn_of_changes(self) -> None:
-        """Name the files that have changed since the last call."""
-        for shard, path in enumerate(self.paths):
-            if (now := stamp(path)) != self.stamps[shard]:
-                self.say(f"warning: {path} has {'changed' if now else 'vanished'} since the run began")
-                self.stamps[shard] = now
-
-
-def stamp(path: Path) -> tuple[int, int] | None:
-    """Return the size of a file and when it was changed, or None if it cannot be found."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
-
-
-class ShardFile:
-    """The tokens of a file, of which only slices are read: `tokens[start:end]`."""
-
-    def __init__(self, path: Path, tokens: int, offset: int):
-        self.path, self.tokens, self.offset = path, tokens, offset
-        self.file = open(path, "rb", buffering=0)
-
-    def __len__(self) -> int:
-        return self.tokens
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        start, end, _ = part.indices(self.tokens)
-        self.file.seek(self.offset + 2 * start)
-        data = self.file.read(2 * (end - start))
-        if len(data) < 2 * (end - start):
-            raise ValueError(f"{self.path} was cut short while it was in use: make it again")
-        return np.frombuffer(data, dtype=np.uint16)
-
-
-def open_shard(path: Path) -> ShardFile:
-    """Open a shard. Raises ValueError if it is not a complete one-dimensional uint16 array."""
-    with parsing(path, "a .npy file", "make it again"):
-        tokens = np.load(path, mmap_mode="r")
-        if tokens.dtype != np.uint16 or tokens.ndim != 1:
-            raise ValueError(f"it is {tokens.ndim}-dimensional {tokens.dtype}, not 1-dimensional uint16")
-        return ShardFile(path, len(tokens), tokens.offset)
-
-
-def fingerprint(tokens: ShardFile) -> bytes:
-    """Return a hash of a shard's length and of a few blocks of its tokens.
-
-    It tells shards apart without reading all of them, and needs no manifest.
-    """
-    digest = hashlib.sha256(str(len(tokens)).encode())
-    for start in np.linspace(0, max(len(tokens) - 1024, 0), 8).astype(int):
-        digest.update(tokens[start : start + 1024].tobytes())
-    return digest.digest()
-
-
-def difference(name: str, found: object, wanted: object) -> str:
-    """Return a description of how two values differ, down to the first part that does."""
-    while isinstance(found, dict) and isinstance(wanted, dict):
-        name = next(each for each in {**found, **wanted} if found.get(each) != wanted.get(each))
-        found, wanted = found.get(name), wanted.get(name)
-    if isinstance(found, list) and isinstance(wanted, list):
-        changed = [pair for pair in zip(found, wanted, strict=False) if pair[0] != pair[1]]
-        found, wanted = changed[0] if changed else (f"{len(found)} files", f"{len(wanted)} files")
-    return f"{name} {found}, not {wanted}"
 
 
 def check_same_set(out_dir: Path, wanted: dict, replaced: dict | None) -> None:

@@ -39,17 +39,17 @@ import torch
 from torch.nn import functional as F
 
 from corpus.rows import rows_of
+from corpus.tokenizer import tokenizer_for
+from formats.checkpoint import describe_pretrained
 from model import GPT, head_rows
 from runtime import hub
-from runtime.checkpoint import describe_pretrained
-from runtime.cli import Range, check_options, run
+from runtime.cli import Range, check_options, run, watched
 from runtime.distributed import Interrupted
 from runtime.files import check_output, parsing, write_atomically, write_json
 from runtime.hardware import choose_device, masked_attention
-from runtime.records import watched
-from sample import tokenizer_for
 
 DATA = "hellaswag_val.jsonl"
+DEMO_ITEMS = Path(__file__).parent / "corpus" / "hellaswag_demo.jsonl"  # written for this project
 HUB_DATASET = "Rowan/hellaswag"
 ADVICE = (
     "use --hellaswag_every 0, or pass a file to --hellaswag_data (hellaswag.py: --data), or set HF_ENDPOINT "

@@ -25,9 +25,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from runtime import checkpoint
-from runtime.files import parsing
-
 GPT2_VOCAB_SIZE = 50257
 PADDED_VOCAB_SIZE = 50304  # the next multiple of 128, for even tiles; the extra ids are never targets
 
@@ -407,10 +404,12 @@ class GPT(nn.Module):
         """Load a checkpoint file, the newest checkpoint of a run folder, a Hugging Face folder or a Hub name.
 
         `source` may also be a checkpoint that has been loaded. Checkpoints of other GPT-2 repositories work
-        too (`runtime.checkpoint.read_pretrained`). No code from a file is executed. Raises FileNotFoundError
+        too (`formats.checkpoint`). No code from a file is executed. Raises FileNotFoundError
         if the source does not exist, and ValueError if it does not hold a complete GPT-2.
         """
-        config, state, metadata = checkpoint.read_pretrained(source)
+        from formats.checkpoint import parsing, read_pretrained
+
+        config, state, metadata = read_pretrained(source)
         name = "the checkpoint" if isinstance(source, dict) else source
         with parsing(name, "a GPT-2", "use another model"):
             model = cls(GPTConfig(**config, dropout=dropout))
@@ -425,12 +424,14 @@ class GPT(nn.Module):
         rows that pad GPT-2's 50,257 ids to 50,304 and keeps every other vocabulary whole. Raises ValueError
         if the folder exists and is not empty.
         """
+        from formats.hugging_face import write_hugging_face
+
         config = self.config
         if vocab_size is None:
             vocab_size = GPT2_VOCAB_SIZE if config.vocab_size == PADDED_VOCAB_SIZE else config.vocab_size
         if not 1 <= vocab_size <= config.vocab_size:
             raise ValueError(f"vocab_size is {vocab_size}, but the model has {config.vocab_size} token ids")
-        checkpoint.write_hugging_face(folder, asdict(config), self.state_dict(), vocab_size)
+        write_hugging_face(folder, asdict(config), self.state_dict(), vocab_size)
 
 
 def _packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -21,12 +21,9 @@ from itertools import accumulate
 from pathlib import Path
 
 from runtime.cli import Range, check_options, run
-from runtime.files import check_output, read_records, write_atomically
+from runtime.files import check_output, write_atomically
+from runtime.log import read_log
 
-# The numbers of a record that are drawn, by its kind, and those that it may lack or that were not finite.
-NEEDED = {"train": ("dt_ms", "tokens_per_s"), "hellaswag": ("acc", "acc_norm", "n")}
-OPTIONAL = ("loss", "lr", "norm")
-LARGEST = 1e15  # no run has larger numbers, and matplotlib cannot draw all that are
 SMOOTHING_POINTS = 200  # a training curve is averaged down to about this many points
 # What each training step adds on the horizontal axis.
 AXES = {
@@ -48,36 +45,6 @@ REFERENCES = {
         "HellaSwag": {"GPT-2": 0.2955, "llm.c": 0.299, "GPT-3": 0.337},
     },
 }
-
-
-def read_log(source: str | Path) -> dict[str, list[dict]]:
-    """Return the records of a run folder or log.jsonl by kind. Raises FileNotFoundError if there is none.
-
-    Lines that are no records are left out: one may be half written, others damaged.
-    """
-    path = Path(source)
-    path = path / "log.jsonl" if path.is_dir() else path
-    if not path.exists():
-        raise FileNotFoundError(f"no log at {path}: use a folder that train.py wrote")
-    by_kind: dict[str, list[dict]] = {}
-    for record in filter(is_record, read_records(path)):
-        by_kind.setdefault(record["kind"], []).append(record)
-    return by_kind
-
-
-def is_record(record: dict) -> bool:
-    """Return whether a JSON object is a record of a run, with numbers where one is drawn."""
-
-    def is_number(value: object, kinds: type = int | float) -> bool:
-        return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < LARGEST
-
-    kind = record.get("kind")
-    return (
-        isinstance(kind, str)
-        and is_number(record.get("step"), int)
-        and all(is_number(record.get(name)) for name in NEEDED.get(kind, ()))
-        and all(record.get(name) is None or is_number(record[name]) for name in OPTIONAL)
-    )
 
 
 def curve(records: list[dict], name: str) -> tuple[list[int], list[float]]:

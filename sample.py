@@ -14,7 +14,6 @@ import argparse
 import codecs
 import contextlib
 import functools
-import json
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -24,24 +23,17 @@ import tiktoken
 import torch
 from torch.nn import functional as F
 
+from corpus.tokenizer import tokenizer_for
+from formats.checkpoint import describe_pretrained
+from formats.hugging_face import export
 from model import GPT, KVCache
-from plot import read_log
-from runtime.checkpoint import HUB_NAMES, describe_pretrained
 from runtime.cli import Range, check_options, run
-from runtime.files import check_new_folder, whole_folder
+from runtime.files import check_new_folder
 from runtime.hardware import choose_device, masked_attention
-from tokenizer import get_tokenizer, to_hugging_face
 
 SEPARATOR = "\n\n---\n\n"  # between texts
 NOT_FINITE = "the model's logits are not finite: its weights are damaged or diverged"
 BLOCK = 256  # about the square root of GPT-2's vocabulary: both sums are short
-# What a model card tells of a run: what another run would have to repeat.
-CARD_OPTIONS = (
-    *("preset", "tokenizer", "seed", "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout"),
-    *("total_batch_size", "shuffle", "optimizer", "schedule", "decay_share", "muon_lr", "momentum"),
-    *("learning_rate", "embedding_lr", "position_lr", "min_lr", "warmup_steps", "max_steps"),
-    *("weight_decay", "beta1", "beta2", "grad_clip"),
-)
 
 
 def _logits(model: GPT, idx: torch.Tensor, *where) -> torch.Tensor:
@@ -229,24 +221,6 @@ def _choose(probs: torch.Tensor, generator: torch.Generator | None) -> torch.Ten
     return (block * BLOCK + invert(within, thresholds[:, 1:]))[:, 0]
 
 
-def tokenizer_for(model: GPT) -> tiktoken.Encoding:
-    """Return the tokenizer that the model's checkpoint names, or the one that matches its vocabulary.
-
-    Raises ValueError if the model has fewer token ids than the tokenizer.
-    """
-    byte = get_tokenizer("byte")
-    if model.config.vocab_size == byte.n_vocab:
-        return byte
-    name = (model.metadata.get("args") or {}).get("tokenizer", "gpt2")
-    tokenizer = get_tokenizer(name)
-    if model.config.vocab_size < tokenizer.n_vocab:
-        raise ValueError(
-            f"tokenizer {name} has {tokenizer.n_vocab} ids, the model {model.config.vocab_size}: "
-            "it was trained with another tokenizer"
-        )
-    return tokenizer
-
-
 def complete(
     model: GPT,
     tokenizer: tiktoken.Encoding,
@@ -283,72 +257,6 @@ def complete(
     for row in range(len(texts)):
         add(row, b"", final=True)
     return texts
-
-
-def export(model: GPT, source: str | Path, folder: str | Path) -> None:
-    """Write a model that was loaded from `source` as a Hugging Face folder with tokenizer and model card.
-
-    Raises ValueError if the folder exists and is not empty.
-    """
-    tokenizer = tokenizer_for(model)
-    with whole_folder(folder) as partial:
-        model.save_pretrained(partial, vocab_size=tokenizer.n_vocab)
-        to_hugging_face(tokenizer, model.config.block_size).save_pretrained(partial)
-        card = model_card(model, tokenizer, Path(source), Path(folder).name)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-
-
-def model_card(model: GPT, tokenizer: tiktoken.Encoding, source: Path, name: str) -> str:
-    """Return a model card for the Hub, in Markdown, with facts from the checkpoint and the log beside it.
-
-    The model is exported with the ids of `tokenizer`, and its example fits into the model's context.
-    """
-    config, metadata = model.config, model.metadata
-    step, args = metadata.get("step"), metadata.get("args") or {}
-    unit = "nats per byte" if tokenizer.name == "byte" else "nats per token"
-    parameters = model.num_params() - (config.vocab_size - tokenizer.n_vocab) * config.n_embd
-    folder = source if source.is_dir() else source.parent
-    log = read_log(folder) if step is not None and (folder / "log.jsonl").exists() else {}
-    facts = {"parameters": f"{parameters:,}", "context": f"{config.block_size:,} tokens"}
-    if step is not None:
-        is_best = metadata.get("val_loss") is not None and step == metadata.get("best_step")
-        facts["checkpoint"] = f"step {step:,}" + (", the best validation loss until then" if is_best else "")
-    if step is not None and isinstance(args.get("total_batch_size"), int):
-        facts["trained for"] = f"{step:,} steps of {args['total_batch_size']:,} tokens"
-        facts["tokens seen"] = f"{step * args['total_batch_size']:,}"
-    # An evaluation may be older than the checkpoint.
-    last = {kind: [each for each in log.get(kind, []) if each["step"] <= step][-1:] for kind in log}
-    if metadata.get("val_loss") is not None:
-        at = f", at step {last['val'][0]['step']:,}" if last.get("val") else ""
-        facts["validation loss"] = f"{metadata['val_loss']:.4f} {unit}{at}"
-    for record in [each for each in log.get("train", []) if each["step"] < step and each.get("loss")][-1:]:
-        facts["training loss"] = f"{record['loss']:.4f} {unit}, at step {record['step']:,}"
-    for record in last.get("hellaswag", []):
-        scores = f"acc_norm {record['acc_norm']:.2%}, acc {record['acc']:.2%}, {record['n']:,} items"
-        facts["HellaSwag"] = f"{scores}, at step {record['step']:,}"
-    origin = ", trained from scratch" if step is not None and "init_from" in args else ""
-    if begun_with := args.get("init_from"):
-        origin = f", fine-tuned from {begun_with if begun_with in HUB_NAMES else 'another checkpoint'}"
-    elif str(source) in HUB_NAMES:
-        origin = f", OpenAI's {source}"
-    # The prompt takes at most half of the context, and all of the text fits into it.
-    half = max(config.block_size // 2, 1)
-    prompt = tokenizer.encode_ordinary(str(args.get("sample_prompt") or "The "))[:half]
-    text = json.dumps(tokenizer.decode(prompt).strip("\ufffd"), ensure_ascii=False)
-    new = max(min(50, config.block_size - half), 1)
-    lines = [
-        *("---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2]", "---", ""),
-        *(f"# {name}", "", f"A GPT-2{origin}. Use it like any other GPT-2:", ""),
-        *("```python", "from transformers import pipeline", ""),
-        f'pipeline("text-generation", "{name}")({text}, max_new_tokens={new})',
-        *("```", "", "| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in facts.items()), ""),
-    ]
-    # 0 is a value, and equal to False.
-    shown = [option for option in CARD_OPTIONS if not (args.get(option) is None or args[option] is False)]
-    if shown:
-        lines += ["The options of the run:", "", "| option | value |", "|---|---|"]
-        lines += [f"| `--{option}` | {args[option]} |" for option in shown]
-    return "\n".join(lines) + "\n"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -28,13 +28,18 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import fineweb
 import hellaswag
 import sample
+from corpus.shards import Shards
+from corpus.tokenizer import NAMES, get_tokenizer
 from model import GPT
 from muon import Muon
-from runtime import dry_run, eval_only, hardware
-from runtime.checkpoint import (
+from runtime import hardware
+from runtime.cli import Range, as_words, error_lines, run, watched
+from runtime.distributed import Distributed, Interrupted, StopSignal, setup_distributed
+from runtime.files import parsing
+from training import dry_run, eval_only
+from training.checkpoints import (
     CheckpointWriter,
     Progress,
     disk_usage,
@@ -42,12 +47,8 @@ from runtime.checkpoint import (
     restore,
     training_state,
 )
-from runtime.cli import Range, as_words, error_lines, run
-from runtime.distributed import Distributed, Interrupted, StopSignal, setup_distributed
-from runtime.files import parsing
-from runtime.prepare import SIZES, prepare
-from runtime.records import Log, RunFolder, about_run, describe_run, watched
-from tokenizer import NAMES, get_tokenizer
+from training.prepare import SIZES, prepare
+from training.records import Log, RunFolder, about_run, describe_run
 
 XL_BATCH = dict(batch_size=8, total_batch_size=1048576, max_steps=9537)  # the same 10 billion tokens
 MUON_WSD = dict(optimizer="muon", schedule="wsd", decay_share=0.5, min_lr=0.0)
@@ -130,7 +131,7 @@ class DataLoaderLite:
     ):
         self.batch_size, self.block_size, self.vocab_size = batch_size, block_size, vocab_size
         self.dist, self.shuffle, self.seed, self.waited_s = dist, shuffle, seed, 0.0
-        self.shards, self.epoch, self.failure = fineweb.Shards(data_dir, split, dist.say), 0, None
+        self.shards, self.epoch, self.failure = Shards(data_dir, split, dist.say), 0, None
         windows = [max(tokens - 1, 0) // block_size for tokens in self.shards.lengths]
         self.first_windows = np.cumsum([0, *windows])  # index of each shard's first window in the epoch
         self.windows = int(self.first_windows[-1])

@@ -1,1 +1,1 @@
-"""Text to train on and to score: the rows of files."""
+"""Text and tokens: tokenizers, documents of any format, and shards, read."""

@@ -1,1 +1,1 @@
-"""What the scripts need besides the model and the training loop. Readers of train.py can skip it."""
+"""The process and the machine: command lines, files, ranks, devices. Knows nothing of the other rooms."""

@@ -9,12 +9,16 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
+
+from tqdm import tqdm
 
 USER_ERRORS = (ValueError, OSError, MemoryError)  # what users and their machines can cause
 LONGEST_LINE = 700
+BAR_AFTER_S, LINE_EVERY_S = 1.0, 30.0  # of an evaluation, on a terminal and otherwise
 NOT_RESUMED = ("help", "out_dir", "resume", "dry_run", "price", "overfit_batch", "eval_only")
 # What to do about an error of the system.
 ADVICE = {
@@ -201,3 +205,22 @@ def run(
         script = Path(sys.argv[0]).name
         flush_or_drop(sys.stdout)
         sys.exit("\n".join(f"{script}: error: {line}" for line in error_lines(error)))
+
+
+Batch = TypeVar("Batch")
+
+
+def watched(batches: Sequence[Batch], what: str, *, shown: bool, stop: object = False) -> Iterator[Batch]:
+    """Yield the batches of an evaluation until `stop` is true; a bar or, without a terminal, lines tell how
+    far it is if they are `shown`."""
+    said = time.monotonic()
+    with tqdm(
+        batches, what, unit="batch", leave=False, delay=BAR_AFTER_S, disable=None if shown else True
+    ) as bar:
+        for i, batch in enumerate(bar):
+            if stop:
+                return
+            if shown and bar.disable and time.monotonic() - said > LINE_EVERY_S:
+                tqdm.write(f"{what}: {i:,} of {len(batches):,} batches")
+                said = time.monotonic()
+            yield batch

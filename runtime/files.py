@@ -139,17 +139,6 @@ def check_types(record: object, needed: dict[str, type], optional: dict[str, typ
             raise ValueError(f"its {name} is {shown}" if name in record else f"it has no {name}")
 
 
-def read_records(path: Path) -> list[dict]:
-    """Return the JSON objects of a .jsonl file, without lines that are damaged or still being written."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            if isinstance(record, dict):
-                records.append(record)
-    return records
-
-
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """Yield a temporary folder to fill; it is renamed to `folder` when the block ends without an error.

@@ -21,7 +21,7 @@ from torch.distributed.run import parse_args as torchrun_options
 
 import train
 from model import GPT, GPTConfig
-from runtime import records
+from training import records
 
 REPOSITORY = Path(train.__file__).parent
 with contextlib.suppress(ImportError):  # test_damage.py is skipped without it

@@ -25,11 +25,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import train
+from formats import checkpoint
+from formats.checkpoint import load_checkpoint
 from model import GPT, GPTConfig
-from runtime import checkpoint
-from runtime.checkpoint import CheckpointWriter, load_checkpoint
 from runtime.distributed import Distributed
-from runtime.records import RunFolder
+from training import checkpoints
+from training.checkpoints import CheckpointWriter
+from training.records import RunFolder
 
 KILLS = 20
 
@@ -93,7 +95,7 @@ def disk_full(monkeypatch):
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
-        monkeypatch.setattr(checkpoint.torch, "save", save)
+        monkeypatch.setattr(checkpoints.torch, "save", save)
 
     return limit
 
@@ -177,7 +179,7 @@ def refuse(number):
 
 def test_resumed_run_does_not_depend_on_its_file(run_train):
     run_train("--max_steps 3")
-    resumed = checkpoint.load_training_state("log", "adamw", 9)
+    resumed = checkpoints.load_training_state("log", "adamw", 9)
     states = resumed["optimizer"]["state"].values()
     expected = [moment.clone() for state in states for moment in state.values()]
     model = GPT(GPTConfig(**resumed["config"]))
@@ -185,8 +187,8 @@ def test_resumed_run_does_not_depend_on_its_file(run_train):
     optimizer = train.build_optimizer(model, args, dist)
     sizes = {"batch_size": 2, "block_size": 16, "vocab_size": 320, "dist": dist}
     loaders = {split: train.DataLoaderLite("shards", split, **sizes) for split in ("train", "val")}
-    resumed = checkpoint.load_training_state("log", "adamw", 9)  # mapped again: nothing has been read
-    checkpoint.restore(resumed, optimizer, torch.amp.GradScaler("cpu", enabled=False), args, loaders)
+    resumed = checkpoints.load_training_state("log", "adamw", 9)  # mapped again: nothing has been read
+    checkpoints.restore(resumed, optimizer, torch.amp.GradScaler("cpu", enabled=False), args, loaders)
     for path in Path("log").glob("*.pt"):
         with open(path, "r+b") as file:  # in place, which nobody should do
             file.write(bytes(path.stat().st_size))
@@ -197,7 +199,7 @@ def test_resumed_run_does_not_depend_on_its_file(run_train):
 LOAD_SCRIPT = """
 import sys
 from pathlib import Path
-from runtime.checkpoint import load_checkpoint
+from formats.checkpoint import load_checkpoint
 
 def private():
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line]
@@ -402,8 +404,8 @@ def test_disk_check_counts_what_a_resumed_run_has_yet_to_write(run_train, monkey
     options = "--checkpoint_every 1 --keep 2 --milestone_every 0"
     run_train(f"{options} --max_steps 4")
     size = Path("log/model_00004.pt").stat().st_size
-    usage = checkpoint.shutil._ntuple_diskusage
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(0, 0, int(1.2 * size)))
+    usage = checkpoints.shutil._ntuple_diskusage
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage(0, 0, int(1.2 * size)))
     assert len(run_train(f"{options} --max_steps 6 --resume")["train"]) == 6
     with pytest.raises(ValueError, match="checkpoints in new need 0.0 GB, but only 0.0 GB are free"):
         run_train(options, out_dir="new")
@@ -412,14 +414,14 @@ def test_disk_check_counts_what_a_resumed_run_has_yet_to_write(run_train, monkey
         torch.save({**torch.load("log/model_00006.pt", weights_only=True), "step": 5}, "log/model_00005.pt")
     for path in Path("log").glob("model_001*.pt"):
         path.write_bytes(b"")
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(0, 0, int(0.8 * size)))
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage(0, 0, int(0.8 * size)))
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="checkpoints in log need"):
         run_train(f"{options} --max_steps 8 --resume")
 
 
 def test_checkpoint_holds_the_state_at_the_time_of_saving(run_folder, tmp_path, monkeypatch):
     release, write = threading.Event(), torch.save
-    monkeypatch.setattr(checkpoint.torch, "save", lambda *a: release.wait(60) and write(*a))
+    monkeypatch.setattr(checkpoints.torch, "save", lambda *a: release.wait(60) and write(*a))
     logged = []
     writer = CheckpointWriter(run_folder, 0, 0, lambda step, names, **times: logged.append((step, names)))
     wte = torch.ones(1000)
@@ -453,7 +455,7 @@ def test_copies_to_the_host_are_pinned_and_asynchronous_from_cuda_devices_only(o
             possible = {name: value for name, value in options.items() if name != "pin_memory"}
             return super().__torch_function__(function, types, args, possible)
 
-    (copy,) = checkpoint.to_host([torch.arange(3.0).as_subclass(Elsewhere)], {})
+    (copy,) = checkpoints.to_host([torch.arange(3.0).as_subclass(Elsewhere)], {})
     assert calls["empty_like"]["pin_memory"] == calls["copy_"]["non_blocking"] == on_cuda
     assert copy.tolist() == [0, 1, 2]
 

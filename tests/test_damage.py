@@ -87,7 +87,7 @@ def whole(tmp_path_factory, request):
         assert attempt(fineweb, "--files", TEXT, *shard_options) is None
         assert attempt(train, *RUN.split()) is None
         assert attempt(sample, "--model", "log", "--export", "hf") is None
-        lines = (REPOSITORY / "tests" / "hellaswag_items.jsonl").read_text().splitlines()[:2]
+        lines = (REPOSITORY / "corpus" / "hellaswag_demo.jsonl").read_text().splitlines()[:2]
         Path("items.jsonl").write_text("\n".join(lines))
         for path in Path("log").glob("model_*.pt"):
             path.rename("model.pt")

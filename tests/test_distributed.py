@@ -30,8 +30,8 @@ from conftest import (
 import hellaswag
 import sample
 import train
+from formats.checkpoint import load_checkpoint
 from runtime import distributed
-from runtime.checkpoint import load_checkpoint
 from runtime.distributed import SAME_SIGNAL_S
 
 STANDALONE = "--rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:0 --local-addr=127.0.0.1"
@@ -250,16 +250,17 @@ def test_failing_rank_ends_the_job_with_its_error(shards):
 
 
 UNREADABLE_SHARDS_SCRIPT = """
-import fineweb, os, train
-fineweb.RETRY_S = ()
-read, rank = fineweb.Shards.read, os.environ["RANK"]
+import os, train
+from corpus import shards as shards_module
+shards_module.RETRY_S = ()
+read, rank = shards_module.Shards.read, os.environ["RANK"]
 
 def fails(shards, shard, start, end):
     if rank == "1" and {split!r} in shards.paths[0].name and os.path.exists("log/model_00003.pt"):
         raise OSError(5, "Input/output error", "drive")
     return read(shards, shard, start, end)
 
-fineweb.Shards.read = fails
+shards_module.Shards.read = fails
 try:
     train.main(train.parse_args({options!r}.split()))
 except (SystemExit, ValueError) as error:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import TINY
 
-import fineweb
 import train
-from runtime import dry_run
+from corpus import shards as shards_module
 from runtime.distributed import Distributed
+from training import dry_run
 
 FAULTY = "transformer.h.1.mlp.c_fc.weight"
 ONE = Distributed(0, 1, torch.device("cpu"))
@@ -89,7 +89,7 @@ def test_correct_gradients_differ_by_rounding(rehearse, monkeypatch, capsys, opt
 
 TWO_RANKS = """
 import os, torch, train
-from runtime import dry_run
+from training import dry_run
 dry_run.STEPS_S, dry_run.EVALUATION_S = 0.01, 0.001
 
 class Summed(train.DistributedDataParallel):
@@ -285,7 +285,7 @@ def test_gpu_dry_run_passes_and_reports_memory(rehearse, capsys):
 
 
 def test_shard_that_cannot_be_read_is_not_called_a_wrong_gradient(rehearse, monkeypatch):
-    read, calls = fineweb.Shards.read, []
+    read, calls = shards_module.Shards.read, []
 
     def fails(shards, *where):
         calls.append(where)
@@ -293,7 +293,7 @@ def test_shard_that_cannot_be_read_is_not_called_a_wrong_gradient(rehearse, monk
             raise OSError(5, "Input/output error", "drive")
         return read(shards, *where)
 
-    monkeypatch.setattr(fineweb, "RETRY_S", ())
-    monkeypatch.setattr(fineweb.Shards, "read", fails)
+    monkeypatch.setattr(shards_module, "RETRY_S", ())
+    monkeypatch.setattr(shards_module.Shards, "read", fails)
     with pytest.raises(ValueError, match="^drive: Input/output error: the disk or network drive fails"):
         rehearse("")

@@ -15,6 +15,8 @@ import torch
 from conftest import token_stream
 
 import fineweb
+from corpus import documents
+from corpus import shards as shards_module
 from runtime.distributed import Distributed
 from runtime.files import locked_folder
 from train import DataLoaderLite
@@ -56,7 +58,7 @@ def files(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_shards_hold_the_token_stream_cut_at_shard_size(files, workers, monkeypatch):
-    monkeypatch.setattr(fineweb, "DOCUMENTS_PER_CHUNK", 2)
+    monkeypatch.setattr(documents, "DOCUMENTS_PER_CHUNK", 2)
     cli(
         "--files", *files, "--tokenizer", "byte", "--shard_size", 50, "--workers", workers, "--out_dir", "out"
     )
@@ -112,12 +114,12 @@ def test_dataset_is_resolved_by_the_datasets_library(tmp_path):
 
 
 def test_standard_library_documents_are_python_and_reproducible():
-    fetcher = fineweb.Fetcher(fineweb.stdlib_inputs(), Path("unused"), keep=False)
-    documents = [chunk.read()[0] for chunk in fineweb.read_chunks(fetcher, "text", (0, 0))]
-    assert fineweb.stdlib_inputs() == fetcher.inputs and len(documents) == len(fetcher.inputs)
-    assert sum(map(len, documents)) > 5e6
-    assert any("def dataclass(" in document for document in documents)
-    assert not any("class TestCase_of_test_package" in d or "import test.support" in d for d in documents)
+    fetcher = documents.Fetcher(documents.stdlib_inputs(), Path("unused"), keep=False)
+    texts = [chunk.read()[0] for chunk in documents.read_chunks(fetcher, "text", (0, 0))]
+    assert documents.stdlib_inputs() == fetcher.inputs and len(texts) == len(fetcher.inputs)
+    assert sum(map(len, texts)) > 5e6
+    assert any("def dataclass(" in document for document in texts)
+    assert not any("class TestCase_of_test_package" in d or "import test.support" in d for d in texts)
 
 
 def modified(folder):
@@ -152,7 +154,7 @@ def test_verify_names_bad_shards_and_same_command_repairs_only_those(files, caps
 
 @pytest.mark.parametrize("shard_size", [30, 80])  # 80: val is cut
 def test_any_sequence_of_interruptions_gives_the_same_files(files, monkeypatch, shard_size):
-    monkeypatch.setattr(fineweb, "DOCUMENTS_PER_CHUNK", 2)
+    monkeypatch.setattr(documents, "DOCUMENTS_PER_CHUNK", 2)
     arguments = ("--files", *files, "--tokenizer", "byte", "--shard_size", shard_size, "--out_dir")
     cli(*arguments, "whole", "--workers", 1)
     whole = {path.name: path.read_bytes() for path in Path("whole").iterdir()}
@@ -225,7 +227,7 @@ def test_killed_command_leaves_no_process_and_can_continue(tmp_path):
 
 
 def test_continuing_repeats_only_the_shard_in_progress(files, monkeypatch):
-    monkeypatch.setattr(fineweb, "DOCUMENTS_PER_CHUNK", 1)
+    monkeypatch.setattr(documents, "DOCUMENTS_PER_CHUNK", 1)
     arguments = ("--files", *files, "--tokenizer", "byte", "--shard_size", 30, "--workers", 1)
     arguments += ("--out_dir", "out")
     cli(*arguments)
@@ -349,12 +351,12 @@ def test_tasks_that_do_not_belong_together_are_not_merged():
     shutil.copytree("a", "both")
     shutil.copytree("b", "both", dirs_exist_ok=True)
     with pytest.raises(ValueError, match=r"tasks in both differ: files \['0.txt', 50\], not \['2.txt', 50\]"):
-        fineweb.read_manifest(Path("both"))
+        shards_module.read_manifest(Path("both"))
     cli("--files", "[0-1].txt", *options, 1, "--out_dir", "a")
-    assert len(fineweb.read_manifest(Path("a"))["shards"]) == 4
+    assert len(shards_module.read_manifest(Path("a"))["shards"]) == 4
     shutil.copy("a/manifest_0000_of_0002.json", "a/manifest_0001_of_0002.json")
     with pytest.raises(ValueError, match="are incomplete"):  # one task twice
-        fineweb.read_manifest(Path("a"))
+        shards_module.read_manifest(Path("a"))
 
 
 def test_next_input_is_downloaded_only_when_it_may_be_needed(monkeypatch):
@@ -369,8 +371,8 @@ def test_next_input_is_downloaded_only_when_it_may_be_needed(monkeypatch):
         pyarrow.parquet.write_table(table, folder / f"{source.path}.parquet", row_group_size=250)
         return folder / f"{source.path}.parquet"
 
-    monkeypatch.setattr(fineweb, "download", download)
-    inputs = [fineweb.Input(str(i), 1000, None, "repo", "main") for i in range(3)]
+    monkeypatch.setattr(documents, "download", download)
+    inputs = [documents.Input(str(i), 1000, None, "repo", "main") for i in range(3)]
     source = {"text_column": "text"}
     for max_tokens, expected in ((20_000, ["0"]), (80_000, ["0", "1"]), (180_000, ["0", "1", "2"])):
         downloaded.clear()
@@ -388,8 +390,8 @@ def test_each_task_deletes_only_its_own_downloads(monkeypatch):
         (folder / f"{source.path}.txt").write_text("text " * 50)
         return folder / f"{source.path}.txt"
 
-    monkeypatch.setattr(fineweb, "download", download)
-    inputs = [fineweb.Input(str(i), 1000, None, "repo", "main") for i in range(2)]
+    monkeypatch.setattr(documents, "download", download)
+    inputs = [documents.Input(str(i), 1000, None, "repo", "main") for i in range(2)]
     other = download(inputs[1], Path("out/downloads_0001_of_0002"))  # which that task is reading
     options = dict(source={"text_column": "text"}, tokenizer="byte", shard_size=100, task_count=2)
     fineweb.prepare(inputs, "out", task_index=0, **options)
@@ -403,7 +405,7 @@ def test_tasks_share_the_inputs_and_their_manifests_are_merged(tmp_path):
         with pytest.raises(ValueError, match="are incomplete"):
             Path("out").mkdir(exist_ok=True)
             Path("out/manifest_9999_of_0003.json").write_text('{"complete": false, "shards": []}')
-            fineweb.read_manifest(Path("out"))
+            shards_module.read_manifest(Path("out"))
         Path("out/manifest_9999_of_0003.json").unlink()
         cli(
             *("--files", "[0-4].txt", "--tokenizer", "byte", "--shard_size", 40, "--workers", 1),
@@ -416,11 +418,11 @@ def test_tasks_share_the_inputs_and_their_manifests_are_merged(tmp_path):
     for task in range(3):
         mine = np.concatenate([tokens for name, tokens in shards.items() if int(name[-10:-4]) % 3 == task])
         assert mine.tolist() == expected_tokens([str(i) * 50 for i in range(task, 5, 3)])
-    merged = fineweb.read_manifest(Path("out"))
+    merged = shards_module.read_manifest(Path("out"))
     assert {shard["name"] for shard in merged["shards"]} == set(shards) and merged["tokenizer"] == "byte"
     Path("out/manifest_0001_of_0003.json").unlink()
     with pytest.raises(ValueError, match="are incomplete"):
-        fineweb.read_manifest(Path("out"))
+        shards_module.read_manifest(Path("out"))
     with pytest.raises(ValueError, match="fewer inputs than tasks: lower --task_count 9"):
         cli("--files", "[0-4].txt", "--tokenizer", "byte", "--task_index", 8, "--task_count", 9)
     with pytest.raises(ValueError, match="--task_index is 3: use 0 to 2"):
@@ -460,7 +462,7 @@ def test_disk_that_is_too_small_is_announced(files, monkeypatch, capsys):
     monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda path: usage._replace(free=10))
     cli("--files", *files, "--tokenizer", "byte", "--out_dir", "out", "--max_tokens", 40)
     assert "warning: writing about 0.00 GB to out, where 0.00 GB are free" in capsys.readouterr().out
-    inputs = [fineweb.Input("a.parquet", 28_000_000_000), fineweb.Input("b_train.bin", 1000)]
+    inputs = [documents.Input("a.parquet", 28_000_000_000), documents.Input("b_train.bin", 1000)]
     assert fineweb.expected_bytes(inputs[:1], "gpt2", None) == pytest.approx(20e9, rel=0.2)  # FineWeb-Edu
     assert fineweb.expected_bytes(inputs, "gpt2", 100) == 200
     assert fineweb.expected_bytes(inputs[1:], "gpt2", None) == 1000
@@ -497,7 +499,7 @@ def test_token_files_become_shards_under_their_own_names(no_vocabulary, capsys):
     shards = load_shards("out")
     for path, ids in TOKENS.items():
         assert shards[f"{Path(path).stem}.npy"].tolist() == ids
-    manifest = fineweb.read_manifest(Path("out"))
+    manifest = shards_module.read_manifest(Path("out"))
     assert (manifest["tokenizer"], manifest["vocab_size"], manifest["eot_token"]) == ("gpt2", 50257, 50256)
     assert [shard["documents"] for shard in manifest["shards"]] == [2, 2, 2]
     assert "train: 76 tokens in 2 shard(s), 4 documents" in capsys.readouterr().out
@@ -647,7 +649,7 @@ def three_shards():
 
 def test_network_drive_that_comes_back_costs_only_time(three_shards, monkeypatch):
     said, waited = [], []
-    shards = fineweb.Shards("set", "train", said.append)
+    shards = shards_module.Shards("set", "train", said.append)
     assert shards.lengths == [500, 500]
     expected = np.load(three_shards[1])[10:20]
     three_shards[1].rename("away.npy")
@@ -659,18 +661,18 @@ def test_network_drive_that_comes_back_costs_only_time(three_shards, monkeypatch
         if len(waited) == 3:
             Path("away.npy").rename(three_shards[1])
 
-    monkeypatch.setattr(fineweb.time, "sleep", sleep)
+    monkeypatch.setattr(shards_module.time, "sleep", sleep)
     assert np.array_equal(shards.read(1, 10, 20), expected)
-    assert waited == list(fineweb.RETRY_S[:3]) and len(said) == 3
+    assert waited == list(shards_module.RETRY_S[:3]) and len(said) == 3
     assert all(f"cannot read {three_shards[1]} ([Errno 2] No such file" in each for each in said)
     three_shards[0].unlink()
     with pytest.raises(FileNotFoundError):  # after the last try
         shards.read(0, 0, 10)
-    assert waited[3:] == list(fineweb.RETRY_S)
+    assert waited[3:] == list(shards_module.RETRY_S)
 
 
 def test_shard_that_is_cut_short_while_it_is_read_is_an_error_and_not_a_crash(three_shards):
-    shards = fineweb.Shards("set", "train")
+    shards = shards_module.Shards("set", "train")
     assert shards.read(0, 400, 500)[-1] == 1499
     os.truncate(three_shards[0], 600)
     assert np.array_equal(shards.read(0, 0, 100), np.arange(1000, 1100))
@@ -680,7 +682,7 @@ def test_shard_that_is_cut_short_while_it_is_read_is_an_error_and_not_a_crash(th
 
 def test_shards_that_change_are_named_once(three_shards):
     said = []
-    shards = fineweb.Shards("set", "train", said.append)
+    shards = shards_module.Shards("set", "train", said.append)
     shards.warn_of_changes()
     assert said == []
     np.save(three_shards[0], np.zeros(600, dtype=np.uint16))

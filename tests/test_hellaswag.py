@@ -9,10 +9,10 @@ import torch
 from conftest import REPOSITORY
 
 import hellaswag
+from corpus.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import get_tokenizer
 
-ITEMS = REPOSITORY / "tests" / "hellaswag_items.jsonl"
+ITEMS = REPOSITORY / "corpus" / "hellaswag_demo.jsonl"
 BYTE = get_tokenizer("byte")
 
 

@@ -17,8 +17,8 @@ from test_tokenizer import GPT2_PATTERN, odd_texts, trained
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import hellaswag
-import tokenizer
-import train
+from corpus import shards as shards_module
+from corpus import tokenizer
 from model import GPT
 from runtime import hub
 
@@ -177,9 +177,9 @@ def test_run_without_hellaswag_ends_before_its_model_and_a_dry_run_goes_on(
     stand_in, run_train, capsys, monkeypatch
 ):
     stand_in.faults = {"HEAD": [503, "always"]}
-    monkeypatch.setattr("runtime.dry_run.STEPS_S", 0.01)
+    monkeypatch.setattr("training.dry_run.STEPS_S", 0.01)
     with monkeypatch.context() as patch:
-        patch.setattr(train.fineweb.Shards, "__init__", lambda *_: pytest.fail("a shard was opened"))
+        patch.setattr(shards_module.Shards, "__init__", lambda *_: pytest.fail("a shard was opened"))
         patch.setattr(GPT, "__init__", lambda *_: pytest.fail("a model was made"))
         with pytest.raises(ValueError, match="cannot download HellaSwag .*503") as caught:
             run_train("--hellaswag_every 3")

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2LMHeadModel
 
 import model as model_module
+from formats.hugging_face import TRANSPOSED
 from model import GPT, GPTConfig, HeadLoss, head_rows
-from runtime.checkpoint import TRANSPOSED
 
 
 def test_gpt2_has_its_published_number_of_parameters():

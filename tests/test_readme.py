@@ -17,7 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig
 
 import train
 from model import GPT, GPTConfig
-from runtime import prepare
+from training import prepare
 
 SCRIPTS = ("train", "fineweb", "hellaswag", "sample", "plot", "bench")
 NO_COMMANDS = ("#", "export ", "trap ", "wait ")

@@ -28,8 +28,9 @@ from conftest import (
 import plot
 import train
 from model import GPT
-from runtime import cli, dry_run, records
-from runtime.checkpoint import CheckpointWriter
+from runtime import cli
+from training import dry_run, records
+from training.checkpoints import CheckpointWriter
 
 
 def test_console_describes_the_run_and_aligns_steps(run_train, shards, capsys):

@@ -19,11 +19,12 @@ from transformers import (
 )
 
 import sample
-import tokenizer
+from corpus import tokenizer
+from corpus.tokenizer import get_tokenizer
+from formats import hugging_face
 from model import GPT, GPTConfig
 from runtime.cli import run
 from sample import generate
-from tokenizer import get_tokenizer
 
 
 @pytest.fixture
@@ -417,7 +418,7 @@ def test_exported_tokenizer_makes_the_same_tokens(tmp_path):
     ranks = bpe_train(data=source, vocab_size=400, pat_str=pattern, visualise=None)
     special = {"<|endoftext|>": len(ranks)}
     encoding = tiktoken.Encoding("small", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    tokenizer.to_hugging_face(encoding, 64).save_pretrained(tmp_path / "hf")
+    hugging_face.to_hugging_face(encoding, 64).save_pretrained(tmp_path / "hf")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = Path(sample.__file__).read_text() + TEXT
     assert theirs(text)["input_ids"] == encoding.encode(text, allowed_special="all")

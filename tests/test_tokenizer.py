@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiktoken
 
-import tokenizer
-from tokenizer import BatchTokenizer, get_tokenizer
+from corpus import tokenizer
+from corpus.tokenizer import BatchTokenizer, get_tokenizer
 
 pyarrow = pytest.importorskip("pyarrow")  # a machine for the GPU tests may lack it
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -17,14 +17,14 @@ import torch
 from conftest import MUON, REPOSITORY, TINY, TINY_GPT, losses, plain_windows, read_losses
 from transformers import GPT2LMHeadModel
 
-import fineweb
 import train
+from corpus import shards as shards_module
+from corpus.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
-from runtime import prepare
 from runtime.cli import shell_word
 from runtime.distributed import Distributed
-from tokenizer import get_tokenizer
 from train import DataLoaderLite
+from training import prepare
 
 
 def loader(folder, rank=0, world_size=1, **options):
@@ -817,7 +817,7 @@ def test_run_whose_shards_vanish_goes_on_and_then_saves(run_train, shards, monke
         return take_step(*words)
 
     monkeypatch.setattr(train, "train_step", step_without_shards)
-    monkeypatch.setattr(fineweb.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(shards_module.time, "sleep", lambda seconds: None)
     with pytest.raises(ValueError, match="train_00000[12].npy: No such file or directory: check the path"):
         run_train("--max_steps 60 --val_every 0 --checkpoint_every 50")
     printed = capsys.readouterr().out

@@ -9,29 +9,29 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import fineweb
 import hellaswag
+from corpus.shards import Shards, read_set
+from corpus.tokenizer import get_tokenizer
+from formats.checkpoint import describe_pretrained
 from model import GPT, GPTConfig
 from runtime import hardware
-from runtime.checkpoint import check_disk, describe_pretrained, load_training_state
 from runtime.cli import check_options
 from runtime.distributed import Distributed, Problems
-from runtime.records import RunFolder, check_packages
-from tokenizer import get_tokenizer
+from training.checkpoints import check_disk, load_training_state
+from training.records import RunFolder, check_packages
 
 DATA_DIR, DEMO_DATA_DIR = "edu_fineweb10B", "demo_data"
-DEMO_ITEMS = Path(__file__).parent.parent / "tests" / "hellaswag_items.jsonl"  # --hellaswag_data demo
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 
 
 def limit_steps(args: argparse.Namespace) -> None:
     """Replace --epochs by the --max_steps that it means for the shards; the warm-up shrinks in proportion."""
-    tokens = sum(fineweb.Shards(args.data_dir, "train").lengths)
+    tokens = sum(Shards(args.data_dir, "train").lengths)
     steps = min(args.max_steps, max(round(args.epochs * tokens / args.total_batch_size), 1))
     args.warmup_steps = min(round(args.warmup_steps * steps / args.max_steps), steps - 1)
     args.max_steps, args.epochs = steps, None  # a resumed run may be extended
@@ -144,10 +144,10 @@ def prepare(
         problems.call(limit_steps, args)
     if dist.is_main:
         problems.call(folder.check, args.data_dir, not (args.dry_run or args.eval_only))
-    if manifest := problems.call(fineweb.read_set, args.data_dir, args.tokenizer) or {}:
+    if manifest := problems.call(read_set, args.data_dir, args.tokenizer) or {}:
         args.tokenizer = manifest["tokenizer"]
     if args.hellaswag_every and args.hellaswag_data:
-        path = DEMO_ITEMS if args.hellaswag_data == "demo" else args.hellaswag_data
+        path = hellaswag.DEMO_ITEMS if args.hellaswag_data == "demo" else args.hellaswag_data
         items = problems.call(hellaswag.load_items, path) or []
     resumed = None
     if args.resume:

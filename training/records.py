@@ -1,7 +1,7 @@
 """What a run leaves behind besides checkpoints: log.jsonl, TensorBoard, Weights & Biases, console, picture.
 
-    log = Log(out_dir, args, start_step=0, last_step=False)
-    log(step, "val", loss=3.05)             # a record in log.jsonl, and a line on the console
+log = Log(out_dir, args, start_step=0, last_step=False)
+log(step, "val", loss=3.05)             # a record in log.jsonl, and a line on the console
 """
 
 import argparse
@@ -17,20 +17,18 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
 from runtime.cli import shell_word
-from runtime.files import FolderLock, check_folder, is_same_file, read_records, write_atomically
+from runtime.files import FolderLock, check_folder, is_same_file, write_atomically
 from runtime.hardware import describe_machine
+from runtime.log import read_records
 
 PLOT = Path(__file__).parent.parent / "plot.py"
 PICTURE_EVERY_S = 30.0  # drawing takes a second, and small models write checkpoints more often than this
-BAR_AFTER_S, LINE_EVERY_S = 1.0, 30.0  # of an evaluation, on a terminal and otherwise
 FEW_EPOCHS, MANY_EPOCHS = 0.1, 10.0
 LONG_RUN_S = 2 * 86400.0
 PICTURE_TIMEOUT_S = 120.0  # the next checkpoint waits for a picture that hangs
@@ -353,9 +351,7 @@ def printable(texts: list[str] | None) -> list[str]:
     return [text.encode(errors="replace").decode() for text in texts or ()]
 
 
-def about_run(
-    args: argparse.Namespace, world_size: int, groups: list[dict], device: torch.device
-) -> dict:
+def about_run(args: argparse.Namespace, world_size: int, groups: list[dict], device: torch.device) -> dict:
     """Return the record of what a run is about to do; `groups` are those of the optimizer."""
     groups = describe_groups(groups, args.learning_rate)
     params = sum(group["params"] for group in groups)
@@ -425,9 +421,7 @@ def describe_run(
     return "\n".join(f"{name:12} {text}" for name, text in lines)
 
 
-def what_disappoints(
-    args: argparse.Namespace, epochs: float, val_tokens: int, item_tokens: int
-) -> list[str]:
+def what_disappoints(args: argparse.Namespace, epochs: float, val_tokens: int, item_tokens: int) -> list[str]:
     """Return a line for each thing about a run, or its rehearsal, that its user will probably regret."""
     if args.overfit_batch:
         return []
@@ -445,25 +439,6 @@ def what_disappoints(
             "--val_every and --hellaswag_every, or lower --val_tokens and --hellaswag_limit"
         )
     return lines
-
-
-Batch = TypeVar("Batch")
-
-
-def watched(batches: Sequence[Batch], what: str, *, shown: bool, stop: object = False) -> Iterator[Batch]:
-    """Yield the batches of an evaluation until `stop` is true; a bar or, without a terminal, lines tell how
-    far it is if they are `shown`."""
-    said = time.monotonic()
-    with tqdm(
-        batches, what, unit="batch", leave=False, delay=BAR_AFTER_S, disable=None if shown else True
-    ) as bar:
-        for i, batch in enumerate(bar):
-            if stop:
-                return
-            if shown and bar.disable and time.monotonic() - said > LINE_EVERY_S:
-                tqdm.write(f"{what}: {i:,} of {len(batches):,} batches")
-                said = time.monotonic()
-            yield batch
 
 
 def describe_step(step: int, record: dict, seconds_left: float) -> str:

@@ -1,9 +1,8 @@
 """The two tokenizers. Both are `tiktoken.Encoding`s whose last id is `<|endoftext|>`.
 
-    get_tokenizer("gpt2")     # 50,257 ids; the vocabulary is downloaded once, 1.5 MB
-    get_tokenizer("byte")     # 257 ids: the 256 bytes and <|endoftext|>; needs no download
-    BatchTokenizer("gpt2")    # the same ids for many texts at a time, more than ten times as fast
-    to_hugging_face(get_tokenizer("gpt2"), 1024).save_pretrained("folder")
+get_tokenizer("gpt2")     # 50,257 ids; the vocabulary is downloaded once, 1.5 MB
+get_tokenizer("byte")     # 257 ids: the 256 bytes and <|endoftext|>; needs no download
+BatchTokenizer("gpt2")    # the same ids for many texts at a time, more than ten times as fast
 """
 
 import base64
@@ -25,7 +24,6 @@ from runtime.memory import resident_bytes
 if TYPE_CHECKING:
     import gigatoken
     import pyarrow
-    from transformers import GPT2Tokenizer
 
 NAMES = ("gpt2", "byte")
 END_OF_TEXT = "<|endoftext|>"
@@ -178,29 +176,19 @@ def _encode_fast(fast, texts: "pyarrow.LargeStringArray") -> tuple[np.ndarray, n
     return encoded.content.data.astype(np.uint16), encoded.offsets.data
 
 
-def to_hugging_face(encoding: tiktoken.Encoding, max_length: int) -> "GPT2Tokenizer":
-    """Return the same tokenizer in Hugging Face's form, for a model with a context of `max_length` tokens.
+def tokenizer_for(model) -> tiktoken.Encoding:
+    """Return the tokenizer that the checkpoint of a GPT names, or the one that matches its vocabulary.
 
-    Hugging Face needs the merges: for each token, the pair of shorter tokens that it is merged from, as
-    OpenAI's vocab.bpe lists them. tiktoken stores only the resulting tokens, so each pair is recovered by
-    merging the token's bytes up to the last step.
+    Raises ValueError if the model has fewer token ids than the tokenizer.
     """
-    from transformers import GPT2Tokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    letters, ranks = bytes_to_unicode(), encoding._mergeable_ranks
-
-    def spell(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
-
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pairs = [ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)]
-            i = pairs.index(min(pairs))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append((spell(parts[0]), spell(parts[1])))
-    vocab = {spell(token): rank for token, rank in ranks.items()} | encoding._special_tokens
-    return GPT2Tokenizer(vocab, merges, model_max_length=max_length)
+    byte = get_tokenizer("byte")
+    if model.config.vocab_size == byte.n_vocab:
+        return byte
+    name = (model.metadata.get("args") or {}).get("tokenizer", "gpt2")
+    tokenizer = get_tokenizer(name)
+    if model.config.vocab_size < tokenizer.n_vocab:
+        raise ValueError(
+            f"tokenizer {name} has {tokenizer.n_vocab} ids, the model {model.config.vocab_size}: "
+            "it was trained with another tokenizer"
+        )
+    return tokenizer

@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 from runtime import hardware
-from runtime.checkpoint import to_host
 from runtime.distributed import Distributed
+from training.checkpoints import to_host
 
 # What rounding may do to the gradient of a tensor, relative to its norm. On CPUs it was at most 0.8 % (bf16)
 # and 0.1 % (fp16) for new models, and 6 and 1 % for one that had converged (LOG.md). fp32 includes TF32.

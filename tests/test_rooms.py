@@ -1,0 +1,73 @@
+"""Who may import whom, and what each room promises to do without."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import REPOSITORY
+
+# From the ground up. A room imports from lower floors only, and never from its own floor.
+FLOORS = [
+    ("runtime",),
+    ("model", "muon", "corpus"),
+    ("formats",),
+    ("fineweb", "hellaswag", "sample", "plot"),
+    ("training",),
+    ("train",),
+    ("bench",),
+]
+# `GPT.from_pretrained` and `save_pretrained` import the room of file formats when they are called.
+LATE = {("model", "formats")}
+
+
+def imports_of(path: Path) -> list[tuple[str, bool]]:
+    """Return the rooms that a file imports from, each with whether that is at the top of the file."""
+    tree, found = ast.parse(path.read_text()), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name.split(".")[0], node in tree.body) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.module.split(".")[0], node in tree.body))
+    return found
+
+
+def test_rooms_import_from_lower_floors_only():
+    floor_of = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    files = {path: path.stem for path in REPOSITORY.glob("*.py")}
+    for room in (room for room in floor_of if (REPOSITORY / room).is_dir()):
+        files |= dict.fromkeys((REPOSITORY / room).glob("*.py"), room)
+    assert set(files.values()) == floor_of.keys()
+    wrong = [
+        f"{path.relative_to(REPOSITORY)} imports {other}"
+        for path, room in files.items()
+        for other, at_top in imports_of(path)
+        if other in floor_of and other != room and floor_of[other] >= floor_of[room]
+        if at_top or (room, other) not in LATE
+    ]
+    assert not wrong
+
+
+ALONE = """
+import torch
+from model import GPT, GPTConfig
+
+model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=8))
+optimizer = torch.optim.AdamW(model.optimizer_groups(weight_decay=0.1), lr=1e-2)
+idx = torch.arange(8)[None]
+losses = []
+for _ in range(20):
+    loss = model(idx, idx.roll(-1))[1]
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+print(losses[-1] < losses[0] and model(idx)[0].shape == (1, 8, 16))
+"""
+
+
+def test_model_file_alone_in_a_folder_trains(tmp_path):
+    (tmp_path / "model.py").write_text((REPOSITORY / "model.py").read_text())
+    (tmp_path / "alone.py").write_text(ALONE)
+    done = subprocess.run([sys.executable, "alone.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
