@@ -630,7 +630,7 @@ def bench_loader(args: argparse.Namespace, device: torch.device) -> list[dict]:
         waits, steps = [], []
         for step in range(2 * args.steps + 1):  # through both shards and back to the first
             start = time.perf_counter()
-            x, y = loader.next_batch()
+            ((x, y),) = loader.next_batches()
             waits.append(time.perf_counter() - start)
             model(x, y)[1].backward()
             synchronize(device)

@@ -1,7 +1,8 @@
 """Muon, an optimizer that learns more from each token than AdamW: orthogonal updates for weight matrices.
 
     groups = model.optimizer_groups(weight_decay=0.1)
-    optimizer = Muon(groups, lr=6e-4, fused=True)      # Muon for groups that have `momentum`, else AdamW
+    groups[2] |= {"optimizer": "muon", "momentum": 0.95}    # the other groups get AdamW
+    optimizer = Muon(groups, lr=6e-4, fused=True)
 
 Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". The update rule and its
 constants are those of `torch.optim.Muon`. In addition, matrices that are stacked in one weight are treated
@@ -32,7 +33,7 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the groups that have `momentum`, AdamW for the others.
+    """Muon for the groups whose `optimizer` is "muon", AdamW for the others.
 
     Each weight in a group with `parts=n` is n matrices stacked along dimension 0. The update of a matrix has
     the spectral norm lr * sqrt(max(1, rows / columns)); weight decay is decoupled. Every rank needs the same
@@ -56,8 +57,8 @@ class Muon(torch.optim.AdamW):
     def step(self, closure=None):
         same_shape, hidden = defaultdict(list), []
         for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None] if "momentum" in group else []
-            if not weights:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if group.get("optimizer") != "muon" or not weights:
                 continue
             gradients, momentum = [weight.grad for weight in weights], group["momentum"]
             for weight in weights:

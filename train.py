@@ -13,15 +13,12 @@ HellaSwag after 19,073 steps (build-nanogpt's log); OpenAI's GPT-2 scores 29.55 
 
 import argparse
 import contextlib
-import hashlib
 import math
-import struct
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -30,25 +27,35 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag
 import sample
-from corpus.shards import Shards
-from corpus.tokenizer import NAMES, get_tokenizer
-from model import GPT
+from corpus.shards import UNREADABLE, Shards, shuffled
+from corpus.tokenizer import NAMES
+from model import GPT, GPTConfig
 from muon import Muon
 from runtime import hardware
-from runtime.cli import Range, as_words, error_lines, run, watched
-from runtime.distributed import Distributed, Interrupted, StopSignal, setup_distributed
+from runtime.cli import THIS_COMMAND, Range, as_words, error_lines, of_this_command, watched
+from runtime.cli import run as run_script
+from runtime.distributed import (
+    Distributed,
+    Interrupted,
+    OnOtherRanks,
+    StopSignal,
+    setup_distributed,
+    together,
+)
 from runtime.files import parsing
 from training import dry_run, eval_only
-from training.checkpoints import (
-    CheckpointWriter,
-    Progress,
-    disk_usage,
-    read_options,
-    restore,
-    training_state,
+from training.checkpoints import Progress, check_disk, is_last_step, numbered, read_options, restore
+from training.describe import describe_run
+from training.folder import RunFolder
+from training.prepare import (
+    ARCHITECTURE,
+    check_everything,
+    first_words,
+    fit_batch_size,
+    limit_steps,
+    load_pretrained,
 )
-from training.prepare import SIZES, prepare
-from training.records import Log, RunFolder, about_run, describe_run
+from training.records import Records, speed_of
 
 XL_BATCH = dict(batch_size=8, total_batch_size=1048576, max_steps=9537)  # the same 10 billion tokens
 MUON_WSD = dict(optimizer="muon", schedule="wsd", decay_share=0.5, min_lr=0.0)
@@ -86,32 +93,14 @@ CLASSIC_STEPS, CLASSIC_WARMUP_STEPS = 19073, 715  # Brown et al. 2020 (GPT-3), a
 OVERFIT_LOSS = 0.05  # nats per token; --overfit_batch passes below this
 
 
-def shuffled(index: int, n: int, seed: int, epoch: int) -> int:
-    """Return the index-th element of a permutation of range(n) that is drawn from (seed, epoch).
-
-    A Feistel network with cycle walking (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains")
-    computes elements one by one, so that an epoch of any length starts at once and takes no memory.
-    """
-    bits = max((n - 1).bit_length() + 1, 2) // 2  # of each half
-    while True:
-        left, right = index >> bits, index & ((1 << bits) - 1)
-        for round_number in range(4):
-            key = struct.pack("<qqqq", seed, epoch, round_number, right)
-            mixed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
-            left, right = right, left ^ (mixed & ((1 << bits) - 1))
-        index = left << bits | right
-        if index < n:
-            return index
-
-
 class DataLoaderLite:
     """Micro-batches of one split, in an order that depends only on the seed and the windows read so far.
 
     A shard holds (len - 1) // block_size windows. An epoch goes through the windows in file order or, with
-    `shuffle`, in an order drawn from (seed, epoch). Each step takes the next windows, and each micro-step on
-    each rank takes its slice of them. Therefore any number of ranks and any batch size train on the same
-    windows, and resuming is just a `seek`. `description` tells data sets apart, and `waited_s` is how long
-    `next_batch` has waited for data.
+    `shuffle_seed`, in an order drawn from it and the epoch. Each step takes the next windows, and each
+    micro-step on each rank takes its slice of them. Therefore any number of ranks and any batch size train on
+    the same windows, and resuming is just a `seek`. `description` tells data sets apart, `waited_s` is how
+    long `next_batches` has waited for data, and `failed` says that a rank could not read it.
 
     Raises FileNotFoundError if there are no shards, and ValueError for a shard that is damaged, too short or
     holds ids outside a vocabulary of `vocab_size`.
@@ -126,12 +115,11 @@ class DataLoaderLite:
         block_size: int,
         vocab_size: int,
         dist: Distributed,
-        shuffle: bool = False,
-        seed: int = 0,
+        shuffle_seed: int | None = None,
     ):
         self.batch_size, self.block_size, self.vocab_size = batch_size, block_size, vocab_size
-        self.dist, self.shuffle, self.seed, self.waited_s = dist, shuffle, seed, 0.0
-        self.shards, self.epoch, self.failure = Shards(data_dir, split, dist.say), 0, None
+        self.dist, self.shuffle_seed, self.waited_s = dist, shuffle_seed, 0.0
+        self.shards, self.epoch, self.failed = Shards(data_dir, split, dist.say), 0, False
         windows = [max(tokens - 1, 0) // block_size for tokens in self.shards.lengths]
         self.first_windows = np.cumsum([0, *windows])  # index of each shard's first window in the epoch
         self.windows = int(self.first_windows[-1])
@@ -161,114 +149,336 @@ class DataLoaderLite:
             )
         return tokens
 
-    def _read(self, first: int) -> torch.Tensor:
-        """Read `batch_size` windows of block_size + 1 tokens; `first` counts windows since training began."""
-        rows = np.empty((self.batch_size, self.block_size + 1), dtype=np.int64)
-        for row, window in zip(rows, range(first, first + self.batch_size), strict=True):
-            epoch, window = divmod(window, self.windows)
-            if epoch != self.epoch:
-                self.shards.warn_of_changes()
-                self.epoch = epoch
-            row[:] = self.read(shuffled(window, self.windows, self.seed, epoch) if self.shuffle else window)
+    def _read(self, first: int, micro_steps: int) -> torch.Tensor:
+        """Read this rank's windows (micro_steps, batch_size, block_size + 1) of a step, whose first window is
+        counted since training began."""
+        rows = np.empty((micro_steps, self.batch_size, self.block_size + 1), dtype=np.int64)
+        for micro_step in range(micro_steps):
+            start = first + (micro_step * self.dist.world_size + self.dist.rank) * self.batch_size
+            for row in range(self.batch_size):
+                epoch, window = divmod(start + row, self.windows)
+                if epoch != self.epoch:
+                    self.shards.warn_of_changes()
+                    self.epoch = epoch
+                if self.shuffle_seed is not None:
+                    window = shuffled(window, self.windows, self.shuffle_seed, epoch)
+                rows[micro_step, row] = self.read(window)
         rows = torch.from_numpy(rows)
         return rows.pin_memory() if self.dist.device.type == "cuda" else rows
 
-    def seek(self, window: int) -> None:
-        """Continue at this window, counted over all ranks since training began, and prefetch it."""
-        self.window = window
-        self.pending = self.pool.submit(self._read, window + self.dist.rank * self.batch_size)
+    def seek(self, window: int, micro_steps: int = 1) -> None:
+        """Continue at this window, counted over all ranks since training began, and prefetch from there."""
+        self.window, self.prefetched = window, micro_steps
+        self.pending = self.pool.submit(self._read, window, micro_steps)
 
-    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return inputs and targets, both (batch_size, block_size) int64 on the device."""
+    def next_batches(self, micro_steps: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return inputs and targets of some micro-steps, each (batch_size, block_size) int64 on the device.
+
+        Raises OSError or ValueError if they cannot be read.
+        """
         started = time.perf_counter()
-        try:
-            rows = self.pending.result()
-        except (OSError, ValueError) as error:
-            # The other ranks wait for this one. Without targets, the norm is not a number, and no rank steps.
-            self.failure = error
-            return self.without_targets()
+        if self.prefetched != micro_steps:
+            self.seek(self.window, micro_steps)
+        rows = self.pending.result()
         self.waited_s += time.perf_counter() - started
-        self.seek(self.window + self.dist.world_size * self.batch_size)
+        self.seek(self.window + micro_steps * self.dist.world_size * self.batch_size, micro_steps)
         # Only pinned rows may be copied asynchronously: MPS would read others after they have been freed
         # (pytorch/pytorch#189690).
         rows = rows.to(self.dist.device, non_blocking=self.dist.device.type == "cuda")
-        # Of one form, so that validation and training are compiled for the same one.
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        # Contiguous, so that validation and training are compiled for the same layout.
+        return [(each[:, :-1].contiguous(), each[:, 1:].contiguous()) for each in rows]
 
-    def without_targets(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a batch whose loss is 0 in sum and NaN in the mean."""
-        x = torch.zeros(self.batch_size, self.block_size, dtype=torch.int64, device=self.dist.device)
-        return x, torch.full_like(x, -100)
+    def next_step(self, micro_steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return what `next_batches` does, or end the run on all ranks. Every rank has to call this."""
+        batches, error = [], None
+        try:
+            batches = self.next_batches(micro_steps)
+        except UNREADABLE as problem:
+            error = problem
+        self.check(error)
+        return batches
 
-    def check(self) -> None:
-        """End the run if any rank has a `failure`. A collective."""
-        if any(self.dist.sum(self.failure is not None)):
-            raise self.end_run()
-
-    def end_run(self) -> BaseException:
-        """Return the exception to raise if any rank has a `failure`. A collective."""
-        lines = self.dist.union(error_lines(self.failure) if self.failure else [])
-        self.failure = self.failure or OSError(lines)
-        return self.dist.leave_with_error("\n".join(lines))
-
-
-def open_loaders(args: argparse.Namespace, dist: Distributed) -> dict[str, DataLoaderLite]:
-    """Return the loaders of both splits."""
-    sizes = {name: getattr(args, name) for name in ("batch_size", "block_size", "vocab_size")}
-    order = {"shuffle": args.shuffle, "seed": args.seed}
-    val = DataLoaderLite(args.data_dir, "val", dist=dist, **sizes)
-    return {"val": val, "train": DataLoaderLite(args.data_dir, "train", dist=dist, **sizes, **order)}
+    def check(self, error: Exception | None) -> None:
+        """End the run if any rank could not read its data. Every rank has to call this."""
+        if any(self.dist.sum(error is not None)):
+            lines = self.dist.union(error_lines(error) if error else [])
+            self.failed = True
+            raise self.dist.leave_with_error("\n".join(lines))
 
 
-@torch.no_grad()
-def validate(
-    model: torch.nn.Module,
-    loader: DataLoaderLite,
-    autocast: torch.autocast,
-    val_tokens: int,
-    stop: object = False,
-) -> float:
-    """Return the mean loss in nats per token over the first `val_tokens` of the split.
+@dataclass
+class Run:
+    """What the parts of a run share; data only."""
 
-    Any number of ranks sums over the same tokens. Rows past the last window are masked, so that shapes stay
-    fixed. Raises Interrupted on every rank once `stop` is true on one of them.
-    """
-    dist, B, T = loader.dist, loader.batch_size, loader.block_size
-    windows = loader.windows_for(val_tokens)
-    model.eval()
-    loader.seek(0)
-    # Allocated up front: a tensor that outlives its batch would fragment the memory that the logits free.
-    losses = torch.zeros(math.ceil(windows / (B * dist.world_size)), device=dist.device)
-    for i in watched(range(len(losses)), "validation", shown=dist.is_main, stop=stop):
-        x, y = loader.next_batch()
-        first = (i * dist.world_size + dist.rank) * B
-        y = y.masked_fill(torch.arange(first, first + B, device=y.device)[:, None] >= windows, -100)
-        with autocast:
-            losses[i] = model(x, y, reduction="sum")[1]
-    model.train()
-    nats, *flags = dist.sum(losses.cpu().double().sum().item(), loader.failure is not None, bool(stop))
-    failures, stops = flags
-    if failures:
-        raise loader.end_run()
-    if stops:
-        raise Interrupted
-    return nats / (windows * T)
+    args: argparse.Namespace
+    dist: Distributed
+    dtype: torch.dtype  # of autocast
+    is_compiled: bool
+    raw_model: GPT  # its weights are saved, and it samples and scores
+    model: torch.nn.Module  # the same weights, compiled and in DDP: trains and validates, in fixed shapes
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    autocast: torch.autocast
+    attention: Callable[[], contextlib.AbstractContextManager]  # selects the kernel for training steps
+    train_data: DataLoaderLite
+    val_data: DataLoaderLite
+    benchmark: hellaswag.Benchmark
+    tokenizer: object  # None unless samples or HellaSwag need one
+    planned_tokens: int  # of the whole run
+    progress: Progress = field(default_factory=Progress)
+    stop: StopSignal = field(default_factory=StopSignal)
+    stopping: bool = False  # a rank has got a signal, and all know it
+    skipped: int = 0
+    skipped_in_row: int = 0
+
+
+# The height above --min_lr, as a share, when `left` of the `whole` steps after warm-up are left.
+SCHEDULES = {
+    "cosine": lambda left, whole, args: 0.5 * (1 - math.cos(math.pi * left / whole)),
+    # Warm-up, stable, decay (Hu et al. 2024, MiniCPM).
+    "wsd": lambda left, whole, args: min(left / max(args.decay_share * args.max_steps, 1), 1),
+}
 
 
 def learning_rate_at(step: int, args: argparse.Namespace) -> float:
-    """Return the learning rate of a step: linear warm-up, then a decay to --min_lr at --max_steps.
-
-    `cosine` follows half a cosine. `wsd` (warm-up, stable, decay; Hu et al. 2024, MiniCPM) stays at the peak
-    until the last --decay_share of the steps and then falls linearly.
-    """
+    """Return the learning rate of a step: linear warm-up, then one of SCHEDULES down to --min_lr."""
     if step < args.warmup_steps:
         return args.learning_rate * (step + 1) / args.warmup_steps
-    left = args.max_steps - step
-    if args.schedule == "cosine":
-        height = 0.5 * (1 - math.cos(math.pi * left / max(args.max_steps - args.warmup_steps, 1)))
-    else:
-        height = min(left / max(args.decay_share * args.max_steps, 1), 1)
+    left, whole = args.max_steps - step, max(args.max_steps - args.warmup_steps, 1)
+    height = SCHEDULES[args.schedule](left, whole, args)
     return args.min_lr + height * (args.learning_rate - args.min_lr)
+
+
+def tokens_at(step: int, args: argparse.Namespace) -> int:
+    """Return how many tokens a step takes, over all ranks: a multiple of those in a micro-step."""
+    return args.total_batch_size
+
+
+OPTIMIZERS = {
+    "adamw": lambda groups, options, dist: torch.optim.AdamW(groups, **options),
+    "muon": lambda groups, options, dist: Muon(
+        groups,
+        rank=dist.rank,
+        world_size=dist.world_size,
+        dtype=torch.bfloat16 if hardware.computes_in(torch.bfloat16, dist.device) else torch.float32,
+        **options,
+    ),
+}
+
+
+def build_optimizer(model: GPT, args: argparse.Namespace, dist: Distributed) -> torch.optim.Optimizer:
+    """Return one of OPTIMIZERS for the groups of the model. Muon is for the matrices in the blocks.
+
+    Each group names its `optimizer`. Its learning rate is the scheduled one times its `lr_scale`.
+    """
+    groups = model.optimizer_groups(args.weight_decay)
+    rates = {"embeddings": args.embedding_lr, "positions": args.position_lr}
+    for group in groups:
+        group["optimizer"], rate = args.optimizer, rates.get(group["name"])
+        if args.optimizer == "muon" and "parts" in group:
+            rate, group["momentum"] = args.muon_lr, args.momentum
+        elif args.optimizer == "muon":
+            group["optimizer"] = "adamw"
+        group["lr_scale"] = (rate or args.learning_rate) / args.learning_rate
+    options = dict(lr=args.learning_rate, betas=(args.beta1, args.beta2), eps=1e-8, fused=True)
+    return OPTIMIZERS[args.optimizer](groups, options, dist)
+
+
+@torch.no_grad()
+def validate(run: Run, batches: int) -> dict:
+    """Return the mean loss in nats per token over the first batches of all ranks, up to --val_tokens.
+
+    Any number of ranks sums over the same tokens. Rows past the last window are masked, so that shapes stay
+    fixed. Raises Interrupted on every rank once one of them has got a signal.
+    """
+    dist, data = run.dist, run.val_data
+    B, windows = data.batch_size, data.windows_for(run.args.val_tokens)
+    windows = min(windows, batches * B * dist.world_size)
+    run.model.eval()
+    data.seek(0)
+    # Allocated up front: a tensor that outlives its batch would fragment the memory that the logits free.
+    losses, error = torch.zeros(batches, device=dist.device), None
+    for i in watched(range(batches), "validation", shown=dist.is_main, stop=run.stop):
+        try:
+            ((x, y),) = data.next_batches()
+        except UNREADABLE as problem:
+            error = problem
+            break
+        first = (i * dist.world_size + dist.rank) * B
+        y = y.masked_fill(torch.arange(first, first + B, device=y.device)[:, None] >= windows, -100)
+        with run.autocast:
+            losses[i] = run.model(x, y, reduction="sum")[1]
+    run.model.train()
+    data.check(error)
+    nats, stops = dist.sum(losses.cpu().double().sum().item(), bool(run.stop))
+    if stops:
+        raise Interrupted
+    return {"loss": nats / (windows * data.block_size)}
+
+
+def validation_batches(run: Run) -> int:
+    windows = run.val_data.windows_for(run.args.val_tokens)
+    return math.ceil(windows / (run.val_data.batch_size * run.dist.world_size))
+
+
+def score_hellaswag(run: Run, n: int) -> dict:
+    """Return the scores of n of the items, evenly spread, and what is known about them."""
+    examples = run.benchmark.examples
+    examples = examples[:: len(examples) // n][:n]
+    try:
+        with run.autocast:
+            scores = hellaswag.evaluate(run.raw_model, examples, stop=run.stop) | run.benchmark.about
+    except ValueError as error:  # all ranks see the same scores
+        raise run.dist.leave_with_error(str(error)) from error
+    del scores["items"]
+    return scores | {"compilations": hardware.compilations() if run.is_compiled else 0}
+
+
+def write_samples(run: Run, tokens: int) -> dict:
+    """Return two samples of up to `tokens`, the same on all ranks. Raises Interrupted if one got a signal."""
+    generator, texts = torch.Generator(run.dist.device).manual_seed(run.args.seed), []
+    options = dict(num_samples=2, top_k=50, generator=generator, on_text=run.stop.check)
+    with contextlib.suppress(Interrupted):
+        texts = sample.complete(run.raw_model, run.tokenizer, [run.args.sample_prompt], tokens, **options)
+    if any(run.dist.sum(bool(run.stop))):
+        raise Interrupted
+    return {"texts": texts}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the loop, --dry_run and --eval_only do every --<kind>_every steps, and how it is shown.
+
+    `call(run, n)` evaluates n units, of which there are `size(run)`, and returns the record to log. Every
+    rank calls it. `curve` names the number of the record that is drawn, if any; `line` is for the console.
+    """
+
+    kind: str
+    call: Callable[[Run, int], dict]
+    size: Callable[[Run], int]
+    line: Callable[[dict], str]
+    curve: str | None = None
+
+
+EVALUATIONS = [
+    Evaluation("val", validate, validation_batches, lambda r: f"val  {r['loss']:7.4f}", "loss"),
+    Evaluation(
+        "hellaswag",
+        score_hellaswag,
+        lambda run: len(run.benchmark.examples),
+        lambda r: f"hellaswag {r['acc_norm']:.2%} (acc_norm), {r['acc']:.2%} (acc)",
+        "acc_norm",
+    ),
+    Evaluation(
+        "sample",
+        write_samples,
+        lambda run: run.args.sample_tokens,
+        lambda r: "sample\n" + "\n\n".join(r["texts"]) + "\n\n",
+    ),
+]
+
+
+def train_step(run: Run, step: int, micro_steps: int | None = None) -> dict:
+    """Train on the next tokens and return the record of the step, which is logged as a whole.
+
+    If the norm of the gradient is not finite, the weights stay the same. A dry run takes fewer `micro_steps`.
+    """
+    args, dist, data, optimizer = run.args, run.dist, run.train_data, run.optimizer
+    started = time.perf_counter()
+    micro_batch = data.batch_size * data.block_size * dist.world_size
+    micro_steps = micro_steps or tokens_at(step, args) // micro_batch
+    if args.overfit_batch:
+        data.seek(0)
+    batches = data.next_step(micro_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(step, args) * group["lr_scale"]
+    # Dropout draws the same numbers when a resumed run repeats this step.
+    torch.manual_seed(int(np.random.SeedSequence((args.seed, step, dist.rank)).generate_state(1)[0]))
+
+    loss_sum = 0.0
+    for micro_step, (x, y) in enumerate(batches):
+        # Gradients are reduced over the ranks once per step, during the last backward pass.
+        accumulates = dist.world_size > 1 and micro_step < micro_steps - 1
+        reducing = run.model.no_sync() if accumulates else contextlib.nullcontext()
+        # The backward pass needs the same kernel, because it may recompute attention.
+        with run.attention(), reducing:
+            with run.autocast:
+                loss = run.model(x, y)[1]
+            run.scaler.scale(loss / micro_steps).backward()
+        loss_sum += loss.detach() / micro_steps
+    run.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip or math.inf).item()
+    # Every rank has the same gradients, so either all of them skip the step or none does.
+    if math.isfinite(norm):
+        run.scaler.step(optimizer)
+    run.scaler.update()
+    # DDP's gradients are views of the buckets that it reduces. Freed, they would be allocated a second time.
+    optimizer.zero_grad(set_to_none=dist.world_size == 1)
+
+    run.skipped_in_row = 0 if math.isfinite(norm) else run.skipped_in_row + 1
+    run.skipped += run.skipped_in_row > 0
+    run.progress.windows += micro_steps * micro_batch // data.block_size
+    # One collective for the mean loss and for signals: all ranks stop after the same step.
+    loss, signals = dist.sum(loss_sum.item() / dist.world_size, bool(run.stop))
+    run.stopping = signals > 0
+    hardware.synchronize(dist.device)
+    speed = speed_of(run, micro_steps * micro_batch, time.perf_counter() - started)
+    lrs = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    lr = learning_rate_at(step, args)
+    return {"loss": loss, "lr": lr, "norm": norm, **speed, "skipped": run.skipped, "lrs": lrs}
+
+
+def train(run: Run, records: Records) -> float:
+    """Run the loop: evaluate what is due, save what is due, stop or step, log. Return the last loss."""
+    args, dist, progress, loss = run.args, run.dist, run.progress, math.inf
+    start_step = progress.step
+    for step in range(start_step, args.max_steps + 1):
+        progress.step, checkpoints = step, []
+        last_step = step == args.max_steps
+        records.check()
+
+        try:
+            for evaluation in EVALUATIONS:
+                every = getattr(args, f"{evaluation.kind}_every")
+                if not every or (step % every and not last_step):
+                    continue
+                record = evaluation.call(run, evaluation.size(run))
+                records.log(step, evaluation.kind, **record, tokens=progress.windows * args.block_size)
+                if evaluation.kind != "val":
+                    continue
+                if progress.is_best(record["loss"]):
+                    checkpoints.append("model_best.pt")
+                elif is_last_step(args, progress) and not last_step:
+                    since = f"no better validation loss since step {progress.best_step}"
+                    dist.say(f"step {step:5d} | {since}: stopping early")
+                    last_step = True
+        except Interrupted:
+            run.stopping = True
+
+        on_grid = args.checkpoint_every and step % args.checkpoint_every == 0 and step > start_step
+        if on_grid or last_step or run.stopping:
+            checkpoints.append(numbered(step))
+        records.save(checkpoints)
+        if last_step or run.stopping:
+            break
+
+        record = train_step(run, step)
+        loss = record["loss"]
+        if run.skipped_in_row:
+            norm, times = record["norm"], run.skipped_in_row
+            dist.say(f"step {step:5d} | gradient norm {norm}: step skipped, {times} in a row")
+        records.log(step, "train", **record)
+        if run.skipped_in_row == args.max_skipped:
+            raise dist.leave_with_error(
+                f"gradients were not finite for {run.skipped_in_row} steps in a row, up to step {step} with "
+                f"learning rate {record['lr']:.2e}: lower it and add --resume ({records.newest()})"
+            )
+        progress.step = step + 1
+        if run.stopping:
+            records.save([numbered(step + 1)])
+        if run.stopping or (args.overfit_batch and loss < OVERFIT_LOSS):
+            break
+    return loss
 
 
 def int_or_auto(text: str) -> int | str:
@@ -288,12 +498,12 @@ def option_parser(**settings) -> argparse.ArgumentParser:
     add = parser.add_argument_group("run").add_argument
     add("--preset", help=f"defaults that other options override: {', '.join(PRESETS)} (None: gpt2)")
     add("--data_dir", help="folder of shards (None: edu_fineweb10B, or demo_data, which the demo makes)")
-    add("--out_dir", default="log", help="folder for log, checkpoints and picture")
     add("--init_from", help="initial weights: checkpoint, run folder, Hugging Face folder, gpt2 … gpt2-xl")
-    add("--resume", action="store_true", help="continue the run in --out_dir, with its options")
     add("--tokenizer", choices=NAMES, help="tokenizer of the shards (None: from their manifest, or gpt2)")
     add("--seed", type=AT_LEAST_0, default=1337, help="seed of weights, dropout, samples and --shuffle")
-    add = parser.add_argument_group("checks").add_argument
+    add = parser.add_argument_group(THIS_COMMAND).add_argument
+    add("--out_dir", default="log", help="folder for log, checkpoints and picture")
+    add("--resume", action="store_true", help="continue the run in --out_dir, with its options")
     add("--dry_run", action="store_true", help="check gradients, forecast the run; leaves --out_dir alone")
     add("--price", type=NOT_NEGATIVE, default=0.0, help="price of a GPU-hour, for the forecast of --dry_run")
     add("--overfit_batch", action="store_true", help="fit one batch to a loss near zero; writes nothing")
@@ -311,8 +521,8 @@ def option_parser(**settings) -> argparse.ArgumentParser:
     add("--total_batch_size", type=AT_LEAST_1, default=524288, help="tokens per step, over all ranks")
     add("--shuffle", **switch, help="permute every epoch")
     add = parser.add_argument_group("optimizer").add_argument
-    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the blocks' matrices")
-    add("--schedule", choices=("cosine", "wsd"), default="cosine", help="wsd: constant, then linear decay")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="muon: for the blocks' matrices")
+    add("--schedule", choices=SCHEDULES, default="cosine", help="wsd: constant, then linear decay")
     add("--decay_share", type=FRACTION, default=0.2, help="share of the steps in which wsd decays (0: never)")
     add("--muon_lr", type=POSITIVE, default=0.02, help="peak learning rate of muon")
     add("--momentum", type=BELOW_1, default=0.95, help="muon: decay rate of the gradient mean")
@@ -390,14 +600,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     preset = given.preset or "gpt2"
     if preset not in PRESETS:
         raise ValueError(f"unknown --preset {preset!r}: choose from {', '.join(PRESETS)}")
-    later = (*SIZES, "warmup_steps")  # filled in below or by --init_from
+    later = (*ARCHITECTURE, "warmup_steps")  # filled in below or by --init_from
     # What a resumed run has not recorded, or as None, must not come from its preset, which may have changed.
     defaults = {} if before else {k: v for k, v in PRESETS[preset].items() if k not in later}
     parser.set_defaults(**defaults, preset=preset)
     args = parser.parse_args(words)
     values = derived_options(args)
     if args.init_from is None:
-        values |= {"block_size": 1024} | {k: v for k, v in PRESETS[preset].items() if k in SIZES}
+        values |= {"block_size": 1024} | {k: v for k, v in PRESETS[preset].items() if k in ARCHITECTURE}
     for name, value in values.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -408,274 +618,112 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def build_optimizer(model: GPT, args: argparse.Namespace, dist: Distributed) -> torch.optim.AdamW:
-    """Return AdamW or, for --optimizer muon, one that applies Muon to the matrices in the blocks.
-
-    The learning rate of a group is the scheduled one times the group's `lr_scale`.
-    """
-    groups = model.optimizer_groups(args.weight_decay)
-    rates = {"embeddings": args.embedding_lr, "positions": args.position_lr}
-    for group in groups:
-        rate = rates.get(group["name"])
-        if args.optimizer == "muon" and "parts" in group:
-            rate, group["momentum"] = args.muon_lr, args.momentum
-        group["lr_scale"] = (rate or args.learning_rate) / args.learning_rate
-    options = dict(lr=args.learning_rate, betas=(args.beta1, args.beta2), eps=1e-8, fused=True)
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **options)
-    fast = hardware.computes_in(torch.bfloat16, dist.device)
-    options["dtype"] = torch.bfloat16 if fast else torch.float32
-    return Muon(groups, rank=dist.rank, world_size=dist.world_size, **options)
-
-
-def is_last_step(args: argparse.Namespace, progress: Progress) -> bool:
-    """Return whether the run ends at its present step, as planned or early."""
-    patience = args.early_stop * args.val_every
-    return progress.step == args.max_steps or 0 < patience <= progress.step - progress.best_step
-
-
-def train_step(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    loader: DataLoaderLite,
-    autocast: torch.autocast,
-    attention: Callable[[], contextlib.AbstractContextManager],
-    args: argparse.Namespace,
-    step: int,
-    accum: int,
-) -> tuple[float, float]:
-    """Train on the next `accum` micro-batches; return this rank's mean loss and the norm of the gradient.
-
-    `attention` is the context that selects its kernel. If the norm is not finite, the weights stay the same.
-    """
-    dist = loader.dist
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate_at(step, args) * group["lr_scale"]
-    # Dropout draws the same numbers when a resumed run repeats this step.
-    torch.manual_seed(int(np.random.SeedSequence((args.seed, step, dist.rank)).generate_state(1)[0]))
-    if args.overfit_batch:
-        loader.seek(0)
-    loss_sum = 0.0
-    for micro_step in range(accum):
-        x, y = loader.next_batch()
-        # Gradients are reduced over the ranks once per step, during the last backward pass.
-        sync_now = dist.world_size == 1 or micro_step == accum - 1
-        # The backward pass needs the same kernel, because it may recompute attention.
-        with attention(), contextlib.nullcontext() if sync_now else model.no_sync():
-            with autocast:
-                loss = model(x, y)[1]
-            scaler.scale(loss / accum).backward()
-        loss_sum += loss.detach() / accum
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
-    # Every rank has the same gradients, so either all of them skip the step or none does.
-    if math.isfinite(norm):
-        scaler.step(optimizer)
-    scaler.update()
-    # DDP's gradients are views of the buckets that it reduces. Freed, they would be allocated a second time.
-    optimizer.zero_grad(set_to_none=dist.world_size == 1)
-    return loss_sum.item(), norm
-
-
-def score(
-    model: GPT,
-    dist: Distributed,
-    autocast: torch.autocast,
-    stop: StopSignal,
-    about: dict[str, str],
-    examples: list[hellaswag.Example],
-) -> dict:
-    """Return the scores of `hellaswag.evaluate` and what is known `about` the items; an error ends all ranks.
-
-    A collective.
-    """
-    try:
-        with autocast:
-            return hellaswag.evaluate(model, examples, stop=stop) | about
-    except ValueError as error:  # all ranks see the same scores
-        raise dist.leave_with_error(str(error)) from error
-
-
-def write_samples(
-    model: GPT, dist: Distributed, stop: StopSignal, args: argparse.Namespace, tokens: int
-) -> list[str]:
-    """Return two samples, the same on all ranks. Raises Interrupted if one has got a signal. A collective."""
-    generator = torch.Generator(dist.device).manual_seed(args.seed)
-    what = (get_tokenizer(args.tokenizer), [args.sample_prompt], tokens)
-    texts = []
-    with contextlib.suppress(Interrupted):
-        options = dict(num_samples=2, top_k=50, generator=generator)
-        texts = sample.complete(model, *what, **options, on_text=stop.check)
-    if any(dist.sum(bool(stop))):
-        raise Interrupted
-    return texts
-
-
-def train(args: argparse.Namespace, dist: Distributed, folder: RunFolder) -> None:
-    opened = partial(open_loaders, args, dist)
-    raw_model, dtype, loaders, benchmark, resumed = prepare(args, dist, folder, option_parser(), opened)
-    device = dist.device
-    optimizer = build_optimizer(raw_model, args, dist)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    attention = hardware.tune_for_training(device, dtype)
-    # raw_model: weights, sampling, HellaSwag. model: training and validation, which have fixed shapes.
-    parallel = raw_model
-    if dist.world_size > 1:
-        parallel = DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
-    wanted = device.type == "cuda" if args.compile is None else args.compile
-    compiled = wanted and hardware.can_compile(device, dist.say)
-    model = torch.compile(parallel) if compiled else parallel
-    accum = args.total_batch_size // (args.batch_size * args.block_size * dist.world_size)
-    flops_per_token, peak = raw_model.flops_per_token(args.block_size), hardware.peak_flops(device, dtype)
-    progress, recent = Progress(), (resumed or {}).get("recent", {})
-    if resumed:
-        progress, differences = restore(resumed, optimizer, scaler, args, loaders)
-        dist.say("\n".join(differences))
-    elif args.resume:
-        dist.say(folder.nothing_to_resume())
-    is_new, resumed = not resumed, None  # its memory is needed
-    stop, stopping = StopSignal(), False
-
-    contexts = (autocast, attention)
-    take_step = partial(train_step, model, optimizer, scaler, loaders["train"], *contexts, args)
-    evaluate = partial(validate, model, loaders["val"], autocast, stop=stop)
-    score_items = partial(score, raw_model, dist, autocast, stop, benchmark.about)
-    write_texts = partial(write_samples, raw_model, dist, stop, args)
-    state = partial(training_state, raw_model, optimizer, scaler, progress, args, loaders)
-    with attention():
-        how = hardware.describe_compute(args, dtype, device, compiled)
-    about = about_run(args, dist.world_size, optimizer.param_groups, device)
-    disk = disk_usage(args, optimizer.param_groups)
-    epoch_tokens = loaders["train"].windows * args.block_size
-    item_tokens = sum(len(each.context) + sum(map(len, each.endings)) for each in benchmark.examples)
-    val_tokens = loaders["val"].windows_for(args.val_tokens) * args.block_size
-    dist.say(describe_run(args, about, how, epoch_tokens, val_tokens, item_tokens, disk))
-    raw_model.train()
-    loaders["train"].seek(progress.windows)
-    calls = dict(evaluate=evaluate, score=score_items, write_samples=write_texts)
-    if args.dry_run:
-        what = (args, dist, dtype, raw_model, model, *contexts, loaders, benchmark.examples)
-        dry_run.rehearse(*what, progress.step, compiled, **calls, take_step=take_step, state=state)
-        return dist.leave()
-    if args.eval_only:
-        eval_only.report(args, loaders["val"], benchmark.examples, get_tokenizer(args.tokenizer), **calls)
-        return dist.leave()
-
-    folder.callback(stop.restore)
-    log, writer = lambda step, kind, **values: None, None
-    if dist.is_main:
-        folder.begin(is_new)
-        log = Log(folder, args, progress.step, is_last_step(args, progress))
-        milestone_steps = args.milestone_every * args.checkpoint_every
-        folder.callback(log.close)
-        writer = CheckpointWriter(folder, args.keep, milestone_steps, log.checkpoint, recent)
-        folder.callback(writer.pool.shutdown)
-
-        @folder.push
-        def save_if_shards_failed(*_) -> None:  # the weights are still those of the step
-            if args.checkpoint_every and any(loader.failure for loader in loaders.values()):
-                writer.save([f"model_{progress.step:05d}.pt"], state(), device)
-
-    log(progress.step, "run", **about)
-
-    start_step, skipped, skipped_in_row = progress.step, 0, 0
-    stop.listen()
-    for step in range(start_step, args.max_steps + 1):
-        progress.step, due = step, []
-        last_step, seen = step == args.max_steps, progress.windows * args.block_size
-        if dist.is_main:
-            writer.check()
-
-        try:
-            if args.val_every and (step % args.val_every == 0 or last_step):
-                progress.val_loss = evaluate(args.val_tokens)
-                log(step, "val", loss=progress.val_loss, tokens=seen)
-                if progress.val_loss < progress.best_val_loss:
-                    progress.best_val_loss, progress.best_step = progress.val_loss, step
-                    due.append("model_best.pt")
-                elif is_last_step(args, progress) and not last_step:
-                    since = f"no better validation loss since step {progress.best_step}"
-                    dist.say(f"step {step:5d} | {since}: stopping early")
-                    last_step = True
-
-            if args.hellaswag_every and (step % args.hellaswag_every == 0 or last_step):
-                scores = score_items(benchmark.examples)
-                del scores["items"]
-                compilations = hardware.compilations() if compiled else 0
-                log(step, "hellaswag", **scores, tokens=seen, compilations=compilations)
-
-            if args.sample_every and (step % args.sample_every == 0 or last_step):
-                log(step, "sample", texts=write_texts(args.sample_tokens), tokens=seen)
-        except Interrupted:
-            stopping = True
-
-        on_grid = args.checkpoint_every and step % args.checkpoint_every == 0 and step > start_step
-        if args.checkpoint_every and (on_grid or last_step or stopping):
-            due.append(f"model_{step:05d}.pt")
-        if args.checkpoint_every and due and dist.is_main:
-            writer.save(due, state(), device)
-
-        if last_step or stopping:
-            break
-
-        started = time.perf_counter()
-        loss, norm = take_step(step, accum)
-        failed = loaders["train"].failure is not None
-        # The mean loss, and whether any rank has got a signal: one collective stops all after the same step.
-        train_loss, stopping, failures = dist.sum(loss / dist.world_size, bool(stop), failed)
-        if failures:
-            raise loaders["train"].end_run()
-        skipped_in_row = 0 if math.isfinite(norm) else skipped_in_row + 1
-        if skipped_in_row:
-            skipped += 1
-            dist.say(f"step {step:5d} | gradient norm {norm}: step skipped, {skipped_in_row} in a row")
-        progress.windows += args.total_batch_size // args.block_size
-        hardware.synchronize(device)
-        seconds = time.perf_counter() - started
-
-        speed = args.total_batch_size / seconds
-        mfu = speed * flops_per_token / (peak * dist.world_size) if peak else None
-        lrs = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        lr = lrs["gains and biases"]  # the scheduled rate, which other groups scale
-        record = dict(loss=train_loss, lr=lr, norm=norm, dt_ms=1000 * seconds, tokens_per_s=speed, mfu=mfu)
-        log(step, "train", **record, skipped=skipped, lrs=lrs)
-        if skipped_in_row == args.max_skipped:
-            raise dist.leave_with_error(
-                f"gradients were not finite for {skipped_in_row} steps in a row, up to step {step} with "
-                f"learning rate {lr:.2e}: lower it and add --resume ({writer and writer.newest()})"
-            )
-        progress.step = step + 1
-        if stopping and args.checkpoint_every and dist.is_main:
-            writer.save([f"model_{step + 1:05d}.pt"], state(), device)
-        if stopping or (args.overfit_batch and train_loss < OVERFIT_LOSS):
-            break
-
-    if dist.is_main:
-        writer.close()
-        stop.restore()
-        if not stopping:
-            peak_bytes = (hardware.memory(device) or [None])[0]
-            log(step, "end", peak_bytes=peak_bytes)
-    if args.overfit_batch and not stopping and train_loss >= OVERFIT_LOSS:
-        raise dist.leave_with_error(
-            f"one batch still has loss {train_loss:.3f} after {args.max_steps} steps, not {OVERFIT_LOSS}: "
-            "the model is broken, or needs more --max_steps, another --learning_rate or no --dropout"
-        )
-    if dist.is_main:
-        log.report_end(progress.step, train_loss if args.overfit_batch else None, stopping)
-    dist.leave()
-
-
 def main(args: argparse.Namespace) -> None:
+    # Ranks and device
     dist = setup_distributed(hardware.choose_device(args.device))
-    with contextlib.ExitStack() as stack:
-        if args.overfit_batch:  # a check, which leaves --out_dir alone
-            args.out_dir = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        folder = stack.enter_context(RunFolder(args.out_dir))
-        train(args, dist, folder)
+    parser, device = option_parser(), dist.device
+
+    with RunFolder(args.out_dir, is_temporary=args.overfit_batch) as folder:
+        # Checks: all problems at once; fills in the options that were left open
+        found = check_everything(args, dist, folder, parser)
+
+        # Model: --resume, --init_from, or a new one
+        torch.manual_seed(args.seed)
+        with together(dist):
+            raw_model = load_pretrained(args, dist, found, parser)
+            if raw_model is None:
+                config = {each.name: getattr(args, each.name) for each in fields(GPTConfig)}
+                raw_model = GPT(GPTConfig(**config))
+            raw_model.to(device).train()
+            raw_model.recompute = args.recompute
+        with together(dist):
+            args.batch_size = fit_batch_size(args, dist, raw_model, found.dtype)
+
+        # Data
+        sizes = dict(batch_size=args.batch_size, block_size=args.block_size, vocab_size=args.vocab_size)
+        with together(dist):
+            val_data = DataLoaderLite(args.data_dir, "val", dist=dist, **sizes)
+            order = args.seed if args.shuffle else None
+            train_data = DataLoaderLite(args.data_dir, "train", dist=dist, shuffle_seed=order, **sizes)
+            if args.sample_prompt is None:
+                args.sample_prompt = first_words(val_data.read(0), found.tokenizer)
+        with together(dist):
+            hint = f"the ranks see different shards; {args.data_dir} has to be the same on every node"
+            dist.check_same([val_data.description, train_data.description], hint)
+        if args.epochs:
+            limit_steps(args, args.epochs * train_data.windows * args.block_size, tokens_at)
+
+        # Optimizer, scaler, autocast
+        optimizer = build_optimizer(raw_model, args, dist)
+        scaler = torch.amp.GradScaler(device.type, enabled=found.dtype == torch.float16)
+        autocast = torch.autocast(device.type, dtype=found.dtype, enabled=found.dtype != torch.float32)
+
+        # Compile and DDP
+        attention = hardware.tune_for_training(device, found.dtype)
+        model = raw_model
+        if dist.world_size > 1:
+            model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
+        asked = device.type == "cuda" if args.compile is None else args.compile
+        is_compiled = asked and hardware.can_compile(device, dist.say)
+        if is_compiled:
+            model = torch.compile(model)
+
+        run = Run(
+            args=args,
+            dist=dist,
+            dtype=found.dtype,
+            raw_model=raw_model,
+            model=model,
+            is_compiled=is_compiled,
+            optimizer=optimizer,
+            scaler=scaler,
+            autocast=autocast,
+            attention=attention,
+            train_data=train_data,
+            val_data=val_data,
+            benchmark=found.benchmark,
+            tokenizer=found.tokenizer,
+            planned_tokens=sum(tokens_at(step, args) for step in range(args.max_steps)),
+        )
+
+        # Resume
+        is_new, recent = found.resumed is None, {}
+        if not is_new:
+            recent = found.resumed.get("recent", {})
+            restore(run, found.resumed, of_this_command(parser))
+            found.resumed = None  # frees its memory
+        elif args.resume:
+            dist.say(folder.nothing_to_resume())
+        train_data.seek(run.progress.windows)
+
+        # What is about to happen
+        with together(dist):
+            check_disk(run, is_new, recent)
+        dist.say(describe_run(run))
+        if args.dry_run:
+            dry_run.rehearse(run, train_step, EVALUATIONS)
+            return dist.leave()
+        if args.eval_only:
+            eval_only.report(run, EVALUATIONS)
+            return dist.leave()
+
+        # Loop
+        if dist.is_main:
+            folder.begin(is_new)
+        records = Records(run, folder, EVALUATIONS, recent) if dist.is_main else OnOtherRanks()
+        with run.stop, records:
+            loss = train(run, records)
+
+            # End
+            records.finish()
+            if args.overfit_batch and not run.stopping and loss >= OVERFIT_LOSS:
+                raise dist.leave_with_error(
+                    f"one batch still has loss {loss:.3f} after {args.max_steps} steps, not {OVERFIT_LOSS}: "
+                    "the model is broken, or needs more --max_steps, another --learning_rate or no --dropout"
+                )
+            records.report_end(loss if args.overfit_batch else None)
+        dist.leave()
 
 
 if __name__ == "__main__":
-    run(main, parse_args, hardware.explain_out_of_memory, needs_output=False)
+    run_script(main, parse_args, hardware.explain_out_of_memory, needs_output=False)

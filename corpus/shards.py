@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import struct
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -24,6 +25,7 @@ MANIFEST_TYPES = (
 )
 SHARD_TYPES = ({"name": str, "tokens": int}, {"documents": int, "sha256": str, "next": list | None})
 SINGLE_TASK = {"task_index": 0, "task_count": 1}
+UNREADABLE = (OSError, ValueError)  # what reading a shard may raise
 RETRY_S = (1, 5, 25, 125)  # delays after which a shard that cannot be read is tried again
 
 
@@ -243,3 +245,21 @@ def difference(name: str, found: object, wanted: object) -> str:
         changed = [pair for pair in zip(found, wanted, strict=False) if pair[0] != pair[1]]
         found, wanted = changed[0] if changed else (f"{len(found)} files", f"{len(wanted)} files")
     return f"{name} {found}, not {wanted}"
+
+
+def shuffled(index: int, n: int, seed: int, epoch: int) -> int:
+    """Return the index-th element of a permutation of range(n) that is drawn from (seed, epoch).
+
+    A Feistel network with cycle walking (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains")
+    computes elements one by one, so that an epoch of any length starts at once and takes no memory.
+    """
+    bits = max((n - 1).bit_length() + 1, 2) // 2  # of each half
+    while True:
+        left, right = index >> bits, index & ((1 << bits) - 1)
+        for round_number in range(4):
+            key = struct.pack("<qqqq", seed, epoch, round_number, right)
+            mixed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+            left, right = right, left ^ (mixed & ((1 << bits) - 1))
+        index = left << bits | right
+        if index < n:
+            return index

@@ -27,7 +27,7 @@ PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")
 NUMBERED = re.compile(r"model_(\d+)\.pt")  # the names of a run's checkpoints, besides BEST
 BEST = "model_best.pt"
 MUCH_WORSE = 0.02  # nats, more than evaluations of a run that goes well differ by
-PLAIN = str | int | float | None
+PLAIN = str | int | float | None  # bool is an int
 
 
 def is_damage(error: Exception) -> bool:
@@ -38,6 +38,11 @@ def is_damage(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.EINVAL  # a damaged file may point to a negative offset
     return not is_out_of_memory(error)
+
+
+def is_plain(value: object) -> bool:
+    """Return whether a value is that of an option: text, a number, None, or a list of these."""
+    return all(isinstance(each, PLAIN) for each in (value if isinstance(value, list) else [value]))
 
 
 def step_of(path: Path) -> float:
@@ -255,5 +260,5 @@ def _read_gpt2_checkpoint(source: str | Path, checkpoint: dict) -> tuple[dict, d
         known = {name: checkpoint.get(name) for name in kinds}
         metadata = {name: v if isinstance(v, kinds[name]) else None for name, v in known.items()}
         if args := metadata["args"]:
-            metadata["args"] = {name: value for name, value in args.items() if isinstance(value, PLAIN)}
+            metadata["args"] = {name: value for name, value in args.items() if is_plain(value)}
         return config, state, metadata

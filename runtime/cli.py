@@ -19,7 +19,7 @@ from tqdm import tqdm
 USER_ERRORS = (ValueError, OSError, MemoryError)  # what users and their machines can cause
 LONGEST_LINE = 700
 BAR_AFTER_S, LINE_EVERY_S = 1.0, 30.0  # of an evaluation, on a terminal and otherwise
-NOT_RESUMED = ("help", "out_dir", "resume", "dry_run", "price", "overfit_batch", "eval_only")
+THIS_COMMAND = "this command"  # the group of options that a resumed run does not take over
 # What to do about an error of the system.
 ADVICE = {
     errno.ENOENT: "check the path",
@@ -99,17 +99,25 @@ def check_options(
         raise ValueError("\n".join(problems))
 
 
+def of_this_command(parser: argparse.ArgumentParser) -> set[str]:
+    """Return the names of the options that are about a single command."""
+    groups = [group for group in parser._action_groups if group.title == THIS_COMMAND]
+    return {"help", *(action.dest for group in groups for action in group._group_actions)}
+
+
 def as_words(parser: argparse.ArgumentParser, options: dict[str, object]) -> list[str]:
     """Return options as the words of a command line, so that they are checked like those of a user.
 
     Leaves out those that are None, that the parser does not know, and that are about a single command.
     """
-    words = []
+    words, ignored = [], of_this_command(parser)
     for action in parser._actions:
         value, flags = options.get(action.dest), action.option_strings
-        if value is None or action.dest in NOT_RESUMED:
+        if value is None or action.dest in ignored:
             continue
-        if not isinstance(value, bool):
+        if isinstance(value, list) and action.nargs:
+            words += [flags[0], *map(str, value)]
+        elif not isinstance(value, bool):
             words.append(f"{flags[0]}={value}")
         elif value or len(flags) > 1:  # --shuffle and --no-shuffle
             words.append(flags[0 if value else 1])

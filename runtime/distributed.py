@@ -37,7 +37,7 @@ class Distributed:
             tqdm.write(text)
 
     def sum(self, *values: float) -> list[float]:
-        """Sum each value over the ranks in float64. A collective: every rank has to call it."""
+        """Sum each value over the ranks in float64. Every rank has to call this."""
         if self.world_size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -45,7 +45,7 @@ class Distributed:
         return total.tolist()
 
     def union(self, lines: list[str]) -> list[str]:
-        """Return the distinct lines of all ranks, in the same order on every rank. A collective."""
+        """Return the distinct lines of all ranks, in the same order. Every rank has to call this."""
         gathered = [lines]
         if self.world_size > 1:
             gathered = [[] for _ in range(self.world_size)]
@@ -53,12 +53,15 @@ class Distributed:
         return list(dict.fromkeys(line for lines in gathered for line in lines))
 
     def check_same(self, value: object, message: str) -> None:
-        """Raise ValueError with the message and all values if the ranks have different ones. A collective."""
+        """Raise ValueError with the message and all values if the ranks have different ones.
+
+        Every rank has to call this.
+        """
         if len(values := self.union([str(value)])) > 1:
             raise ValueError(f"{message} ({'; '.join(values)})")
 
     def leave(self) -> None:
-        """Leave the process group, if there is one. A collective."""
+        """Leave the process group, if there is one. Every rank has to call this."""
         if torch.distributed.is_initialized():
             # A gloo thread needs the interpreter lock to free the tensors of a collective. If the group is
             # freed meanwhile, which holds the lock and waits for that thread, both wait for ever: seen in
@@ -73,7 +76,8 @@ class Distributed:
     def leave_with_error(self, message: str) -> BaseException:
         """Leave the process group and return the exception to raise for an error that all ranks have found.
 
-        The main rank reports the message; the others only exit. A collective.
+        The main rank reports the message; the others only exit. Every rank has to call
+        this.
         """
         self.leave()
         return ValueError(message) if self.is_main else SystemExit(1)
@@ -138,14 +142,40 @@ class Problems:
             return function(*args)
 
     def none_on_any_rank(self) -> bool:
-        """Exchange problems between the ranks and return whether there are none. A collective."""
-        self.lines = self.dist.union(self.lines)
+        """Exchange problems and return whether no rank has any. Every rank has to call this."""
+        if any(self.dist.sum(len(self.lines))):
+            self.lines = self.dist.union(self.lines)
         return not self.lines
 
     def raise_all(self) -> None:
-        """End every rank if any has problems: the main one with a ValueError that lists all. A collective."""
+        """End every rank if any has problems: the main one with a ValueError that lists all.
+
+        Every rank has to call this.
+        """
         if not self.none_on_any_rank():
             raise self.dist.leave_with_error("\n".join(self.lines))
+
+
+@contextlib.contextmanager
+def together(dist: Distributed) -> Iterator[None]:
+    """Run a block on every rank. An error of the user or machine on one of them ends all."""
+    problems = Problems(dist)
+    with problems.collect():
+        yield
+    problems.raise_all()
+
+
+class OnOtherRanks:
+    """Stands in for what only the main rank has: every method does nothing."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **values: None
 
 
 class Interrupted(Exception):
@@ -180,6 +210,13 @@ class StopSignal:
         """Raise Interrupted if a signal has arrived here; other ranks may not know of it."""
         if self:
             raise Interrupted
+
+    def __enter__(self) -> "StopSignal":
+        self.listen()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.restore()
 
     def restore(self) -> None:
         """Restore the previous signal handlers."""

@@ -31,7 +31,7 @@ from model import GPT, GPTConfig
 from runtime.distributed import Distributed
 from training import checkpoints
 from training.checkpoints import CheckpointWriter
-from training.records import RunFolder
+from training.folder import RunFolder
 
 KILLS = 20
 
@@ -185,10 +185,8 @@ def test_resumed_run_does_not_depend_on_its_file(run_train):
     model = GPT(GPTConfig(**resumed["config"]))
     args, dist = train.parse_args(TINY.split()), Distributed(0, 1, torch.device("cpu"))
     optimizer = train.build_optimizer(model, args, dist)
-    sizes = {"batch_size": 2, "block_size": 16, "vocab_size": 320, "dist": dist}
-    loaders = {split: train.DataLoaderLite("shards", split, **sizes) for split in ("train", "val")}
     resumed = checkpoints.load_training_state("log", "adamw", 9)  # mapped again: nothing has been read
-    checkpoints.restore(resumed, optimizer, torch.amp.GradScaler("cpu", enabled=False), args, loaders)
+    checkpoints.restore_optimizer(optimizer, resumed["optimizer"]["state"])
     for path in Path("log").glob("*.pt"):
         with open(path, "r+b") as file:  # in place, which nobody should do
             file.write(bytes(path.stat().st_size))

@@ -23,6 +23,7 @@ import plot
 import sample
 import train
 from runtime.cli import USER_ERRORS, error_lines
+from training import records
 
 st = pytest.importorskip("hypothesis.strategies")
 given = pytest.importorskip("hypothesis").given
@@ -82,7 +83,7 @@ def whole(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(train.Log, "draw", lambda log: folder)
+        patch.setattr(records.Log, "draw", lambda log: folder)
         shard_options = ("--tokenizer", "byte", "--shard_size", "400", "--out_dir", "set")
         assert attempt(fineweb, "--files", TEXT, *shard_options) is None
         assert attempt(train, *RUN.split()) is None
@@ -97,7 +98,7 @@ def whole(tmp_path_factory, request):
 @pytest.fixture
 def copies(whole, tmp_path, monkeypatch):
     """Return a function that copies the intact files to a new folder and changes to it."""
-    monkeypatch.setattr(train.Log, "draw", lambda log: tmp_path)
+    monkeypatch.setattr(records.Log, "draw", lambda log: tmp_path)
     numbers = iter(range(10**9))
 
     def copy_to_new_folder() -> None:

@@ -152,7 +152,7 @@ def test_signal_saves_and_stops_and_the_run_can_be_resumed(shards, run_train, nu
 
 
 EVALUATIONS = {
-    "val": (train.DataLoaderLite, "next_batch", lambda loader: "val" in loader.shards.paths[0].name),
+    "val": (train.DataLoaderLite, "next_batches", lambda loader, *_: "val" in loader.shards.paths[0].name),
     "hellaswag": (hellaswag, "score_batch", lambda *_: True),
     "sample": (sample, "_draw", lambda *_: True),
 }

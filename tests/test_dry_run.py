@@ -4,6 +4,7 @@ import functools
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,7 +187,7 @@ def test_run_that_is_finished_has_nothing_to_forecast(rehearse, run_train, capsy
 
 
 def test_diverging_run_is_refused(rehearse, monkeypatch):
-    monkeypatch.setattr(train, "train_step", lambda *args: (math.nan, math.nan))
+    monkeypatch.setattr(train, "train_step", lambda *_, **__: {"loss": math.nan, "norm": math.nan})
     with pytest.raises(ValueError, match="the loss is not finite: lower --learning_rate"):
         rehearse()
 
@@ -200,7 +201,6 @@ class VirtualClock(dry_run.Stopwatch):
 
     def spend(self, seconds):
         self.now += seconds
-        return 1.0, 1.0
 
     def __call__(self, call, *args):
         before = self.now
@@ -213,19 +213,24 @@ class VirtualClock(dry_run.Stopwatch):
 )
 def test_long_steps_are_extrapolated(micro_step_s, accum):
     clock = VirtualClock()
-    take_step = lambda step, n: clock.spend(n * micro_step_s + 0.02 * micro_step_s)  # noqa: E731
-    seconds, results = dry_run.time_steps(clock, take_step, 0, accum)
+    run = SimpleNamespace(args=SimpleNamespace(max_steps=10), dist=ONE, planned_tokens=10 * accum * 32)
+    run.train_data, run.progress = SimpleNamespace(batch_size=2, block_size=16), SimpleNamespace(step=0)
+
+    def train_step(run, step, micro_steps):
+        clock.spend(micro_steps * micro_step_s + 0.02 * micro_step_s)
+
+    seconds, results = dry_run.time_steps(run, train_step, clock)
     assert sum(seconds) / len(seconds) == pytest.approx(accum * micro_step_s, rel=0.03)
     assert clock.now < 45 and len(results) == len(seconds) + 2 <= dry_run.MOST_STEPS + 2
 
 
 def test_long_evaluations_are_extrapolated():
     clock, taken = VirtualClock(), []
-    seconds = clock.extrapolate(lambda n: taken.append(n) or clock.spend(0.3 * n), 1000, 3)
-    assert seconds == pytest.approx(300) and taken == [3, 3, 12] and clock.now < 10
+    seconds = clock.extrapolate(lambda n: taken.append(n) or clock.spend(0.3 * n), 1000)
+    assert seconds == pytest.approx(300) and taken == [1, 1, 4, 16] and clock.now < 10
     taken.clear()
-    assert clock.extrapolate(lambda n: taken.append(n) or clock.spend(1e-6 * n), 10, 3) == pytest.approx(1e-5)
-    assert taken == [3, 3, 10]
+    assert clock.extrapolate(lambda n: taken.append(n) or clock.spend(1e-6 * n), 10) == pytest.approx(1e-5)
+    assert taken == [1, 1, 4, 10]
 
 
 def test_batch_that_takes_long_is_cut(rehearse, monkeypatch, capsys):
@@ -264,17 +269,19 @@ def test_difference_is_relative_to_each_tensor():
 
 
 def test_suggestions(monkeypatch):
-    args = train.parse_args([])
-    assert dry_run.suggest(args, ONE, torch.float32, False, 0.0) == []
-    assert "local disk" in dry_run.suggest(args, ONE, torch.float32, False, 0.1)[0]
+    run = SimpleNamespace(args=train.parse_args([]), dist=ONE, dtype=torch.float32, is_compiled=False)
+    assert dry_run.suggest(run, 0.0) == []
+    assert "local disk" in dry_run.suggest(run, 0.1)[0]
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
-    assert "only emulates" in dry_run.suggest(args, ONE, torch.bfloat16, False, 0.0)[0]
-    gpu = Distributed(0, 1, torch.device("cuda:0"))
+    run.dtype = torch.bfloat16
+    assert "only emulates" in dry_run.suggest(run, 0.0)[0]
+    run.dist = Distributed(0, 1, torch.device("cuda:0"))
     monkeypatch.setattr(dry_run.hardware, "memory", lambda device: (30e9, 50e9))
-    eager, larger = dry_run.suggest(args, gpu, torch.bfloat16, False, 0.0)
+    eager, larger = dry_run.suggest(run, 0.0)
     assert "leave out --no-compile" in eager and larger.startswith("--batch_size 128 fits")
     monkeypatch.setattr(dry_run.hardware, "memory", lambda device: (50e9, 30e9))
-    assert dry_run.suggest(args, gpu, torch.bfloat16, True, 0.0) == []
+    run.is_compiled = True
+    assert dry_run.suggest(run, 0.0) == []
 
 
 @pytest.mark.gpu

@@ -505,7 +505,7 @@ def test_token_files_become_shards_under_their_own_names(no_vocabulary, capsys):
     assert "train: 76 tokens in 2 shard(s), 4 documents" in capsys.readouterr().out
     sizes = {"batch_size": 1, "block_size": 8, "vocab_size": 50304}
     loader = DataLoaderLite("out", "val", dist=Distributed(0, 1, torch.device("cpu")), **sizes)
-    assert loader.next_batch()[0].tolist()[0] == TOKENS["bins/fineweb_val_000000.bin"][:8]
+    assert loader.next_batches()[0][0].tolist()[0] == TOKENS["bins/fineweb_val_000000.bin"][:8]
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     Path("out/fineweb_train_000002.npy").write_bytes(b"damaged")
     cli("--files", "bins/*.bin", "--out_dir", "out")

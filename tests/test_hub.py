@@ -254,4 +254,6 @@ def test_weights_come_from_one_revision_of_the_hub(stand_in, hf_folder, monkeypa
     assert model.config == TINY_GPT
     stand_in.stop()
     assert GPT.from_pretrained("gpt2").config == TINY_GPT
-    assert not re.search("GET.*GET.*GET", " ".join(command for command, _ in stand_in.seen))
+    # The client library's first request in a process may be about something else.
+    commands = [command for command, path in stand_in.seen if path.startswith("/gpt2/")]
+    assert not re.search("GET.*GET.*GET", " ".join(commands))

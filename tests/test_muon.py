@@ -35,8 +35,8 @@ def test_updates_match_torch_part_by_part():
     parts = [torch.nn.Parameter(part) for part in theirs[0].detach().clone().chunk(3)]
     options = dict(lr=0.03, weight_decay=0.2)
     groups = [
-        {"params": stacked, "parts": 3, "momentum": 0.9},
-        {"params": others, "parts": 1, "momentum": 0.9},
+        {"params": stacked, "parts": 3, "optimizer": "muon", "momentum": 0.9},
+        {"params": others, "parts": 1, "optimizer": "muon", "momentum": 0.9},
     ]
     optimizer = Muon(groups, **options, fused=True)
     reference = torch.optim.Muon([*parts, *theirs[1:]], momentum=0.9, **options)
@@ -56,7 +56,7 @@ def test_everything_but_block_matrices_gets_adamw():
     model = GPT(GPTConfig(block_size=8, vocab_size=32, n_layer=2, n_head=2, n_embd=8))
     groups = model.optimizer_groups(weight_decay=0.1)
     for group in groups:
-        group |= {"momentum": 0.95} if "parts" in group else {}
+        group |= {"optimizer": "muon", "momentum": 0.95} if "parts" in group else {}
     optimizer = Muon(groups, lr=0.01, fused=True)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     reference = {name: torch.nn.Parameter(weight.clone()) for name, weight in before.items()}

@@ -29,8 +29,9 @@ import plot
 import train
 from model import GPT
 from runtime import cli
-from training import dry_run, records
+from training import dry_run, prepare, records
 from training.checkpoints import CheckpointWriter
+from training.folder import RunFolder
 
 
 def test_console_describes_the_run_and_aligns_steps(run_train, shards, capsys):
@@ -215,7 +216,7 @@ def test_wandb_receives_the_log_and_resumed_run_keeps_its_id(run_train, monkeypa
 
 
 def test_missing_packages_are_reported_before_the_first_step(run_train, monkeypatch):
-    monkeypatch.setattr(records.importlib.util, "find_spec", lambda package: None)
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda package: None)
     with pytest.raises(ValueError) as caught:
         run_train("--tensorboard --wandb")
     for package in ("tensorboard", "wandb"):
@@ -271,7 +272,7 @@ def test_run_continues_in_a_new_folder_if_its_own_is_deleted_or_replaced(
     events = {3: lambda: shutil.rmtree("log"), 6: lambda: Path("log").rename("moved"), 9: replace}
 
     def step_with_events(*words):
-        events.pop(words[-2], lambda: None)()
+        events.pop(words[1], lambda: None)()
         return take_step(*words)
 
     monkeypatch.setattr(CheckpointWriter, "save", save_and_wait)
@@ -302,7 +303,7 @@ def test_records_that_do_not_fit_on_the_disk_are_written_later(run_train, monkey
     take_step = train.train_step
 
     def step_with_full_disk(*words):
-        FullDisk.full = words[-2] in (2, 3, 4)
+        FullDisk.full = words[1] in (2, 3, 4)
         return take_step(*words)
 
     monkeypatch.setattr(train, "train_step", step_with_full_disk)
@@ -339,13 +340,13 @@ def test_full_disk_ends_neither_log_nor_picture_nor_tensorboard(
     take_step = train.train_step
 
     def step_with_full_disk(*words):
-        if words[-2] == 2:
+        if words[1] == 2:
             with pytest.raises(OSError), open(small_disk / "big", "wb", buffering=0) as big:
                 while True:
                     big.write(bytes(4096))
             with pytest.raises(OSError, match="No space left"):
                 plot.plot([small_disk / "log"], small_disk / "loss.png")
-        if words[-2] == 30:
+        if words[1] == 30:
             Path(small_disk / "big").unlink()
         return take_step(*words)
 
@@ -371,7 +372,7 @@ def test_jumping_clock_changes_nothing(run_train, monkeypatch, tensorboard):
 
 
 def test_folder_that_another_run_took_during_the_start_is_left_to_it(tmp_path):
-    first, second = records.RunFolder("log"), records.RunFolder("log")
+    first, second = RunFolder("log"), RunFolder("log")
     for folder in (first, second):
         folder.check(str(tmp_path / "shards"), lock=True)  # there is nothing to lock yet
     first.begin(is_new=True)
@@ -380,13 +381,13 @@ def test_folder_that_another_run_took_during_the_start_is_left_to_it(tmp_path):
         with pytest.raises(ValueError, match="/log is in use by process"):
             second.begin(is_new)
     assert first.lock.is_held() and Path("log/log.jsonl").exists()
-    first.close()
+    first.lock.release()
     second.begin(is_new=True)
     assert Path("log.1/log.jsonl").exists() and not list(Path("log.1").glob(".lock"))
 
 
 def test_lock_file_that_somebody_deletes_is_made_again(tmp_path, capsys):
-    with records.RunFolder("log") as folder:
+    with RunFolder("log") as folder:
         folder.begin(is_new=True)
         Path("log/.lock").unlink()
         assert not folder.ensure() and folder.lock.is_held() and folder.path == Path("log").absolute()
@@ -402,7 +403,7 @@ def test_lock_is_released_after_the_last_checkpoint(run_train, monkeypatch):
         held.append(Path("log/.lock").exists())
 
     monkeypatch.setattr(torch, "save", slow_save)
-    monkeypatch.setattr(train.Log, "report_end", lambda *words: 1 / 0)
+    monkeypatch.setattr(records.Log, "report_end", lambda *words: 1 / 0)
     monkeypatch.setattr(CheckpointWriter, "close", lambda writer: None)
     with pytest.raises(ZeroDivisionError):
         run_train("--val_every 0 --checkpoint_every 6")
@@ -414,7 +415,7 @@ def test_log_that_is_replaced_by_an_editor_keeps_its_curves(run_train, monkeypat
     take_step = train.train_step
 
     def step_with_editor(*words):
-        if words[-2] == 3:
+        if words[1] == 3:
             shutil.copy("log/log.jsonl", "edited")
             Path("edited").rename("log/log.jsonl")
         return take_step(*words)
@@ -425,6 +426,9 @@ def test_log_that_is_replaced_by_an_editor_keeps_its_curves(run_train, monkeypat
     assert len(list(Path("log").glob("tensorboard/*"))) == (1 if tensorboard else 0)
 
 
+STEP = dict(loss=1.0, lr=1e-3, norm=1.0, dt_ms=1.0, tokens_per_s=1.0, mfu=None, skipped=0, lrs={})
+
+
 def test_table_tells_the_rate_that_is_reached_and_what_will_disappoint(run_train, capsys, monkeypatch):
     def warnings(options: str) -> list[str]:
         capsys.readouterr()
@@ -433,7 +437,7 @@ def test_table_tells_the_rate_that_is_reached_and_what_will_disappoint(run_train
         return [line.removeprefix("warning").strip() for line in printed if line.startswith("warning ")]
 
     take_step = train.train_step
-    monkeypatch.setattr(train, "train_step", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(train, "train_step", lambda *_: STEP)
     # 110 windows of 16 tokens; a step reads 2.
     assert warnings("--max_steps 6 --total_batch_size 32 --val_every 0") == []
     (few,) = warnings("--max_steps 5 --total_batch_size 32 --val_every 0")

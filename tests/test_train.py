@@ -25,6 +25,7 @@ from runtime.cli import shell_word
 from runtime.distributed import Distributed
 from train import DataLoaderLite
 from training import prepare
+from training.checkpoints import CheckpointWriter
 
 
 def loader(folder, rank=0, world_size=1, **options):
@@ -56,7 +57,7 @@ def test_every_topology_reads_the_same_windows(shards, world_size, batch_size):
         got = []
         for _ in range(accum):
             for rank in ranks:
-                x, y = rank.next_batch()
+                ((x, y),) = rank.next_batches()
                 assert torch.equal(x[:, 1:], y[:, :-1])
                 got += torch.cat((x, y[:, -1:]), dim=1).tolist()
         assert got == [windows[i % len(windows)] for i in range(8 * step, 8 * step + 8)]
@@ -64,15 +65,16 @@ def test_every_topology_reads_the_same_windows(shards, world_size, batch_size):
 
 def test_shuffle_permutes_each_epoch_and_seek_reaches_any_step(shards):
     windows = plain_windows(shards)
-    shuffled = loader(shards, shuffle=True, seed=3)
-    seen = [torch.cat((x, y[:, -1:]), dim=1).tolist() for x, y in (shuffled.next_batch() for _ in range(110))]
+    shuffled = loader(shards, shuffle_seed=3)
+    batches = [batch for _ in range(55) for batch in shuffled.next_batches(2)]
+    seen = [torch.cat((x, y[:, -1:]), dim=1).tolist() for x, y in batches]
     flat = [row for rows in seen for row in rows]
     epochs = flat[: len(windows)], flat[len(windows) :]
     assert epochs[0] != windows and epochs[1] != epochs[0]
     assert all(sorted(epoch) == sorted(windows) for epoch in epochs)
-    again = loader(shards, shuffle=True, seed=3)
+    again = loader(shards, shuffle_seed=3)
     again.seek(77 * 2)
-    x, y = again.next_batch()
+    ((x, y),) = again.next_batches()
     assert torch.cat((x, y[:, -1:]), dim=1).tolist() == seen[77]
 
 
@@ -93,7 +95,7 @@ def test_batches_are_pinned_and_copied_asynchronously_on_every_cuda_device_only(
     dist = Distributed(0, 1, torch.device(device))
     batches = DataLoaderLite(shards, "train", batch_size=2, block_size=16, vocab_size=257, dist=dist)
     for _ in range(2):
-        batches.next_batch()
+        batches.next_batches()
     batches.pool.shutdown()  # it reads ahead, and must not pin without the patch
     on_cuda = device.startswith("cuda")
     assert copies == 2 * [(torch.device(device), on_cuda, on_cuda)]
@@ -315,14 +317,14 @@ def test_warmup_is_scaled_to_shorter_runs_unless_it_is_given(options, warmup_ste
 @pytest.fixture
 def read_windows(monkeypatch):
     """The windows that training reads, as (first, count) of each micro-batch in order."""
-    read, seen = DataLoaderLite.next_batch, []
+    read, seen = DataLoaderLite.next_batches, []
 
-    def next_batch(self):
+    def next_batches(self, micro_steps=1):
         if "train" in self.shards.paths[0].name:
-            seen.append((self.window, self.batch_size))
-        return read(self)
+            seen.extend((self.window + i * self.batch_size, self.batch_size) for i in range(micro_steps))
+        return read(self, micro_steps)
 
-    monkeypatch.setattr(DataLoaderLite, "next_batch", next_batch)
+    monkeypatch.setattr(DataLoaderLite, "next_batches", next_batches)
     return seen
 
 
@@ -421,7 +423,8 @@ def test_accumulation_does_not_change_losses(run_train):
     assert losses(wide) == pytest.approx(losses(narrow), abs=1e-5)
 
 VALIDATE_SCRIPT = """
-import sys, torch, train
+import argparse, sys, torch, train
+from types import SimpleNamespace
 from bench import resident
 from model import GPT, GPTConfig
 from runtime.distributed import setup_distributed
@@ -432,7 +435,9 @@ model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, **sizes))
 dist = setup_distributed(torch.device("cpu"))
 loader = train.DataLoaderLite(sys.argv[1], "val", batch_size=16, dist=dist, **sizes)
 for batches in (3, 40):
-    train.validate(model, loader, torch.autocast("cpu", enabled=False), batches * 16 * 32)
+    parts = dict(args=argparse.Namespace(val_tokens=batches * 16 * 32), dist=dist, model=model, stop=False)
+    parts |= dict(val_data=loader, autocast=torch.autocast("cpu", enabled=False))
+    train.validate(SimpleNamespace(**parts), batches)
     print(resident("VmRSS"))
 """
 
@@ -645,14 +650,14 @@ def test_restart_of_a_run_that_ended_before_its_first_checkpoint_says_whose_opti
 
 
 def test_signal_while_the_last_checkpoint_is_written_does_not_lose_it(run_train, monkeypatch):
-    close = train.CheckpointWriter.close
+    close = CheckpointWriter.close
 
     def interrupted(writer):
         os.kill(os.getpid(), signal.SIGTERM)
         close(writer)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(train.CheckpointWriter, "close", interrupted)
+    monkeypatch.setattr(CheckpointWriter, "close", interrupted)
     run_train("--max_steps 6")
     assert Path("log/model_00006.pt").exists() and signal.getsignal(signal.SIGTERM) == before
 
@@ -810,10 +815,10 @@ def test_run_whose_shards_vanish_goes_on_and_then_saves(run_train, shards, monke
     take_step = train.train_step
 
     def step_without_shards(*words):
-        if words[-2] == 10:
+        if words[1] == 10:
             shutil.rmtree(shards)
-        if words[-2] == 40:  # as if more shards had been read since than may be open
-            words[3].shards.files.cache_clear()
+        if words[1] == 40:  # as if more shards had been read since than may be open
+            words[0].train_data.shards.files.cache_clear()
         return take_step(*words)
 
     monkeypatch.setattr(train, "train_step", step_without_shards)
@@ -837,7 +842,7 @@ def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
     train.main(train.parse_args(options))
     printed = capsys.readouterr().out
     run = next(json.loads(line) for line in open("log/log.jsonl"))["args"]
-    # 1,777 tokens, 5 times, in steps of 128; warm-up is a fiftieth, as in the whole preset.
+    # 110 windows of 16 tokens, 5 times, in steps of 128; warm-up is a fiftieth, as in the whole preset.
     assert run["max_steps"] == 69 and run["warmup_steps"] == 1 and run["epochs"] is None
     assert run["dropout"] == 0.1
     tokens = np.load("shards/edufineweb_val_000000.npy")[:17]  # of the first window
@@ -851,14 +856,14 @@ def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
     assert (before.max_steps, before.preset, before.data_dir) == (69, "text", "shards")
     assert before.epochs is None and train.parse_args(["--resume", "--max_steps", "99"]).max_steps == 99
     short = train.parse_args([*options, "--epochs", "2"])
-    prepare.limit_steps(short)
+    prepare.limit_steps(short, 2 * 110 * 16, train.tokens_at)
     assert (short.max_steps, short.warmup_steps) == (28, 1)
     short = train.parse_args([*options, "--epochs", "2", "--warmup_steps", "1999"])
-    prepare.limit_steps(short)
+    prepare.limit_steps(short, 2 * 110 * 16, train.tokens_at)
     assert short.warmup_steps < short.max_steps
     for words, message in {"--total_batch_size 0": "--total_batch_size is 0", "--epochs inf": "less"}.items():
         with pytest.raises(ValueError, match=message):
             train.main(train.parse_args([*options, *words.split()]))
     long = train.parse_args([*options, "--max_steps", "50", "--warmup_steps", "7"])
-    prepare.limit_steps(long)
+    prepare.limit_steps(long, 5 * 110 * 16, train.tokens_at)
     assert (long.max_steps, long.warmup_steps) == (50, 7)

@@ -1,6 +1,6 @@
 """The checkpoints of a run: its whole state, written in the background, and resumed from.
 
-writer = CheckpointWriter(folder, keep=2, milestone_steps=5000, on_written=log.checkpoint)
+`run` is the Run of train.py.
 """
 
 import argparse
@@ -19,13 +19,12 @@ from tqdm import tqdm
 from formats.checkpoint import (
     BEST,
     NUMBERED,
-    PLAIN,
     checkpoints_in,
+    is_plain,
     load_newest,
     read_value,
     step_of,
 )
-from runtime.cli import NOT_RESUMED
 from runtime.files import (
     check_types,
     existing_folder,
@@ -34,7 +33,7 @@ from runtime.files import (
 )
 from runtime.hardware import synchronize
 from runtime.log import read_records
-from training.records import RunFolder
+from training.folder import RunFolder
 
 TRAINING_STATE = {
     **{"model": dict, "optimizer": dict, "scaler": dict, "config": dict, "args": dict},
@@ -61,6 +60,11 @@ def read_options(out_dir: str | Path) -> dict[str, object]:
     return {}
 
 
+def numbered(step: int) -> str:
+    """Return the name of the checkpoint of a step."""
+    return f"model_{step:05d}.pt"
+
+
 def is_milestone(step: float, every: int) -> bool:
     """Return whether the checkpoint of a step is kept forever; `every` is in steps (0: none)."""
     return step > 0 and every > 0 and step % every == 0
@@ -84,7 +88,7 @@ def load_training_state(out_dir: str | Path, optimizer: str, max_steps: int) -> 
         check_types(checkpoint["args"], SAVED_OPTIONS)
         if not checkpoint["args"]["block_size"]:
             raise ValueError("its block_size is 0")
-    checkpoint["args"] = {name: v for name, v in checkpoint["args"].items() if isinstance(v, PLAIN)}
+    checkpoint["args"] = {name: v for name, v in checkpoint["args"].items() if is_plain(v)}
     recent = checkpoint.get("recent", {})  # files that are deleted one day
     checkpoint["recent"] = {name: recent[name] is True for name in recent if NUMBERED.fullmatch(str(name))}
     if (saved := checkpoint["args"]["optimizer"]) != optimizer:
@@ -113,28 +117,32 @@ class Progress:
     best_step: int = 0
     windows: int = 0
 
+    def is_best(self, val_loss: float) -> bool:
+        """Note a validation loss, and return whether it is the best one so far."""
+        self.val_loss = val_loss
+        if not val_loss < self.best_val_loss:
+            return False
+        self.best_val_loss, self.best_step = val_loss, self.step
+        return True
 
-def training_state(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    progress: Progress,
-    args: argparse.Namespace,
-    loaders: dict,
-) -> dict:
-    """Return what a checkpoint holds: tensors, which are not copied yet, and plain types.
 
-    `model` is a GPT, and `loaders` has a DataLoaderLite for `train` and one for `val`.
-    """
+def is_last_step(args: argparse.Namespace, progress: Progress) -> bool:
+    """Return whether the run ends at its present step, as planned or early."""
+    patience = args.early_stop * args.val_every
+    return progress.step == args.max_steps or 0 < patience <= progress.step - progress.best_step
+
+
+def training_state(run) -> dict:
+    """Return what a checkpoint holds: tensors, which are not copied yet, and plain types."""
     return {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        **asdict(progress),
-        "epoch_windows": loaders["train"].windows,
-        "data": {split: loader.description for split, loader in loaders.items()},
-        "config": asdict(model.config),
-        "args": dict(vars(args)),
+        "model": run.raw_model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        **asdict(run.progress),
+        "epoch_windows": run.train_data.windows,
+        "data": {"train": run.train_data.description, "val": run.val_data.description},
+        "config": asdict(run.raw_model.config),
+        "args": dict(vars(run.args)),
     }
 
 
@@ -143,44 +151,24 @@ def plain(value: object) -> object:
     return f"{value:g}" if isinstance(value, float) else value
 
 
-def restore(
-    resumed: dict,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    args: argparse.Namespace,
-    loaders: dict,
-) -> tuple[Progress, list[str]]:
-    """Load the state of optimizer and scaler; return the run's progress and what differs from before.
+def restore(run, resumed: dict, ignored: set[str]) -> None:
+    """Load the state of optimizer and scaler and the progress of a run, and say what differs from before.
 
     With the same options and data, a run continues exactly. Otherwise lines say what differs and what it
     means: training continues at the first window that has not been consumed, and the best validation loss
-    counts only for the same validation tokens.
+    counts only for the same validation tokens. Options that are `ignored` are about a single command.
     """
-    # Only the optimizer's moments are restored; this command's options win. They are copied, because the file
-    # is mapped.
-    groups = optimizer.state_dict()["param_groups"]
-    weights = [(weight, group) for group in optimizer.param_groups for weight in group["params"]]
+    args, loaders = run.args, {"train": run.train_data, "val": run.val_data}
     with parsing(args.out_dir, "the state of this run", "use an older checkpoint"):
-        state = {}
-        for index, moments in resumed["optimizer"]["state"].items():
-            weight, group = weights[index]
-            names = ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")
-            wanted = {"step": (), **dict.fromkeys(names, weight.shape)}
-            if {name: value.shape for name, value in moments.items()} != wanted:
-                raise ValueError("moments do not fit their weights")
-            to = dict(device=weight.device, dtype=torch.float32, copy=True)
-            state[index] = {name: value.to(**to) for name, value in moments.items()}
-        if len(state) not in (0, len(weights)):  # there are none before the first step
-            raise ValueError("some weights have no moments")
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        restore_optimizer(run.optimizer, resumed["optimizer"]["state"])
         if resumed["scaler"]:  # empty unless the run used fp16
-            scaler.load_state_dict(resumed["scaler"])
+            run.scaler.load_state_dict(resumed["scaler"])
     before = resumed["args"]
-    changed = {name for name, value in vars(args).items() if before.get(name) != value} - {*NOT_RESUMED}
+    changed = {name for name, value in vars(args).items() if before.get(name) != value} - ignored
     # Checkpoints of older versions lack `windows` and `data`, and shuffled in another order.
     consumed = resumed["step"] * before["total_batch_size"] // before["block_size"]
     known = {"windows": consumed, **resumed}
-    progress = Progress(**{field.name: known[field.name] for field in fields(Progress)})
+    progress = run.progress = Progress(**{field.name: known[field.name] for field in fields(Progress)})
     older = "data" not in resumed
     other_data = {
         split: "data_dir" in changed if older else resumed["data"].get(split) != loader.description
@@ -204,18 +192,42 @@ def restore(
     if other_data["val"] or len(windows) > 1:
         lines.append("the validation tokens have changed: earlier losses no longer count as the best")
         progress.val_loss, progress.best_val_loss, progress.best_step = None, math.inf, progress.step
-    return progress, lines
+    run.dist.say("\n".join(lines))
 
 
-def disk_usage(args: argparse.Namespace, groups: list[dict]) -> tuple[int, int, int]:
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[int, dict[str, torch.Tensor]]) -> None:
+    """Load what an optimizer has remembered of each weight; the options of its groups stay as they are.
+
+    Raises ValueError for tensors that are neither numbers nor of their weight's shape, and if the weights of
+    one optimizer do not all have the same ones.
+    """
+    state, names = {}, {}
+    weights = [(group, weight) for group in optimizer.param_groups for weight in group["params"]]
+    for index, (group, weight) in enumerate(weights):
+        moments = saved.get(index, {})
+        if any(value.dim() and value.shape != weight.shape for value in moments.values()):
+            raise ValueError("moments do not fit their weights")
+        if names.setdefault(group["optimizer"], moments.keys()) != moments.keys():
+            raise ValueError("some weights have no moments")
+        to = dict(device=weight.device, dtype=torch.float32, copy=True)  # copied, because the file is mapped
+        state[index] = {name: value.to(**to) for name, value in moments.items()}
+    if saved.keys() - state.keys() or (saved and not all(names.values())):  # none before the first step
+        raise ValueError("its moments are those of another model")
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(
+        {"state": {i: each for i, each in state.items() if each}, "param_groups": groups}
+    )
+
+
+def disk_usage(run) -> tuple[int, int, int]:
     """Return the bytes of one checkpoint, of all that exist at the same time, and the free bytes.
 
-    A checkpoint holds the weights of the optimizer's `groups` and their moments in fp32: two for AdamW, one
-    for Muon. While one is being written, its predecessors are still there.
+    A checkpoint holds the weights and the optimizer's moments in fp32: two of each weight, or one for Muon.
+    While one is being written, its predecessors are still there.
     """
-    size, number = 0, 0
-    for group in groups:
-        moments = 1 if args.optimizer == "muon" and "parts" in group else 2
+    args, size, number = run.args, 0, 0
+    for group in run.optimizer.param_groups:
+        moments = 1 if group["optimizer"] == "muon" else 2
         size += sum(4 * (1 + moments) * weight.numel() for weight in group["params"])
     if args.checkpoint_every:
         number = math.ceil(args.max_steps / args.checkpoint_every)
@@ -225,14 +237,15 @@ def disk_usage(args: argparse.Namespace, groups: list[dict]) -> tuple[int, int, 
     return size, number * size, shutil.disk_usage(existing_folder(Path(args.out_dir))).free
 
 
-def check_disk(args: argparse.Namespace, groups: list[dict], resumed: dict | None) -> None:
+def check_disk(run, is_new: bool, recent: dict[str, bool]) -> None:
     """Raise ValueError if the checkpoints that the run has yet to write will not fit on the disk.
 
-    Those that a resumed run has written, and counts among those it keeps, take no more space.
+    Those that a resumed run has written, and counts among the `recent` ones it keeps, take no more space.
     """
-    size, needed, free = disk_usage(args, groups)
-    if resumed:
-        grid, recent = args.milestone_every * args.checkpoint_every, resumed.get("recent", {})
+    args = run.args
+    size, needed, free = disk_usage(run)
+    if not is_new:
+        grid = args.milestone_every * args.checkpoint_every
         for path in checkpoints_in(Path(args.out_dir)):
             is_kept = path.name == BEST or args.keep == 0 or is_milestone(step_of(path), grid)
             if is_kept or path.name in recent:

@@ -1,21 +1,23 @@
 """What --dry_run does: prove that this machine trains correctly, and forecast the run from a few steps.
 
-It writes nothing. What it measures are the functions that the loop of train.py calls.
+It writes nothing. What it measures are the functions that the loop of train.py calls. `run` is its Run, and
+every rank has to call what takes one.
 """
 
-import argparse
 import contextlib
 import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from runtime import hardware
-from runtime.distributed import Distributed
-from training.checkpoints import to_host
+from runtime.distributed import Distributed, together
+from training.checkpoints import to_host, training_state
+from training.records import speed_of
 
 # What rounding may do to the gradient of a tensor, relative to its norm. On CPUs it was at most 0.8 % (bf16)
 # and 0.1 % (fp16) for new models, and 6 and 1 % for one that had converged (LOG.md). fp32 includes TF32.
@@ -24,33 +26,30 @@ FP16_SCALE = 1024.0  # keeps small gradients from vanishing, and large ones fini
 MICRO_STEP_S, STEPS_S, EVALUATION_S = 8.0, 15.0, 2.0  # about how long a measurement may take
 MOST_STEPS = 500
 UNSTEADY = 2.0  # the slowest tenth of the steps takes this many times as long as the fastest
+NAMES = {"val": "validations", "hellaswag": "HellaSwag", "sample": "samples"}  # in the forecast
 SLOW_DATA = 0.03  # from this share of a step on, waiting for data is worth a word
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-Context = Callable[[], contextlib.AbstractContextManager]
 
 
 def gradients(
-    raw_model: torch.nn.Module,
-    model: torch.nn.Module,
-    batches: list[Batch],
-    autocast: torch.autocast,
-    attention: Context,
-    sync: bool = False,
+    run, model: torch.nn.Module, batches: list[Batch], reduced: bool = False
 ) -> dict[str, torch.Tensor]:
     """Return the mean gradient of batches with equally many targets: copies on the host, by tensor.
 
-    Each batch is a micro-step of `model`. If that is in DDP, `sync` averages over the ranks in the last one.
+    Each batch is a micro-step of `model`. If that is in DDP, the last one averages over the ranks if the
+    result is to be `reduced`.
     """
-    scale = FP16_SCALE if autocast.fast_dtype == torch.float16 else 1.0
+    scale = FP16_SCALE if run.dtype == torch.float16 else 1.0
     for i, (x, y) in enumerate(batches):
-        alone = hasattr(model, "no_sync") and not (sync and i == len(batches) - 1)
-        with attention(), model.no_sync() if alone else contextlib.nullcontext():
-            with autocast:
+        alone = hasattr(model, "no_sync") and not (reduced and i == len(batches) - 1)
+        reducing = model.no_sync() if alone else contextlib.nullcontext()
+        with run.attention(), reducing:
+            with run.autocast:
                 loss = model(x, y)[1]
             (scale / len(batches) * loss).backward()
-    found = {name: p.grad.div(scale).cpu() for name, p in raw_model.named_parameters()}
-    raw_model.zero_grad()
+    found = {name: p.grad.div(scale).cpu() for name, p in run.raw_model.named_parameters()}
+    run.raw_model.zero_grad()
     return found
 
 
@@ -76,68 +75,64 @@ def keep_targets(batch: Batch, first: int, end: int) -> Batch:
     return x, kept
 
 
-def check_gradients(
-    dist: Distributed,
-    dtype: torch.dtype,
-    raw_model: torch.nn.Module,
-    model: torch.nn.Module,
-    loader,
-    autocast: torch.autocast,
-    attention: Context,
-    is_compiled: bool,
-) -> None:
+def check_gradients(run) -> None:
     """Compute the gradient of a micro-batch in ways that have to agree, and print how much they differ.
 
     Compiled code is compared with eager code, which takes a part of the rows at a time and so needs no more
     memory; two micro-steps that each count half of the targets with a single one; and what DDP reduces with
     what the main rank computes alone, from the batches of all ranks. Raises ValueError for a difference above
-    `ALLOWED`. A collective.
+    `ALLOWED`.
     """
-    start, dtype_name, found = loader.window, str(dtype).removeprefix("torch."), {}
-
-    def of(model: torch.nn.Module, *batches: Batch, sync: bool = False) -> dict[str, torch.Tensor]:
-        return gradients(raw_model, model, batches, autocast, attention, sync)
+    dist, raw_model, model, data, found = run.dist, run.raw_model, run.model, run.train_data, {}
+    dtype_name = str(run.dtype).removeprefix("torch.")
+    start, batches = data.window, data.next_step(1)
 
     raw_model.train(raw_model.config.dropout == 0)  # dropout would draw other numbers each time
-    x, y = batch = loader.next_batch()
-    once = of(model, batch)
-    if is_compiled:
+    x, y = batch = batches[0]
+    once = gradients(run, model, [batch])
+    if run.is_compiled:
         rows = max(n for n in range(1, max(len(x) // 4, 1) + 1) if len(x) % n == 0)
         parts = zip(x.split(rows), y.split(rows), strict=True)
-        found["compiled and eager"] = largest_difference(once, of(raw_model, *parts))
+        found["compiled and eager"] = largest_difference(once, gradients(run, raw_model, list(parts)))
     even = once
     if half := y.numel() // 2:
-        even = of(model, keep_targets(batch, 0, 2 * half)) if y.numel() % 2 else once
+        if y.numel() % 2:
+            even = gradients(run, model, [keep_targets(batch, 0, 2 * half)])
         halves = [keep_targets(batch, first, first + half) for first in (0, half)]
-        found["two micro-steps and one"] = largest_difference(of(model, *halves), even)
+        found["two micro-steps and one"] = largest_difference(gradients(run, model, halves), even)
     if dist.world_size > 1:
         del once, even  # each takes the memory of the weights
-        batches = []
-        for rank in range(dist.world_size) if dist.is_main else ():
-            loader.seek(start + rank * loader.batch_size)
-            batches.append(loader.next_batch())
-        if dist.is_main:  # first, because DDP's forward pass is a collective after its first reduction
-            alone = of(model, *batches)
-        reduced = of(model, batch, sync=True)
+        with together(dist):
+            if dist.is_main:  # first, because DDP's forward pass is a collective after its first reduction
+                alone = gradients(run, model, batches_of_all_ranks(data, start))
+        reduced = gradients(run, model, [batch], reduced=True)
         if dist.is_main:
             found[f"{dist.world_size} ranks and one"] = largest_difference(reduced, alone)
     raw_model.train()
-    loader.check()  # a batch that could not be read has wrong gradients
-    loader.seek(start)
+    data.seek(start)
 
     without = ", without dropout" if raw_model.config.dropout else ""
-    limit, wrong = f"{dtype_name} allows {ALLOWED[dtype]:.0%}", []
-    advice = "--no-compile, " if is_compiled else ""
+    limit, wrong = f"{dtype_name} allows {ALLOWED[run.dtype]:.0%}", []
+    advice = "--no-compile, " if run.is_compiled else ""
     for what, (difference, tensor) in found.items():
         size = f"{difference:.2%}" if math.isfinite(difference) else "what is not a finite number"
         dist.say(f"{'gradients':12} {what} differ by at most {size}, in {tensor}; {limit}{without}")
-        if difference > ALLOWED[dtype]:
+        if difference > ALLOWED[run.dtype]:
             wrong.append(
                 f"wrong gradients: {what} differ by {size} in {tensor}, where {limit}. Do not train like "
                 f"this: try {advice}another --dtype or other versions of torch and driver"
             )
     if wrong := dist.union(wrong):
         raise dist.leave_with_error("\n".join(wrong))
+
+
+def batches_of_all_ranks(data, start: int) -> list[Batch]:
+    """Return the micro-batch that each rank reads from a window on."""
+    batches = []
+    for rank in range(data.dist.world_size):
+        data.seek(start + (rank - data.dist.rank) * data.batch_size)
+        batches += data.next_batches()
+    return batches
 
 
 class Stopwatch:
@@ -147,7 +142,7 @@ class Stopwatch:
         self.dist = dist
 
     def __call__(self, call: Callable, *args) -> float:
-        """Return the mean over the ranks of the seconds that a call takes. A collective."""
+        """Return the mean over the ranks of the seconds that a call takes."""
         hardware.synchronize(self.dist.device)
         started = time.perf_counter()
         call(*args)
@@ -155,68 +150,62 @@ class Stopwatch:
         (seconds,) = self.dist.sum(time.perf_counter() - started)
         return seconds / self.dist.world_size
 
-    def extrapolate(self, call: Callable[[int], object], whole: int, first: int = 1) -> float:
+    def extrapolate(self, call: Callable[[int], object], whole: int) -> float:
         """Return the seconds of call(whole), measured with a smaller number if that would take long.
 
-        call(first) warms up, and compiles what has to be compiled.
+        call(1) warms up, and compiles what has to be compiled.
         """
-        self(call, n := min(first, whole))
+        self(call, n := 1)
         while (seconds := self(call, n)) < EVALUATION_S and n < whole:
             n = min(4 * n, whole)
         return seconds * whole / n
 
 
-def time_steps(
-    stopwatch: Stopwatch, take_step: Callable, step: int, accum: float
-) -> tuple[list[float], list[tuple[float, float]]]:
-    """Return the seconds of a few steps of `accum` micro-steps, after two to warm up, and what they returned.
+def time_steps(run, train_step: Callable, stopwatch: Stopwatch) -> tuple[list[float], list[dict]]:
+    """Return the seconds of a few steps, after two to warm up, and the records of all.
 
     Of a step that takes long, only some micro-steps are taken, and the result is extrapolated: what a step
     costs beyond them, for the optimizer, is small then.
     """
-    results: list[tuple[float, float]] = []
+    args, data, records = run.args, run.train_data, []
+    micro_batch = data.batch_size * data.block_size * run.dist.world_size
+    micro_steps = run.planned_tokens / args.max_steps / micro_batch
 
-    def timed(micro_steps: int) -> float:
-        return stopwatch(lambda: results.append(take_step(step, micro_steps)))
+    def timed(n: int) -> float:
+        return stopwatch(lambda: records.append(train_step(run, run.progress.step, micro_steps=n)))
 
     for _ in range(2):
         short = timed(1)
-    n = max(min(int(accum), int(STEPS_S / short)), 1)
+    n = max(min(int(micro_steps), int(STEPS_S / short)), 1)
     seconds = [timed(n)]
     while sum(seconds) < STEPS_S and len(seconds) < MOST_STEPS:
         seconds.append(timed(n))
-    return [each * accum / n for each in seconds], results
+    return [each * micro_steps / n for each in seconds], records
 
 
-def cut_batch_size(
-    stopwatch: Stopwatch,
-    raw_model: torch.nn.Module,
-    loaders: dict,
-    autocast: torch.autocast,
-    attention: Context,
-) -> int:
-    """Lower the batch size of the loaders if a micro-step would take long, and return it. A collective.
+def cut_batch_size(run, stopwatch: Stopwatch) -> int:
+    """Lower the batch size of the loaders if a micro-step would take long, and return it.
 
     On GPUs no micro-step takes long.
     """
-    loader, start = loaders["train"], loaders["train"].window
-    if loader.dist.device.type == "cuda":
-        return loader.batch_size
+    data, start = run.train_data, run.train_data.window
+    if run.dist.device.type == "cuda":
+        return data.batch_size
+    row = [each[:1] for each in data.next_step(1)[0]]
 
     def forward_and_backward() -> None:
-        with attention():
-            with autocast:
-                loss = raw_model(*row)[1]
+        with run.attention():
+            with run.autocast:
+                loss = run.raw_model(*row)[1]
             loss.backward()
 
-    row = [each[:1] for each in loader.next_batch()]
     stopwatch(forward_and_backward)  # warms up
     seconds = min(stopwatch(forward_and_backward) for _ in range(3))
-    raw_model.zero_grad()
-    for each in loaders.values():
+    run.raw_model.zero_grad()
+    for each in (data, run.val_data):
         each.batch_size = max(min(each.batch_size, int(MICRO_STEP_S / seconds)), 1)
-    loader.seek(start)
-    return loader.batch_size
+    data.seek(start)
+    return data.batch_size
 
 
 def duration(seconds: float) -> str:
@@ -227,18 +216,16 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
-def suggest(
-    args: argparse.Namespace, dist: Distributed, dtype: torch.dtype, is_compiled: bool, waiting: float
-) -> list[str]:
+def suggest(run, waiting: float) -> list[str]:
     """Return what would obviously help. `waiting` is the share of a step that waits for data."""
-    found, device = [], dist.device
-    if device.type == "cuda" and not is_compiled:
+    args, found, device = run.args, [], run.dist.device
+    if device.type == "cuda" and not run.is_compiled:
         found.append("eager code is slow on GPUs: leave out --no-compile")
-    if device.type == "cpu" and dtype != torch.float32 and not hardware.computes_in(dtype, device):
+    if device.type == "cpu" and run.dtype != torch.float32 and not hardware.computes_in(run.dtype, device):
         found.append(f"this CPU only emulates {args.dtype}: use --dtype float32")
     if waiting > SLOW_DATA:
         found.append(f"steps wait for data: copy {args.data_dir} to a local disk")
-    micro_steps = args.total_batch_size // (args.batch_size * args.block_size * dist.world_size)
+    micro_steps = args.total_batch_size // (args.batch_size * args.block_size * run.dist.world_size)
     if device.type == "cuda" and micro_steps % 2 == 0:
         peak, left = hardware.memory(device)
         if left > peak:  # even if everything grew with the batch, the weights included
@@ -246,100 +233,80 @@ def suggest(
     return found
 
 
-def rehearse(
-    args: argparse.Namespace,
-    dist: Distributed,
-    dtype: torch.dtype,
-    raw_model: torch.nn.Module,
-    model: torch.nn.Module,
-    autocast: torch.autocast,
-    attention: Context,
-    loaders: dict,
-    examples: list,
-    start_step: int,
-    is_compiled: bool,
-    *,
-    take_step: Callable[[int, int], object],
-    evaluate: Callable[[int], object],
-    score: Callable[[list], object],
-    write_samples: Callable[[int], object],
-    state: Callable[[], dict],
-) -> None:
+def rehearse(run, train_step: Callable, evaluations: list) -> None:
     """Check gradients, measure each part of the run and print what the whole will take.
 
-    The functions are those of the loop: `take_step(step, micro_steps)`, `evaluate(val_tokens)`,
-    `score(examples)`, `write_samples(tokens)`, and `state()` for checkpoints. A collective.
+    `train_step` and `evaluations` are those of train.py.
     """
-    loader, stopwatch, device = loaders["train"], Stopwatch(dist), dist.device
-    if start_step == args.max_steps:
+    args, dist, stopwatch, step = run.args, run.dist, Stopwatch(run.dist), run.progress.step
+    if step == args.max_steps:
         return dist.say(f"the run in {args.out_dir} is at its last step: use a larger --max_steps")
-    batch_size = cut_batch_size(stopwatch, raw_model, loaders, autocast, attention)
-    cut = f", measured with --batch_size {batch_size}: {args.batch_size} would take long here"
-    cut = cut if batch_size < args.batch_size else ""
-    check_gradients(dist, dtype, raw_model, model, loader, autocast, attention, is_compiled)
+    batch_size, cut = cut_batch_size(run, stopwatch), ""
+    if batch_size < args.batch_size:
+        cut = f", measured with --batch_size {batch_size}: {args.batch_size} would take long here"
+    check_gradients(run)
 
-    hardware.forget_peak_memory(device)
-    windows = batch_size * dist.world_size  # of a micro-step
-    waited_s, started = loader.waited_s, time.perf_counter()
-    accum = args.total_batch_size / (windows * args.block_size)
-    step_seconds, results = time_steps(stopwatch, take_step, start_step, accum)
-    loader.check()
-    waiting = (loader.waited_s - waited_s) / (time.perf_counter() - started)
+    hardware.forget_peak_memory(dist.device)
+    waited_s, started = run.train_data.waited_s, time.perf_counter()
+    tokens_left = run.planned_tokens - run.progress.windows * args.block_size
+    step_seconds, records = time_steps(run, train_step, stopwatch)
+    waiting = (run.train_data.waited_s - waited_s) / (time.perf_counter() - started)
     step_s = statistics.mean(step_seconds)
-    speed, peak = args.total_batch_size / step_s, hardware.peak_flops(device, dtype)
-    mfu = speed * raw_model.flops_per_token(args.block_size) / (peak * dist.world_size) if peak else None
-    parts = [f"{speed:,.0f} tokens/s", f"{duration(step_s)} a step", f"{waiting:.1%} of it waiting for data"]
-    dist.say(f"{'speed':12} {', '.join(parts + [f'mfu {mfu:.1%}'] if mfu else parts)}{cut}")
-    report_losses(dist, results, args.vocab_size)
+    speed = speed_of(run, run.planned_tokens / args.max_steps, step_s)
+    parts = [f"{speed['tokens_per_s']:,.0f} tokens/s", f"{duration(step_s)} a step"]
+    parts.append(f"{waiting:.1%} of it waiting for data")
+    if speed["mfu"]:
+        parts.append(f"mfu {speed['mfu']:.1%}")
+    dist.say(f"{'speed':12} {', '.join(parts)}{cut}")
+    report_losses(dist, records, args.vocab_size)
 
-    def spread(n: int) -> list:
-        return examples[:: len(examples) // n][:n]
-
-    batches = math.ceil(loaders["val"].windows_for(args.val_tokens) / windows)
-    evaluations = [
-        ("validations", args.val_every, lambda n: evaluate(n * windows * args.block_size), batches, 1),
-        ("HellaSwag", args.hellaswag_every, lambda n: score(spread(n)), len(examples), 8 * dist.world_size),
-        ("samples", args.sample_every, write_samples, args.sample_tokens, 1),
-    ]
-    span = (start_step, args.max_steps)
-    costs = [("steps", args.max_steps - start_step, step_s)]
-    for name, every, call, whole, first in evaluations:
-        if every:
-            costs.append((name, times_due(*span, every), stopwatch.extrapolate(call, whole, first)))
+    costs = [("steps", args.max_steps - step, tokens_left / speed["tokens_per_s"] / (args.max_steps - step))]
+    for evaluation in evaluations:
+        if every := getattr(args, f"{evaluation.kind}_every"):
+            call = partial(evaluation.call, run)
+            seconds = stopwatch.extrapolate(call, evaluation.size(run))
+            name, times = NAMES.get(evaluation.kind, evaluation.kind), times_due(step, args.max_steps, every)
+            costs.append((name, times, seconds))
     if args.checkpoint_every:
         host: dict = {}
         # Any validation may be the best one so far; without validation, none is written at the start.
-        times = times_due(*span, args.checkpoint_every, args.val_every)
-        times -= not args.val_every and start_step % args.checkpoint_every == 0
+        times = times_due(step, args.max_steps, args.checkpoint_every, args.val_every)
+        times -= not args.val_every and step % args.checkpoint_every == 0
         for _ in range(2):  # the first one reserves the memory
-            held_s = stopwatch(lambda: to_host(state(), host) if dist.is_main else None) * dist.world_size
-        costs.append(("checkpoints", times, held_s))
-    if memory := hardware.memory(device):
+            held_s = stopwatch(lambda: to_host(training_state(run), host) if dist.is_main else None)
+        costs.append(("checkpoints", times, held_s * dist.world_size))
+    if memory := hardware.memory(dist.device):
         used, left = (tqdm.format_sizeof(n, "B") for n in memory)
         each = f" on rank {dist.rank} of {dist.world_size}" if dist.world_size > 1 else ""
         dist.say(f"{'memory':12} {used} at the peak{each}, {left} left{cut}")
-    total = sum(times * seconds for _, times, seconds in costs)
-    for i, (name, times, seconds) in enumerate(costs):
-        of = f"{times:,} x {duration(seconds)}"
-        dist.say(f"{'' if i else 'forecast':12} {name:12} {of:>22} = {duration(times * seconds)}")
-    end = time.time() + total
-    end = time.strftime(", until %Y-%m-%d %H:%M if started now", time.localtime(end)) if end < 1e11 else ""
-    price = total / 3600 * dist.world_size * args.price
-    cost = f", {price:,.2f} at {args.price:g} per GPU-hour" if args.price else ""
-    dist.say(f"{'':12} {duration(total)} in all{end}{cost}")
-    dist.say(f"{'':12} not counted: start and compilation; checkpoints are written in the background")
+    forecast(run, costs)
     slowest = sorted(step_seconds)[int(0.9 * len(step_seconds))]
     if slowest > UNSTEADY * min(step_seconds):
         seconds = f"{duration(min(step_seconds))} to {duration(slowest)}"
         dist.say(f"{'suggestion':12} steps took {seconds}: measure again when nothing else is running")
-    for suggestion in suggest(args, dist, dtype, is_compiled, waiting):
+    for suggestion in suggest(run, waiting):
         dist.say(f"{'suggestion':12} {suggestion}")
 
 
-def report_losses(dist: Distributed, results: list[tuple[float, float]], vocab_size: int) -> None:
+def forecast(run, costs: list[tuple[str, int, float]]) -> None:
+    """Print the parts of a run, each with its name, how often it is due and what it takes, and their sum."""
+    total = sum(times * seconds for _, times, seconds in costs)
+    for i, (name, times, seconds) in enumerate(costs):
+        of = f"{times:,} x {duration(seconds)}"
+        run.dist.say(f"{'' if i else 'forecast':12} {name:12} {of:>22} = {duration(times * seconds)}")
+    end, cost = time.time() + total, ""
+    end = time.strftime(", until %Y-%m-%d %H:%M if started now", time.localtime(end)) if end < 1e11 else ""
+    if run.args.price:
+        price = total / 3600 * run.dist.world_size * run.args.price
+        cost = f", {price:,.2f} at {run.args.price:g} per GPU-hour"
+    run.dist.say(f"{'':12} {duration(total)} in all{end}{cost}")
+    run.dist.say(f"{'':12} not counted: start and compilation; checkpoints are written in the background")
+
+
+def report_losses(dist: Distributed, records: list[dict], vocab_size: int) -> None:
     """Print the losses of the steps that were taken. Raises ValueError if the last one is not finite."""
-    losses = dist.sum(*(loss / dist.world_size for loss, _ in results))
-    skipped = sum(not math.isfinite(norm) for _, norm in results)
+    losses = [record["loss"] for record in records]
+    skipped = sum(not math.isfinite(record["norm"]) for record in records)
     skipped = f", {skipped} skipped because their gradients were not finite" if skipped else ""
     new = f"a new model starts near {math.log(vocab_size):.2f}"
     dist.say(f"{'loss':12} {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps{skipped}; {new}")

@@ -1,40 +1,53 @@
-"""What has to be right, or has to be loaded, before the first step of a run.
+"""What has to be right before the first step of a run.
 
-    model, dtype, loaders, benchmark, resumed = prepare(args, dist, folder, parser, open_loaders)
-
-Finds everything that is wrong with a command and reports it at once, on the main rank.
+Finds everything that is wrong with a command and reports it at once, on the main rank. What may need the
+network comes after everything local.
 """
 
 import argparse
+import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
 import fineweb
 import hellaswag
-from corpus.shards import Shards, read_set
+from corpus.shards import read_set
 from corpus.tokenizer import get_tokenizer
 from formats.checkpoint import describe_pretrained
 from model import GPT, GPTConfig
 from runtime import hardware
 from runtime.cli import check_options
 from runtime.distributed import Distributed, Problems
-from training.checkpoints import check_disk, load_training_state
-from training.records import RunFolder, check_packages
+from training.checkpoints import load_training_state
+from training.folder import RunFolder
 
 DATA_DIR, DEMO_DATA_DIR = "edu_fineweb10B", "demo_data"
-SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+# The options that say what a model is; without a value, they come from the preset or the weights.
+ARCHITECTURE = tuple(each.name for each in fields(GPTConfig) if each.name != "dropout")
 
 
-def limit_steps(args: argparse.Namespace) -> None:
-    """Replace --epochs by the --max_steps that it means for the shards; the warm-up shrinks in proportion."""
-    tokens = sum(Shards(args.data_dir, "train").lengths)
-    steps = min(args.max_steps, max(round(args.epochs * tokens / args.total_batch_size), 1))
-    args.warmup_steps = min(round(args.warmup_steps * steps / args.max_steps), steps - 1)
-    args.max_steps, args.epochs = steps, None  # a resumed run may be extended
+@dataclass
+class Found:
+    """What `check_everything` has loaded on its way."""
+
+    dtype: torch.dtype
+    tokenizer: object  # None if nothing needs one
+    n_vocab: int
+    benchmark: hellaswag.Benchmark
+    resumed: dict | None  # the checkpoint to continue from
+
+
+def check_packages(args: argparse.Namespace) -> None:
+    """Raise ValueError, with a line for each, if packages that the options need are not installed."""
+    wanted = [package for package in ("tensorboard", "wandb") if getattr(args, package)]
+    missing = [package for package in wanted if importlib.util.find_spec(package) is None]
+    if missing:
+        lines = [f"--{name} needs a package that is not installed: pip install {name}" for name in missing]
+        raise ValueError("\n".join(lines))
 
 
 def check_args(args: argparse.Namespace, world_size: int, parser: argparse.ArgumentParser) -> None:
@@ -74,27 +87,31 @@ def check_args(args: argparse.Namespace, world_size: int, parser: argparse.Argum
     check_options(parser, args, problems)
 
 
-def load_model(args: argparse.Namespace, n_vocab: int, resumed: dict | None) -> GPT:
-    """Build the model, with the weights of the resumed checkpoint or of --init_from if there are any.
+def load_pretrained(
+    args: argparse.Namespace, dist: Distributed, found: Found, parser: argparse.ArgumentParser
+) -> GPT | None:
+    """Load the model of the resumed checkpoint or of --init_from, or return None for a new model.
 
     Fills in the architecture options that were left open. Raises ValueError, with a line for each, for
-    options that differ from the weights.
+    options that differ from the weights, or do not fit the data.
     """
-    model, known = None, {"vocab_size": math.ceil(n_vocab / 64) * 64}
-    if resumed:
-        source, model = args.out_dir, GPT.from_pretrained(resumed, dropout=args.dropout)
-        known = {**asdict(model.config), "block_size": resumed["args"]["block_size"]}
-    elif args.init_from:
-        source, model = args.init_from, GPT.from_pretrained(args.init_from, dropout=args.dropout)
-        known = asdict(model.config)
-    problems = []
-    for name in SIZES:
+    model, n_vocab, problems = None, found.n_vocab, []
+    known = {each.name: each.default for each in fields(GPTConfig)} | {
+        "vocab_size": math.ceil(n_vocab / 64) * 64
+    }
+    source = args.out_dir if found.resumed else args.init_from
+    if source:
+        model = GPT.from_pretrained(found.resumed or args.init_from, dropout=args.dropout)
+        known = vars(model.config)
+        if found.resumed:
+            known = {**known, "block_size": found.resumed["args"]["block_size"]}
+    for name in ARCHITECTURE:
         asked = getattr(args, name)
         # Windows may be shorter than the model's context.
-        shorter_windows = model and not resumed and name == "block_size" and asked and asked < known[name]
+        is_shorter = name == "block_size" and asked is not None and asked < known[name]
         if asked is None:
             setattr(args, name, known[name])
-        elif model and asked != known[name] and not shorter_windows:
+        elif model and asked != known[name] and not (is_shorter and not found.resumed):
             problems.append(f"--{name} is {asked}, but {source} has {known[name]}: leave it out")
     trained_on = (model.metadata.get("args") or {}).get("tokenizer") if model else None
     if args.init_from and trained_on != args.tokenizer and args.vocab_size >= 2 * n_vocab:
@@ -106,7 +123,34 @@ def load_model(args: argparse.Namespace, n_vocab: int, resumed: dict | None) -> 
         problems.append(f"--vocab_size is {args.vocab_size}, but the shards' tokenizer has {n_vocab} ids")
     if problems:
         raise ValueError("\n".join(problems))
-    return model or GPT(GPTConfig(**{name: getattr(args, name) for name in (*SIZES, "dropout")}))
+    if model and not found.resumed and (line := describe_pretrained(args.init_from, model.metadata)):
+        dist.say(line)
+    check_args(args, dist.world_size, parser)  # again, with the sizes of the weights
+    return model
+
+
+def fit_batch_size(args: argparse.Namespace, dist: Distributed, model: GPT, dtype: torch.dtype) -> int:
+    """Return --batch_size, or for auto the largest one that fits. Every rank has to call this.
+
+    Raises ValueError if it needs more memory than this machine has.
+    """
+    if args.batch_size == "auto":
+        return hardware.find_batch_size(model, args.total_batch_size, args.block_size, dtype, dist)
+    if not args.eval_only:  # which needs no gradients
+        hardware.check_memory(model, args.batch_size, args.block_size, dtype, dist.device)
+    return args.batch_size
+
+
+def limit_steps(
+    args: argparse.Namespace, tokens: float, tokens_at: Callable[[int, argparse.Namespace], int]
+) -> None:
+    """Lower --max_steps to the steps that this many tokens take; the warm-up shrinks in proportion."""
+    steps, before = 0, args.max_steps
+    while steps < before and tokens >= tokens_at(steps, args) / 2:
+        tokens -= tokens_at(steps, args)
+        steps += 1
+    args.max_steps, args.epochs = max(steps, 1), None  # a resumed run may be extended
+    args.warmup_steps = min(round(args.warmup_steps * args.max_steps / before), args.max_steps - 1)
 
 
 def first_words(tokens: np.ndarray, tokenizer) -> str:
@@ -117,19 +161,14 @@ def first_words(tokens: np.ndarray, tokenizer) -> str:
     return " ".join(text.strip("\ufffd").split()[:5])
 
 
-def prepare(
-    args: argparse.Namespace,
-    dist: Distributed,
-    folder: RunFolder,
-    parser: argparse.ArgumentParser,
-    open_loaders: Callable[[], dict],
-) -> tuple[GPT, torch.dtype, dict, hellaswag.Benchmark, dict | None]:
-    """Return model, dtype, loaders, HellaSwag, and the checkpoint to resume or None.
+def check_everything(
+    args: argparse.Namespace, dist: Distributed, folder: RunFolder, parser: argparse.ArgumentParser
+) -> Found:
+    """Check options, packages, folder, data, items and checkpoint, and return what was loaded for that.
 
-    Fills in the options left open, and locks the folder of a run if it exists. Raises ValueError, with a line
-    for each problem, on the main rank and SystemExit on the others. A collective.
+    Fills in the options that the data decide, and locks the folder of a run if it exists. Raises ValueError,
+    with a line for each problem, on the main rank and SystemExit on the others. Every rank has to call this.
     """
-    model, tokenizer, items, loaders = None, None, [], {}
     problems = Problems(dist)
     is_demo = args.preset == "demo" and args.data_dir in (None, DEMO_DATA_DIR)
     args.data_dir = args.data_dir or (DEMO_DATA_DIR if is_demo else DATA_DIR)
@@ -140,61 +179,43 @@ def prepare(
         if dist.is_main:
             problems.call(fineweb.prepare_demo, DEMO_DATA_DIR)
         problems.none_on_any_rank()  # the other ranks wait for the shards
-    if args.epochs and not problems.lines:
-        problems.call(limit_steps, args)
     if dist.is_main:
         problems.call(folder.check, args.data_dir, not (args.dry_run or args.eval_only))
-    if manifest := problems.call(read_set, args.data_dir, args.tokenizer) or {}:
-        args.tokenizer = manifest["tokenizer"]
+    manifest = problems.call(read_set, args.data_dir, args.tokenizer) or {}
+    args.tokenizer = manifest.get("tokenizer", args.tokenizer)
+    items, resumed = [], None
     if args.hellaswag_every and args.hellaswag_data:
         path = hellaswag.DEMO_ITEMS if args.hellaswag_data == "demo" else args.hellaswag_data
         items = problems.call(hellaswag.load_items, path) or []
-    resumed = None
     if args.resume:
         resumed = problems.call(load_training_state, args.out_dir, args.optimizer, args.max_steps)
         hint = f"the ranks would resume {args.out_dir} at different steps; every node has to see this folder"
         problems.call(dist.check_same, resumed and resumed["step"], hint)
-    if problems.none_on_any_rank():  # what may need the network comes after everything local
-        writes_text = args.sample_every or args.sample_prompt is None
-        if writes_text or args.hellaswag_every or args.eval_only or "vocab_size" not in manifest:
-            tokenizer = problems.call(get_tokenizer, args.tokenizer)
-        if args.hellaswag_every and not args.hellaswag_data and problems.none_on_any_rank():
-            if dist.is_main:
-                problems.call(hellaswag.download)
-            if problems.none_on_any_rank():  # the other ranks wait for the file
-                items = problems.call(hellaswag.load_items, hellaswag.DATA) or []
-            elif args.dry_run:
-                dist.say("\n".join([*problems.lines, "the dry run goes on without HellaSwag"]))
-                problems.lines, args.hellaswag_every = [], 0
-    if problems.none_on_any_rank():
-        n_vocab = tokenizer.n_vocab if tokenizer else manifest["vocab_size"]
-        torch.manual_seed(args.seed)
-        model = problems.call(load_model, args, n_vocab, resumed)
-    if problems.none_on_any_rank():
-        if not resumed and (line := describe_pretrained(args.init_from, model.metadata)):
-            dist.say(line)
-        model = model.to(dist.device)
-        model.recompute = args.recompute
-        problems.call(check_args, args, dist.world_size, parser)  # again, with the sizes of --init_from
-        problems.call(check_disk, args, model.optimizer_groups(args.weight_decay), resumed)
-    if problems.none_on_any_rank():
-        with problems.collect():
-            if args.batch_size != "auto":
-                if not args.eval_only:  # which needs no gradients
-                    hardware.check_memory(model, args.batch_size, args.block_size, dtype, dist.device)
-            else:
-                sizes = (args.total_batch_size, args.block_size)
-                args.batch_size = hardware.find_batch_size(model, *sizes, dtype, dist)
-            loaders = open_loaders()
-            if args.sample_prompt is None:
-                args.sample_prompt = first_words(loaders["val"].read(0), tokenizer)
-    if problems.none_on_any_rank():
-        found = [loader.description for loader in loaders.values()]
-        hint = f"the ranks see different shards; {args.data_dir} has to be the same on every node"
-        problems.call(dist.check_same, found, hint)
+    if not problems.none_on_any_rank():
+        problems.raise_all()
+
+    tokenizer, writes_text = None, args.sample_every or args.sample_prompt is None
+    if writes_text or args.hellaswag_every or args.eval_only or "vocab_size" not in manifest:
+        tokenizer = problems.call(get_tokenizer, args.tokenizer)
+    if args.hellaswag_every and not args.hellaswag_data and problems.none_on_any_rank():
+        items = download_items(args, dist, problems)
     problems.raise_all()
     about = hellaswag.identify(items) if items else {}
     if "warning" in about:
         dist.say(f"HellaSwag: {about['warning']}")
     benchmark = hellaswag.Benchmark(hellaswag.render(items[: args.hellaswag_limit], tokenizer), about)
-    return model, dtype, loaders, benchmark, resumed
+    return Found(
+        dtype, tokenizer, tokenizer.n_vocab if tokenizer else manifest["vocab_size"], benchmark, resumed
+    )
+
+
+def download_items(args: argparse.Namespace, dist: Distributed, problems: Problems) -> list[dict]:
+    """Return HellaSwag's items, which the main rank downloads; a dry run goes on without them."""
+    if dist.is_main:
+        problems.call(hellaswag.download)
+    if problems.none_on_any_rank():  # the other ranks wait for the file
+        return problems.call(hellaswag.load_items, hellaswag.DATA) or []
+    if args.dry_run:
+        dist.say("\n".join([*problems.lines, "the dry run goes on without HellaSwag"]))
+        problems.lines, args.hellaswag_every = [], 0
+    return []

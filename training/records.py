@@ -1,14 +1,12 @@
-"""What a run leaves behind besides checkpoints: log.jsonl, TensorBoard, Weights & Biases, console, picture.
+"""What a run leaves behind: log.jsonl, TensorBoard, Weights & Biases, console, picture, and checkpoints.
 
-log = Log(out_dir, args, start_step=0, last_step=False)
-log(step, "val", loss=3.05)             # a record in log.jsonl, and a line on the console
+with Records(run, folder, evaluations, recent={}) as records:
+    records.log(step, "val", loss=3.05)     # a record in log.jsonl, and a line on the console
+    records.save(["model_00250.pt"])
 """
 
-import argparse
 import contextlib
 import html
-import importlib.util
-import itertools
 import json
 import math
 import os
@@ -19,126 +17,20 @@ import threading
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
+from runtime import hardware
 from runtime.cli import shell_word
-from runtime.files import FolderLock, check_folder, is_same_file, write_atomically
-from runtime.hardware import describe_machine
+from runtime.files import is_same_file, write_atomically
 from runtime.log import read_records
+from training.checkpoints import CheckpointWriter, is_last_step, numbered, training_state
+from training.describe import about_run
+from training.folder import RunFolder
 
 PLOT = Path(__file__).parent.parent / "plot.py"
 PICTURE_EVERY_S = 30.0  # drawing takes a second, and small models write checkpoints more often than this
-FEW_EPOCHS, MANY_EPOCHS = 0.1, 10.0
 LONG_RUN_S = 2 * 86400.0
 PICTURE_TIMEOUT_S = 120.0  # the next checkpoint waits for a picture that hangs
-
-
-def check_packages(args: argparse.Namespace) -> None:
-    """Raise ValueError, with a line for each, if packages that the options need are not installed."""
-    wanted = [package for package in ("tensorboard", "wandb") if getattr(args, package)]
-    missing = [package for package in wanted if importlib.util.find_spec(package) is None]
-    if missing:
-        lines = [f"--{name} needs a package that is not installed: pip install {name}" for name in missing]
-        raise ValueError("\n".join(lines))
-
-
-class RunFolder(contextlib.ExitStack):
-    """The folder of a run, which is locked while the run writes to it. `name` and `path` are what it is now.
-
-    A run whose folder is deleted, moved or replaced continues in a new one, see `ensure`. Whatever writes to
-    the folder registers its end with `callback`, so that it ends before the lock is released.
-    """
-
-    def __init__(self, out_dir: str | Path):
-        super().__init__()
-        self.name, self.path = str(out_dir), Path(out_dir).absolute()
-        self.lock, self.status, self.mutex = FolderLock(self.path), None, threading.Lock()
-        self.callback(lambda: self.lock.release())
-
-    def _acquire(self) -> None:
-        """Create the folder if it does not exist, and lock it. Raises ValueError if it is in use."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.lock.folder = self.path
-        self.lock.acquire()
-        self.status = os.stat(self.path)
-
-    def check(self, data_dir: str, lock: bool) -> None:
-        """Check that the folder can be that of a run, and `lock` it if it exists.
-
-        It has to be writable, and must not contain what a new run, which renames it, would take away. Raises
-        OSError if it cannot be written, and ValueError if another run uses it.
-        """
-        path = self.path.resolve()
-        if Path.cwd().is_relative_to(path):
-            raise ValueError(f"--out_dir {self.name} contains the working directory: use another folder")
-        if Path(data_dir).resolve().is_relative_to(path):
-            raise ValueError(f"--out_dir {self.name} contains --data_dir: use another folder")
-        check_folder(path)
-        if lock and path.exists():
-            self._acquire()
-
-    def free_name(self) -> Path:
-        """Return the folder's name with .1, .2, … appended, whichever is free first."""
-        names = (self.path.with_name(f"{self.path.name}.{number}") for number in itertools.count(1))
-        return next(path for path in names if not path.exists())
-
-    def begin(self, is_new: bool) -> None:
-        """Create and lock the folder of a run. If a new one finds another run in it, that is renamed."""
-        self._acquire()
-        if is_new and ((self.path / "log.jsonl").exists() or any(self.path.glob("model_*.pt"))):
-            if os.name == "nt":  # Windows does not rename folders with open files
-                self.lock.release()
-            self.lock.folder = old = self.path.rename(self.free_name())
-            print(f"renamed the run in {self.path} to {old} (--resume would have continued it)")
-            self.lock.release()
-            self._acquire()
-
-    def nothing_to_resume(self) -> str:
-        """Return the line that says so, and names the folder beside this one that has a checkpoint."""
-        line = f"nothing to resume in {self.name}: starting a new run"
-        if (self.path / "log.jsonl").exists():
-            line += ", with the options of the one there, which has no checkpoint"
-        with contextlib.suppress(OSError):  # another run may be deleting its checkpoints
-            newest = max(self.path.parent.glob("*/model_*.pt"), key=os.path.getmtime, default=None)
-            line += f" (there is one in {Path(self.name).with_name(newest.parent.name)})" if newest else ""
-        return line
-
-    def ensure(self) -> bool:
-        """If the folder is gone, make it again; if there is another one in its place, use a free name.
-
-        Return whether that has happened.
-        """
-        with self.mutex:
-            if self.lock.is_held():
-                return False
-            if self.path.exists() and os.path.samestat(self.status, os.stat(self.path)):
-                self._acquire()  # only the file of the lock was removed
-                return False
-            was = self.path
-            if was.exists():
-                self.path = self.free_name()
-                self.name = str(self.path)
-            tqdm.write(f"warning: {was} was deleted, moved or replaced: the run continues in {self.path}")
-            self._acquire()
-            return True
-
-
-def is_measured_again(record: dict, args: argparse.Namespace, start_step: int, last_step: bool) -> bool:
-    """Return whether a run that is resumed at `start_step` replaces this record of its log.
-
-    It repeats every step from `start_step` on. At that step itself, it repeats only the evaluations that its
-    options ask for, or all of them if it is the `last_step`, which also gets another checkpoint.
-    """
-    step, kind = record["step"], record["kind"]
-    if kind in ("run", "end"):
-        return kind == "end"
-    if step != start_step or kind == "train":
-        return step >= start_step
-    if kind == "checkpoint":
-        return last_step
-    every = getattr(args, f"{kind}_every", 0)
-    return every > 0 and (step % every == 0 or last_step)
 
 
 class Log:
@@ -152,14 +44,16 @@ class Log:
     Raises ValueError if Weights & Biases refuses to start.
     """
 
-    def __init__(self, folder: RunFolder, args: argparse.Namespace, start_step: int, last_step: bool):
+    def __init__(self, run, folder: RunFolder, evaluations: list):
+        args, start_step = run.args, run.progress.step
         self.folder, self.args, self.start_step = folder, args, start_step
+        self.evaluations = {evaluation.kind: evaluation for evaluation in evaluations}
         self.lock, self.unwritten, self.is_failing = threading.Lock(), b"", False
         path = folder.path / "log.jsonl"
         kept, wandb_id = [], None
         for record in read_records(path) if path.exists() else ():
             with contextlib.suppress(KeyError, TypeError):
-                if not is_measured_again(record, args, start_step, last_step):
+                if not self._is_measured_again(record, is_last_step(args, run.progress)):
                     kept.append(record)
                     wandb_id = record.get("wandb") or wandb_id
         lines = "".join(json.dumps(record) + "\n" for record in kept)
@@ -178,14 +72,33 @@ class Log:
             except wandb.errors.Error as error:
                 message = f"Weights & Biases: {error} (without an account: WANDB_MODE=offline)"
                 raise ValueError(" ".join(message.split())) from error
-            for metric in ("train/*", "checkpoint/*", "end/*", "sample/*"):
-                self.wandb.define_metric(metric, step_metric="step")  # its own step counter cannot go back
-            for metric in ("val/*", "hellaswag/*"):
-                self.wandb.define_metric(metric, step_metric="tokens")
+            for kind in ("train", "checkpoint", "end", *self.evaluations):
+                axis = "tokens" if self._curve(kind) else "step"  # its own step counter cannot go back
+                self.wandb.define_metric(f"{kind}/*", step_metric=axis)
         # disable=None shows the bar on a terminal only.
         self.bar = tqdm(total=args.max_steps, initial=start_step, unit="step", disable=None)
         self.first_step_began: float | None = None
         self.drawn = time.monotonic()
+
+    def _curve(self, kind: str) -> str | None:
+        """Return the number of an evaluation that is drawn."""
+        return self.evaluations[kind].curve if kind in self.evaluations else None
+
+    def _is_measured_again(self, record: dict, last_step: bool) -> bool:
+        """Return whether a resumed run replaces this record of its log.
+
+        It repeats every step from `start_step` on. At that step itself, it repeats only the evaluations that
+        its options ask for, or all of them if it is the `last_step`, which also gets another checkpoint.
+        """
+        step, kind = record["step"], record["kind"]
+        if kind in ("run", "end"):
+            return kind == "end"
+        if step != self.start_step or kind == "train":
+            return step >= self.start_step
+        if kind == "checkpoint":
+            return last_step
+        every = getattr(self.args, f"{kind}_every") if kind in self.evaluations else 0
+        return every > 0 and (step % every == 0 or last_step)
 
     def __call__(self, step: int, kind: str, **values) -> None:
         """Add a record and print its line. Numbers that are not finite become null: JSON has none."""
@@ -207,8 +120,8 @@ class Log:
                     )
             self.bar.update()
             self.bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
-        elif kind in ("val", "hellaswag", "sample"):
-            tqdm.write(describe_evaluation(step, kind, values))
+        elif kind in self.evaluations:
+            tqdm.write(f"step {step:5d} | {self.evaluations[kind].line(values)}")
 
     def _record(self, step: int, kind: str, values: dict) -> None:
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
@@ -272,9 +185,9 @@ class Log:
 
     def _report(self, step: int, kind: str, **values) -> dict[str, float]:
         """Return the numbers of a record by the names of their curves, and send it to TensorBoard."""
-        rates = {f"lr {name}": rate for name, rate in values.get("lrs", {}).items()}
-        shown = {name: value for name, value in {**values, **rates}.items() if name != "tokens"}
-        numbers = {f"{kind}/{k}": v for k, v in shown.items() if isinstance(v, int | float)}
+        numbers = flat(
+            kind, {name: value for name, value in values.items() if name not in ("tokens", "args")}
+        )
         try:
             for name, value in numbers.items() if self.tensorboard else ():
                 self.tensorboard.add_scalar(name, value, step)
@@ -290,7 +203,7 @@ class Log:
 
     def _report_by_tokens(self, kind: str, **values) -> None:
         """Send what an evaluation has measured to TensorBoard again, at the tokens seen until then."""
-        name = {"val": "loss", "hellaswag": "acc_norm"}.get(kind)
+        name = self._curve(kind)
         if isinstance(values.get(name), int | float) and isinstance(values.get("tokens"), int):
             self.tensorboard.add_scalar(f"by tokens/{kind} {name}", values[name], values["tokens"])
 
@@ -346,99 +259,16 @@ class Log:
             self.wandb.finish()
 
 
+def flat(name: str, value: object) -> dict[str, float]:
+    """Return the numbers in nested dicts by their paths, such as train/lrs/embeddings."""
+    if isinstance(value, dict):
+        return {path: v for key, each in value.items() for path, v in flat(f"{name}/{key}", each).items()}
+    return {name: value} if isinstance(value, int | float) else {}
+
+
 def printable(texts: list[str] | None) -> list[str]:
     """Return texts, with what UTF-8 cannot hold replaced."""
     return [text.encode(errors="replace").decode() for text in texts or ()]
-
-
-def about_run(args: argparse.Namespace, world_size: int, groups: list[dict], device: torch.device) -> dict:
-    """Return the record of what a run is about to do; `groups` are those of the optimizer."""
-    groups = describe_groups(groups, args.learning_rate)
-    params = sum(group["params"] for group in groups)
-    about = dict(args=vars(args), world_size=world_size, params=params, groups=groups)
-    return about | describe_machine(device)
-
-
-def describe_groups(groups: list[dict], learning_rate: float) -> list[dict]:
-    """Return what console and log say about each parameter group; `lr` is its peak."""
-    return [
-        {
-            "name": group["name"],
-            "optimizer": "muon" if "momentum" in group else "adamw",
-            "params": sum(weight.numel() for weight in group["params"]),
-            "lr": learning_rate * group["lr_scale"],
-            "weight_decay": group["weight_decay"],
-        }
-        for group in groups
-    ]
-
-
-def describe_run(
-    args: argparse.Namespace,
-    about: dict,
-    how: str,
-    epoch_tokens: int,
-    val_tokens: int,
-    item_tokens: int,
-    disk: tuple[int, int, int],
-) -> str:
-    """Return what a run is about to do, one line per thing that its user may want to change, and warnings.
-
-    `about` is the record of kind `run`. A validation reads `val_tokens`, and the HellaSwag items have
-    `item_tokens`; `disk` comes from `disk_usage`.
-    """
-    hardware, ranks = about["hardware"], about["world_size"]
-    tokens, micro_batch = args.max_steps * args.total_batch_size, args.batch_size * args.block_size * ranks
-    size, needed, free = (tqdm.format_sizeof(n, "B") for n in disk)
-    checkpoints = f"{size} each, at most {needed} in {args.out_dir}, where {free} are free"
-    lines = [
-        ("device", f"{ranks} x {hardware['device']}, {hardware['cpu_count']} cores of {hardware['cpu']}"),
-        ("compute", f"torch {about['versions']['torch']}, {how}"),
-        (
-            "model",
-            f"{about['params']:,} parameters: {args.n_layer} layers, {args.n_head} heads, width "
-            f"{args.n_embd}, context {args.block_size}, {args.vocab_size:,} token ids",
-        ),
-        (
-            "batch",
-            f"{args.total_batch_size:,} tokens per step: {args.batch_size} sequences x {args.block_size} "
-            f"tokens x {ranks} rank(s) x {args.total_batch_size // micro_batch} micro-step(s)",
-        ),
-        (
-            "run",
-            f"{args.max_steps:,} steps, {tokens:,} tokens, {tokens / epoch_tokens:.2f} epochs of "
-            f"{epoch_tokens:,} in {args.data_dir}",
-        ),
-        ("checkpoints", checkpoints if args.checkpoint_every else "none"),
-    ]
-    for group in about["groups"]:
-        what = f"{group['params']:,} {group['name']}, learning rate up to {group['lr']:.2e}"
-        lines.append((group["optimizer"], f"{what}, weight decay {group['weight_decay']:g}"))
-    warnings = what_disappoints(args, tokens / epoch_tokens, val_tokens, item_tokens)
-    lines += [("warning", text) for text in warnings]
-    if args.eval_only:
-        lines = [line for line in lines if line[0] in ("device", "compute", "model")]
-    return "\n".join(f"{name:12} {text}" for name, text in lines)
-
-
-def what_disappoints(args: argparse.Namespace, epochs: float, val_tokens: int, item_tokens: int) -> list[str]:
-    """Return a line for each thing about a run, or its rehearsal, that its user will probably regret."""
-    if args.overfit_batch:
-        return []
-    lines = []
-    if epochs < FEW_EPOCHS:
-        lines.append(f"only {epochs:.1%} of the training data will be read: raise --max_steps if you can")
-    if epochs > MANY_EPOCHS and not args.early_stop:
-        lines.append(f"{epochs:.0f} epochs memorize the text: lower --max_steps or use --early_stop")
-    pairs = ((val_tokens, args.val_every), (item_tokens, args.hellaswag_every))
-    # A step of training takes three times as long as the forward pass over its tokens.
-    share = sum(tokens / every for tokens, every in pairs if every) / (3 * args.total_batch_size)
-    if share > 1:
-        lines.append(
-            f"evaluations will take about {share:.1f} times as long as the training between them: raise "
-            "--val_every and --hellaswag_every, or lower --val_tokens and --hellaswag_limit"
-        )
-    return lines
 
 
 def describe_step(step: int, record: dict, seconds_left: float) -> str:
@@ -451,11 +281,50 @@ def describe_step(step: int, record: dict, seconds_left: float) -> str:
     )
 
 
-def describe_evaluation(step: int, kind: str, record: dict) -> str:
-    """Return the console lines of a validation, a HellaSwag evaluation or samples."""
-    if kind == "val":
-        return f"step {step:5d} | val  {record['loss']:7.4f}"
-    if kind == "hellaswag":
-        scores = f"{record['acc_norm']:.2%} (acc_norm), {record['acc']:.2%} (acc)"
-        return f"step {step:5d} | hellaswag {scores}"
-    return "".join(f"step {step:5d} | sample\n{text}\n\n" for text in record["texts"])
+class Records:
+    """The log and the checkpoints of a run, which the main rank writes.
+
+    `evaluations` are those of train.py. At the end of a `with` block, everything is on disk. If shards could
+    not be read, that includes a checkpoint: the weights are still those of the last step.
+    """
+
+    def __init__(self, run, folder: RunFolder, evaluations: list, recent: dict[str, bool]):
+        self.run, self.log = run, Log(run, folder, evaluations)
+        milestone_steps = run.args.milestone_every * run.args.checkpoint_every
+        self.writer = CheckpointWriter(folder, run.args.keep, milestone_steps, self.log.checkpoint, recent)
+        self.check, self.newest = self.writer.check, self.writer.newest
+        self.log(run.progress.step, "run", **about_run(run, evaluations))
+
+    def save(self, names: list[str]) -> None:
+        """Start writing a checkpoint of the present state under each of the names."""
+        if self.run.args.checkpoint_every and names:
+            self.writer.save(names, training_state(self.run), self.run.dist.device)
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint, and log the end of a run that no signal has stopped."""
+        self.writer.close()
+        self.run.stop.restore()
+        if not self.run.stopping:
+            used = hardware.memory(self.run.dist.device)
+            self.log(self.run.progress.step, "end", peak_bytes=used[0] if used else None)
+
+    def report_end(self, overfit_loss: float | None) -> None:
+        """Print how the run has ended and what to do next."""
+        self.log.report_end(self.run.progress.step, overfit_loss, self.run.stopping)
+
+    def __enter__(self) -> "Records":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.run.train_data.failed or self.run.val_data.failed:
+            self.save([numbered(self.run.progress.step)])
+        self.writer.pool.shutdown()
+        self.log.close()
+
+
+def speed_of(run, tokens: int, seconds: float) -> dict[str, float | None]:
+    """Return what a record says about the time that a step took; `mfu` is None for an unknown device."""
+    speed, peak = tokens / seconds, hardware.peak_flops(run.dist.device, run.dtype)
+    flops = speed * run.raw_model.flops_per_token(run.args.block_size)
+    mfu = flops / (peak * run.dist.world_size) if peak else None
+    return {"dt_ms": 1000 * seconds, "tokens_per_s": speed, "mfu": mfu}

@@ -1,0 +1,101 @@
+"""What a run is about to do, in lines for the console and as a record. `run` is the Run of train.py."""
+
+from tqdm import tqdm
+
+from runtime import hardware
+from training.checkpoints import disk_usage
+
+FEW_EPOCHS, MANY_EPOCHS = 0.1, 10.0
+
+
+def describe_run(run) -> str:
+    """Return what a run is about to do, one line per thing that its user may want to change, and warnings."""
+    args, ranks, machine = run.args, run.dist.world_size, hardware.describe_machine(run.dist.device)
+    epoch_tokens = run.train_data.windows * run.train_data.block_size
+    step_tokens = round(run.planned_tokens / args.max_steps)
+    with run.attention():
+        how = hardware.describe_compute(args, run.dtype, run.dist.device, run.is_compiled)
+    size, needed, free = (tqdm.format_sizeof(n, "B") for n in disk_usage(run))
+    checkpoints = f"{size} each, at most {needed} in {args.out_dir}, where {free} are free"
+    lines = [
+        (
+            "device",
+            f"{ranks} x {machine['hardware']['device']}, {machine['hardware']['cpu_count']} cores of "
+            f"{machine['hardware']['cpu']}",
+        ),
+        ("compute", f"torch {machine['versions']['torch']}, {how}"),
+        (
+            "model",
+            f"{run.raw_model.num_params():,} parameters: {args.n_layer} layers, {args.n_head} heads, width "
+            f"{args.n_embd}, context {args.block_size}, {args.vocab_size:,} token ids",
+        ),
+        (
+            "batch",
+            f"{step_tokens:,} tokens per step: {args.batch_size} sequences x {args.block_size} "
+            f"tokens x {ranks} rank(s) x {step_tokens // (args.batch_size * args.block_size * ranks)} "
+            "micro-step(s)",
+        ),
+        (
+            "run",
+            f"{args.max_steps:,} steps, {run.planned_tokens:,} tokens, "
+            f"{run.planned_tokens / epoch_tokens:.2f} epochs of "
+            f"{epoch_tokens:,} in {args.data_dir}",
+        ),
+        ("checkpoints", checkpoints if args.checkpoint_every else "none"),
+    ]
+    for group in describe_groups(run):
+        what = f"{group['params']:,} {group['name']}, learning rate up to {group['lr']:.2e}"
+        lines.append((group["optimizer"], f"{what}, weight decay {group['weight_decay']:g}"))
+    warnings = what_disappoints(run, run.planned_tokens / epoch_tokens)
+    lines += [("warning", text) for text in warnings]
+    if args.eval_only:
+        lines = [line for line in lines if line[0] in ("device", "compute", "model")]
+    return "\n".join(f"{name:12} {text}" for name, text in lines)
+
+
+def what_disappoints(run, epochs: float) -> list[str]:
+    """Return a line for each thing about a run, or its rehearsal, that its user will probably regret."""
+    args = run.args
+    if args.overfit_batch:
+        return []
+    lines = []
+    if epochs < FEW_EPOCHS:
+        lines.append(f"only {epochs:.1%} of the training data will be read: raise --max_steps if you can")
+    if epochs > MANY_EPOCHS and not args.early_stop:
+        lines.append(f"{epochs:.0f} epochs memorize the text: lower --max_steps or use --early_stop")
+    val_tokens = run.val_data.windows_for(args.val_tokens) * args.block_size
+    items = run.benchmark.examples
+    item_tokens = sum(len(each.context) + sum(map(len, each.endings)) for each in items)
+    pairs = ((val_tokens, args.val_every), (item_tokens, args.hellaswag_every))
+    # A step of training takes three times as long as the forward pass over its tokens.
+    share = sum(tokens / every for tokens, every in pairs if every) / (
+        3 * run.planned_tokens / args.max_steps
+    )
+    if share > 1:
+        lines.append(
+            f"evaluations will take about {share:.1f} times as long as the training between them: raise "
+            "--val_every and --hellaswag_every, or lower --val_tokens and --hellaswag_limit"
+        )
+    return lines
+
+
+def about_run(run, evaluations: list) -> dict:
+    """Return the record of what a run is about to do. It names the number of each evaluation to draw."""
+    curves = {each.kind: each.curve for each in evaluations if each.curve}
+    about = dict(args=vars(run.args), world_size=run.dist.world_size, params=run.raw_model.num_params())
+    about |= {"groups": describe_groups(run), "curves": curves}
+    return about | hardware.describe_machine(run.dist.device)
+
+
+def describe_groups(run) -> list[dict]:
+    """Return what console and log say about each parameter group; `lr` is its peak."""
+    return [
+        {
+            "name": group["name"],
+            "optimizer": group["optimizer"],
+            "params": sum(weight.numel() for weight in group["params"]),
+            "lr": run.args.learning_rate * group["lr_scale"],
+            "weight_decay": group["weight_decay"],
+        }
+        for group in run.optimizer.param_groups
+    ]
