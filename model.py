@@ -412,7 +412,7 @@ class GPT(nn.Module):
         config, state, metadata = read_pretrained(source)
         name = "the checkpoint" if isinstance(source, dict) else source
         with parsing(name, "a GPT-2", "use another model"):
-            model = cls(GPTConfig(**config, dropout=dropout))
+            model = cls(GPTConfig(**{**config, "dropout": dropout}))
             model.load_state_dict(state)
         model.metadata = metadata
         return model
@@ -422,7 +422,7 @@ class GPT(nn.Module):
 
         Only the first `vocab_size` token ids are kept; the last of them is end-of-text. The default drops the
         rows that pad GPT-2's 50,257 ids to 50,304 and keeps every other vocabulary whole. Raises ValueError
-        if the folder exists and is not empty.
+        if the folder exists and is not empty, and for a model that transformers' GPT-2 cannot express.
         """
         from formats.hugging_face import write_hugging_face
 

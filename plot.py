@@ -22,9 +22,10 @@ from pathlib import Path
 
 from runtime.cli import Range, check_options, run
 from runtime.files import check_output, write_atomically
-from runtime.log import read_log
+from runtime.log import curves_of, is_number, read_log
 
 SMOOTHING_POINTS = 200  # a training curve is averaged down to about this many points
+TITLES = {"hellaswag": "HellaSwag"}  # as in REFERENCES; other evaluations go by their kind
 # What each training step adds on the horizontal axis.
 AXES = {
     "step": lambda record: 1,
@@ -49,7 +50,7 @@ REFERENCES = {
 
 def curve(records: list[dict], name: str) -> tuple[list[int], list[float]]:
     """Return steps and values of one quantity, without records that lack it (skipped steps have no loss)."""
-    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    points = [(record["step"], record[name]) for record in records if is_number(record.get(name))]
     return [step for step, _ in points], [value for _, value in points]
 
 
@@ -78,9 +79,13 @@ def panels_of(logs: dict[str, dict[str, list[dict]]]) -> list[tuple[str, str | N
         ("gradient norm", None, [("train", "norm")]),
         ("tokens/s", None, [("train", "tokens_per_s")]),
     ]
-    if any(log.get("hellaswag") for log in logs.values()):
-        panels.append(("HellaSwag", "acc_norm", [("hellaswag", "acc_norm")]))
-    return panels
+    return panels + [(TITLES.get(kind, kind), name, [(kind, name)]) for kind, name in scores_of(logs).items()]
+
+
+def scores_of(logs: dict[str, dict[str, list[dict]]]) -> dict[str, str]:
+    """Return the number to draw of each kind of evaluation, besides validation, that a run has done."""
+    names = {kind: name for log in logs.values() for kind, name in curves_of(log).items() if kind != "val"}
+    return {kind: name for kind, name in names.items() if any(log.get(kind) for log in logs.values())}
 
 
 def options_of(log: dict[str, list[dict]]) -> dict:
@@ -246,14 +251,18 @@ def results(logs: dict[str, dict[str, list[dict]]], references: str | None) -> l
 
     Published losses are those of the set in REFERENCES, if any; HellaSwag compares everywhere.
     """
-    rows = [["", "steps", "tokens seen", "last validation loss", "best", "HellaSwag acc_norm"]]
+    others = {kind: name for kind, name in scores_of(logs).items() if kind != "hellaswag"}
+    head = ["", "steps", "tokens seen", "last validation loss", "best", "HellaSwag acc_norm"]
+    rows = [head + [f"{kind} {name}" for kind, name in others.items()]]
     for name, log in logs.items():
         seen = sum(map(AXES["tokens"], log.get("train", [])))
         losses = curve(log.get("val", []), "loss")[1]
         scores = curve(log.get("hellaswag", []), "acc_norm")[1]
         last, best = (f"{value:.4f}" for value in (losses[-1], min(losses))) if losses else ("", "")
         score = f"{scores[-1]:.2%} of {log['hellaswag'][-1]['n']:,} items" if scores else ""
-        rows.append([name, f"{len(log.get('train', [])):,}", f"{seen:,.0f}", last, best, score])
+        row = [name, f"{len(log.get('train', [])):,}", f"{seen:,.0f}", last, best, score]
+        last_of = [curve(log.get(kind, []), number)[1][-1:] for kind, number in others.items()]
+        rows.append(row + [f"{value[0]:.4g}" if value else "" for value in last_of])
     published = dict(REFERENCES[references or "fineweb-edu"])
     if not references or unit_of(logs) == "nats per byte":
         published["loss"] = {}
@@ -262,7 +271,7 @@ def results(logs: dict[str, dict[str, list[dict]]], references: str | None) -> l
     for name in dict.fromkeys([*published["loss"], *published["HellaSwag"]]):
         loss, score = published["loss"].get(name), published["HellaSwag"].get(name)
         loss, score = f"{loss:.4g}" if loss else "", f"{score:.2%}" if score else ""
-        rows.append([f"published: {name}", "", "", loss, "", score])
+        rows.append([f"published: {name}", "", "", loss, "", score, *("" for _ in others)])
     return rows
 
 

@@ -12,11 +12,13 @@ import math
 import re
 import warnings
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from formats.hugging_face import HUB_NAMES, check_size, read_hugging_face, transpose
+from model import GPTConfig
 from runtime import hub
 from runtime.files import parsing
 from runtime.memory import is_out_of_memory
@@ -205,6 +207,30 @@ def read_pretrained(source: str | Path | dict) -> tuple[dict, dict[str, torch.Te
     return _read_gpt2_checkpoint(source, load_checkpoint(source))
 
 
+def is_ours(checkpoint: dict) -> bool:
+    """Return whether train.py wrote a checkpoint. In those of others, `config` is something else."""
+    config = checkpoint.get("config")
+    return isinstance(config, dict) and "best_step" in checkpoint and "vocab_size" in config
+
+
+def own_config(saved: dict, found: dict) -> dict:
+    """Return the fields of GPTConfig that a checkpoint of ours was trained with; `found` is in its tensors.
+
+    A field that is newer than the checkpoint has its default, which is said. Raises ValueError for a field
+    that this version does not know, and if the tensors have other sizes.
+    """
+    known = {each.name: each.default for each in fields(GPTConfig)}
+    if unknown := saved.keys() - known.keys():
+        raise ValueError(f"its {min(unknown)} is unknown here: use the model.py that it was trained with")
+    for name, size in found.items():
+        if name != "n_head" and saved.get(name) != size:
+            raise ValueError(f"its {name} is {saved.get(name)}, but its tensors have {size}")
+    newer = {name: default for name, default in known.items() if name not in saved}
+    for name, default in newer.items():
+        warnings.warn(f"the checkpoint is older than {name}, which is {default} now", stacklevel=2)
+    return {**newer, **saved}
+
+
 def describe_pretrained(source: str | Path, metadata: dict) -> str:
     """Return a line about the checkpoint that was loaded, one about a better one; empty for other models.
 
@@ -224,10 +250,11 @@ def describe_pretrained(source: str | Path, metadata: dict) -> str:
 def _read_gpt2_checkpoint(source: str | Path, checkpoint: dict) -> tuple[dict, dict[str, torch.Tensor], dict]:
     """Find the GPT-2 in a checkpoint of ours or of another GPT-2 repository.
 
-    Tensor names may have prefixes of DDP, torch.compile or a wrapper module. Sizes are read off the tensors;
-    `n_head` comes from a dict or object beside them, and defaults to heads that are 64 wide, as in all of
-    OpenAI's models. Weights may have OpenAI's layout. Missing biases become zeros. A model trained with exact
-    GELU, like nanoGPT's, runs with GPT-2's tanh GELU. Raises ValueError for anything else.
+    One of ours is rebuilt from its own `config`, field by field. For others, sizes are read off the tensors,
+    whose names may have prefixes of DDP, torch.compile or a wrapper module; `n_head` comes from a dict or
+    object beside them, and defaults to heads that are 64 wide, as in all of OpenAI's models. Weights may have
+    OpenAI's layout. Missing biases become zeros. A model trained with exact GELU, like nanoGPT's, runs with
+    GPT-2's tanh GELU. Raises ValueError for anything else.
     """
     with parsing(source, "a GPT-2", "use another model"):
         values = [checkpoint, *checkpoint.values()]
@@ -250,6 +277,8 @@ def _read_gpt2_checkpoint(source: str | Path, checkpoint: dict) -> tuple[dict, d
         beside = [value if isinstance(value, dict) else getattr(value, "__dict__", {}) for value in values]
         n_heads = [each["n_head"] for each in beside if isinstance(each.get("n_head"), int)]
         config["n_head"] = n_heads[0] if n_heads else max(config["n_embd"] // 64, 1)
+        if is_ours(checkpoint):
+            config = own_config(checkpoint["config"], config)
         check_size(config, sum(w.numel() for w in state.values()))
         if state.get("transformer.h.0.attn.c_attn.weight", wte).size(-1) == 3 * config["n_embd"]:
             state = transpose(state)

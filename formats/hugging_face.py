@@ -1,6 +1,8 @@
 """Hugging Face folders with tokenizer and model card, and OpenAI's layout of the weights."""
 
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,9 +10,9 @@ import tiktoken
 import torch
 
 from corpus.tokenizer import tokenizer_for
-from model import GPT
+from model import GPT, GPTConfig
 from runtime.files import parsing, whole_folder
-from runtime.log import read_log
+from runtime.log import curves_of, is_number, read_log
 
 if TYPE_CHECKING:
     from transformers import GPT2Tokenizer
@@ -18,12 +20,13 @@ if TYPE_CHECKING:
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # OpenAI's checkpoints store these four as (in, out); `nn.Linear` expects (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# What a model card tells of a run: what another run would have to repeat.
-CARD_OPTIONS = (
-    *("preset", "tokenizer", "seed", "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout"),
-    *("total_batch_size", "shuffle", "optimizer", "schedule", "decay_share", "muon_lr", "momentum"),
-    *("learning_rate", "embedding_lr", "position_lr", "min_lr", "warmup_steps", "max_steps"),
-    *("weight_decay", "beta1", "beta2", "grad_clip"),
+EXPRESSIBLE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout")  # by transformers
+# Options that a model card leaves out: where a run was, on which machine, what it reported.
+NOT_ON_CARDS = (
+    *("data_dir", "out_dir", "init_from", "resume", "dry_run", "price", "overfit_batch", "eval_only"),
+    *("device", "dtype", "compile", "recompute", "batch_size", "keep", "tensorboard", "wandb"),
+    *("val_tokens", "hellaswag_data", "hellaswag_limit", "sample_prompt", "sample_tokens"),
+    *("early_stop", "max_skipped"),
 )
 
 
@@ -72,10 +75,14 @@ def write_hugging_face(
     """Write a GPT-2 with the fields of a GPTConfig as a Hugging Face folder.
 
     Only the first `vocab_size` token ids are kept; the last of them is end-of-text. Raises ValueError if the
-    folder exists and is not empty.
+    folder exists and is not empty, and for a model that transformers' GPT-2 cannot express.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    for each in fields(GPTConfig):
+        if each.name not in EXPRESSIBLE and config[each.name] != each.default:
+            value = f"{each.name} {config[each.name]}"
+            raise ValueError(f"GPT-2 in transformers has no {value}: share the checkpoint instead")
     sizes = {name: config[name] for name in ("n_embd", "n_layer", "n_head")}
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config["dropout"])
     end_of_text = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), vocab_size - 1)
@@ -84,6 +91,10 @@ def write_hugging_face(
     state = transpose(state)
     for name in ("transformer.wte.weight", "lm_head.weight"):
         state[name] = state[name][:vocab_size]
+    shapes = [{name: tuple(w.shape) for name, w in each.items()} for each in (exported.state_dict(), state)]
+    if different := sorted(name for name, _ in shapes[0].items() ^ shapes[1].items()):
+        place = f"no place for {different[0]}"
+        raise ValueError(f"GPT-2 in transformers has {place}: share the checkpoint instead")
     exported.load_state_dict(state)
     with whole_folder(folder) as partial:
         exported.save_pretrained(partial)
@@ -145,6 +156,16 @@ def export(model: GPT, source: str | Path, folder: str | Path) -> None:
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
+def is_on_cards(option: str, value: object) -> bool:
+    """Return whether a model card lists an option: another run would have to repeat it.
+
+    Text has to be a word, so that no path gets there.
+    """
+    if option in NOT_ON_CARDS or option.endswith("_every") or value is None or value is False:
+        return False
+    return not isinstance(value, str) or re.fullmatch(r"[\w.-]+", value) is not None
+
+
 def model_card(model: GPT, tokenizer: tiktoken.Encoding, source: Path, name: str) -> str:
     """Return a model card for the Hub, in Markdown, with facts from the checkpoint and the log beside it.
 
@@ -173,6 +194,11 @@ def model_card(model: GPT, tokenizer: tiktoken.Encoding, source: Path, name: str
     for record in last.get("hellaswag", []):
         scores = f"acc_norm {record['acc_norm']:.2%}, acc {record['acc']:.2%}, {record['n']:,} items"
         facts["HellaSwag"] = f"{scores}, at step {record['step']:,}"
+    for kind in sorted(curves_of(log).keys() - {"val", "hellaswag"}):
+        for record in last.get(kind, []):
+            name = curves_of(log)[kind]
+            if is_number(record.get(name)):
+                facts[kind] = f"{name} {record[name]:.4g}, at step {record['step']:,}"
     origin = ", trained from scratch" if step is not None and "init_from" in args else ""
     if begun_with := args.get("init_from"):
         origin = f", fine-tuned from {begun_with if begun_with in HUB_NAMES else 'another checkpoint'}"
@@ -190,8 +216,7 @@ def model_card(model: GPT, tokenizer: tiktoken.Encoding, source: Path, name: str
         f'pipeline("text-generation", "{name}")({text}, max_new_tokens={new})',
         *("```", "", "| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in facts.items()), ""),
     ]
-    # 0 is a value, and equal to False.
-    shown = [option for option in CARD_OPTIONS if not (args.get(option) is None or args[option] is False)]
+    shown = [option for option, value in args.items() if is_on_cards(option, value)]
     if shown:
         lines += ["The options of the run:", "", "| option | value |", "|---|---|"]
         lines += [f"| `--{option}` | {args[option]} |" for option in shown]

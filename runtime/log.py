@@ -36,12 +36,22 @@ def read_log(source: str | Path) -> dict[str, list[dict]]:
     return by_kind
 
 
+def is_number(value: object, kinds: type = int | float) -> bool:
+    """Return whether a value is a number that can be drawn."""
+    return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def curves_of(log: dict[str, list[dict]]) -> dict[str, str]:
+    """Return the number to draw of each kind of evaluation, as the run says, or as older ones had them."""
+    curves = {"val": "loss", "hellaswag": "acc_norm"}
+    for record in log.get("run", []):
+        if isinstance(said := record.get("curves"), dict):
+            curves |= {kind: name for kind, name in said.items() if isinstance(name, str)}
+    return curves
+
+
 def is_record(record: dict) -> bool:
     """Return whether a JSON object is a record of a run, with numbers where one is drawn."""
-
-    def is_number(value: object, kinds: type = int | float) -> bool:
-        return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < LARGEST
-
     kind = record.get("kind")
     return (
         isinstance(kind, str)

@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM
 
 import train
 from formats import checkpoint
-from formats.checkpoint import load_checkpoint
+from formats.checkpoint import is_plain, load_checkpoint
 from model import GPT, GPTConfig
+from runtime.cli import THIS_COMMAND, as_words
 from runtime.distributed import Distributed
 from training import checkpoints
 from training.checkpoints import CheckpointWriter
@@ -663,3 +664,29 @@ def test_checkpoint_whose_parts_do_not_fit_is_refused(run_train, change):
     with pytest.raises(ValueError, match="damaged|no checkpoint in log is complete"):
         with warnings.catch_warnings(action="ignore"):
             run_train("--resume")
+
+
+def test_checkpoint_is_rebuilt_from_its_own_config(run_train):
+    run_train("--max_steps 3 --val_every 0")
+    state = torch.load("log/model_00003.pt", weights_only=True)
+
+    def load(**changes):
+        config = {name: value for name, value in {**state["config"], **changes}.items() if value != "newer"}
+        return GPT.from_pretrained({**state, "config": config})
+
+    assert load().config == GPT.from_pretrained("log").config
+    with pytest.raises(ValueError, match="its qk_norm is unknown here: use the model.py that it was trained"):
+        load(qk_norm=True)
+    with pytest.raises(ValueError, match="its n_layer is 3, but its tensors have 2"):
+        load(n_layer=3)
+    with pytest.warns(UserWarning, match="the checkpoint is older than dropout, which is 0.0 now"):
+        assert load(dropout="newer").config.dropout == 0
+
+
+def test_options_may_be_lists(run_train):
+    assert is_plain([1, "a", None]) and not is_plain([torch.ones(1)]) and not is_plain({"a": 1})
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--heads", nargs="+", type=int)
+    parser.add_argument_group(THIS_COMMAND).add_argument("--out_dir")
+    words = as_words(parser, {"heads": [4, 8], "out_dir": "log", "unknown": 1})
+    assert words == ["--heads", "4", "8"] and parser.parse_args(words).heads == [4, 8]

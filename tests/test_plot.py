@@ -124,6 +124,21 @@ def test_picture_compares_runs_without_torch(tmp_path):
     assert sorted(path.name for path in Path("log").iterdir()) == ["log.jsonl", "loss.png"]
 
 
+def test_evaluation_that_a_run_names_is_drawn_and_reported(tmp_path):
+    """plot.py has never heard of it."""
+    write_log("log", 6)
+    records = [{"step": 0, "kind": "run", "args": {}, "curves": {"val": "loss", "lambada": "acc"}}]
+    records += [{"step": step, "kind": "lambada", "acc": 0.1 * step, "seconds": 9.0} for step in (0, 3)]
+    with open("log/log.jsonl", "a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    logs = plot.read_logs(["log"])
+    assert plot.panels_of(logs)[-1] == ("lambada", "acc", [("lambada", "acc")])
+    plot.plot(["log"], "picture.png")
+    plot.report(["log"], "report.html")
+    page = Path("report.html").read_text()
+    assert "log: lambada" in page and "<th>lambada acc</th>" in page and "<td>0.3</td>" in page
+
+
 def test_missing_and_empty_runs_are_reported_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="no log at nowhere"):
         plot.plot(["nowhere"], "a.png")

@@ -451,3 +451,12 @@ def test_table_tells_the_rate_that_is_reached_and_what_will_disappoint(run_train
     records = run_train("--max_steps 8 --warmup_steps 7 --embedding_lr 9e-3 --val_every 0")
     reached = max(record["lrs"]["embeddings"] for record in records["train"])
     assert f"embeddings, learning rate up to {reached:.2e}" in capsys.readouterr().out
+
+
+def test_numbers_in_nested_records_have_curves():
+    values = {"loss": 1.5, "blocks": {"0": {"norm": 2}, "1": {"norm": 3.0, "name": "last"}}, "texts": ["a"]}
+    assert records.flat("train", values) == {
+        "train/loss": 1.5,
+        "train/blocks/0/norm": 2,
+        "train/blocks/1/norm": 3.0,
+    }

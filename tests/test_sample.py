@@ -2,6 +2,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -432,3 +433,20 @@ def test_model_whose_weights_have_diverged_is_one_line(model):
         model.transformer.wte.weight[3, 3] = float("nan")
     with pytest.raises(ValueError, match="logits are not finite: its weights are damaged or diverged"):
         sample.generate(model, torch.zeros(1, 4, dtype=torch.int64), 3)
+
+
+def test_model_that_transformers_cannot_express_is_not_exported(tmp_path, monkeypatch):
+    @dataclass(frozen=True)
+    class Newer(GPTConfig):
+        qk_norm: bool = False
+
+    monkeypatch.setattr(hugging_face, "GPTConfig", Newer)
+    sizes = dict(block_size=8, vocab_size=16, n_layer=1, n_head=1, n_embd=8)
+    GPT(Newer(**sizes)).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="GPT-2 in transformers has no qk_norm True: share the checkpoint"):
+        GPT(Newer(**sizes, qk_norm=True)).save_pretrained(tmp_path / "normed")
+    model = GPT(Newer(**sizes))
+    model.transformer.h[0].attn.q_norm = torch.nn.LayerNorm(8)
+    with pytest.raises(ValueError, match=r"no place for transformer.h.0.attn.q_norm.bias: share"):
+        model.save_pretrained(tmp_path / "extended")
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["plain"]

@@ -867,3 +867,21 @@ def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
     long = train.parse_args([*options, "--max_steps", "50", "--warmup_steps", "7"])
     prepare.limit_steps(long, 5 * 110 * 16, train.tokens_at)
     assert (long.max_steps, long.warmup_steps) == (50, 7)
+
+
+def test_steps_may_take_more_and_more_tokens(run_train, monkeypatch, capsys):
+    """A run that doubles its batches is resumed where it was, and knows its end."""
+    monkeypatch.setattr(train, "tokens_at", lambda step, args: 32 if step < 4 else args.total_batch_size)
+    options = "--max_steps 8 --val_every 4"
+    whole = run_train(options, out_dir="whole")
+    assert "8 steps, 384 tokens, 0.22 epochs of 1,760" in capsys.readouterr().out
+    run_train(f"{options} --checkpoint_every 5 --keep 0")
+    for name in ("model_00008.pt", "model_best.pt"):
+        Path("log", name).unlink()
+    assert losses(run_train(f"{options} --resume")) == losses(whole)
+    state = torch.load("log/model_00008.pt", weights_only=True)
+    assert state["windows"] == 384 // 16
+    assert [record["tokens"] for record in whole["val"]] == [0, 128, 384]
+    limited = train.parse_args(f"{TINY} --max_steps 99 --epochs 1".split())
+    prepare.limit_steps(limited, 1760, train.tokens_at)
+    assert limited.max_steps == 4 + round((1760 - 4 * 32) / 64)
