@@ -254,6 +254,19 @@ def tokens_at(step: int, args: argparse.Namespace) -> int:
     return args.total_batch_size
 
 
+def planned_tokens(args: argparse.Namespace, world_size: int) -> int:
+    """Return the tokens of a whole run. Raises ValueError for a step that is no number of micro-steps."""
+    micro_batch, tokens = args.batch_size * args.block_size * world_size, 0
+    for step in range(args.max_steps):
+        tokens += tokens_at(step, args)
+        if tokens_at(step, args) % micro_batch and not args.eval_only:
+            raise ValueError(
+                f"step {step} takes {tokens_at(step, args)} tokens, which are no multiple of a micro-step's "
+                f"{micro_batch}: use another --batch_size"
+            )
+    return tokens
+
+
 OPTIMIZERS = {
     "adamw": lambda groups, options, dist: torch.optim.AdamW(groups, **options),
     "muon": lambda groups, options, dist: Muon(
@@ -652,6 +665,8 @@ def main(args: argparse.Namespace) -> None:
             dist.check_same([val_data.description, train_data.description], hint)
         if args.epochs:
             limit_steps(args, args.epochs * train_data.windows * args.block_size, tokens_at)
+        with together(dist):
+            planned = planned_tokens(args, dist.world_size)
 
         # Optimizer, scaler, autocast
         optimizer = build_optimizer(raw_model, args, dist)
@@ -683,7 +698,7 @@ def main(args: argparse.Namespace) -> None:
             val_data=val_data,
             benchmark=found.benchmark,
             tokenizer=found.tokenizer,
-            planned_tokens=sum(tokens_at(step, args) for step in range(args.max_steps)),
+            planned_tokens=planned,
         )
 
         # Resume
