@@ -223,7 +223,7 @@ class Run:
     train_data: DataLoaderLite
     val_data: DataLoaderLite
     benchmark: hellaswag.Benchmark
-    tokenizer: object  # None unless samples or HellaSwag need one
+    tokenizer: object  # None if nothing but validation is due
     planned_tokens: int  # of the whole run
     progress: Progress = field(default_factory=Progress)
     stop: StopSignal = field(default_factory=StopSignal)
@@ -638,7 +638,7 @@ def main(args: argparse.Namespace) -> None:
 
     with RunFolder(args.out_dir, is_temporary=args.overfit_batch) as folder:
         # Checks: all problems at once; fills in the options that were left open
-        found = check_everything(args, dist, folder, parser)
+        found = check_everything(args, dist, folder, parser, EVALUATIONS)
 
         # Model: --resume, --init_from, or a new one
         torch.manual_seed(args.seed)

@@ -162,7 +162,11 @@ def first_words(tokens: np.ndarray, tokenizer) -> str:
 
 
 def check_everything(
-    args: argparse.Namespace, dist: Distributed, folder: RunFolder, parser: argparse.ArgumentParser
+    args: argparse.Namespace,
+    dist: Distributed,
+    folder: RunFolder,
+    parser: argparse.ArgumentParser,
+    evaluations: list,
 ) -> Found:
     """Check options, packages, folder, data, items and checkpoint, and return what was loaded for that.
 
@@ -194,8 +198,10 @@ def check_everything(
     if not problems.none_on_any_rank():
         problems.raise_all()
 
-    tokenizer, writes_text = None, args.sample_every or args.sample_prompt is None
-    if writes_text or args.hellaswag_every or args.eval_only or "vocab_size" not in manifest:
+    tokenizer, needs_text = None, args.eval_only or args.sample_prompt is None
+    for evaluation in evaluations:  # all but validation are about text
+        needs_text |= evaluation.kind != "val" and getattr(args, f"{evaluation.kind}_every") > 0
+    if needs_text or "vocab_size" not in manifest:
         tokenizer = problems.call(get_tokenizer, args.tokenizer)
     if args.hellaswag_every and not args.hellaswag_data and problems.none_on_any_rank():
         items = download_items(args, dist, problems)
