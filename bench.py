@@ -1,16 +1,13 @@
-"""Measure the figures that the README and LOG.md quote.
+"""Measure the figures that the README quotes, and those of LOG.md since 2026-11-29; git has the rest.
 
     python bench.py hellaswag                       # random weights, the project's own items
     python bench.py hellaswag --data hellaswag_val.jsonl --tokenizer gpt2 --limit 200
     python bench.py data --files 'edu_text/*.parquet' --tokenizer gpt2
     python bench.py generate --batch_size 8 --dtype bfloat16
     python bench.py train --n_layer 12 --n_head 12 --n_embd 768
-    python bench.py ladder --batch_size 16 --block_size 1024
     python bench.py memory --n_layer 6 --n_embd 1600 --n_head 25 --output memory.json
-    python bench.py optimizer
     python bench.py compile --card h100             # bytes, memory and kernels on a GPU that is not there
     python bench.py sweep --name adamw -- --preset demo --learning_rate 3e-3 6e-3    # three seeds each
-    python bench.py soak --steps 6000               # memory and open files of a long run that is killed twice
     python bench.py gpu --output measured           # what to run on a GPU that is rented for ten minutes
 
 Every subcommand prints a table and, with --output, writes it as JSON with machine, versions and commit. The
@@ -47,17 +44,14 @@ import fineweb
 import hellaswag
 import train
 from corpus import documents
-from corpus.shards import find_shards, read_manifest
 from corpus.tokenizer import NAMES, BatchTokenizer, get_tokenizer
 from model import GPT, GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPTConfig
 from plot import curve
 from runtime import absent_gpu, hardware
 from runtime.cli import Range, check_options, count, run
-from runtime.distributed import Distributed
 from runtime.files import file_hash, write_atomically, write_json
 from runtime.hardware import synchronize
 from runtime.log import read_log
-from runtime.memory import keep_freed_memory
 from sample import generate
 
 # With 524,288 tokens a step. Here a step has one micro-step, so the optimizer takes more of it.
@@ -555,238 +549,6 @@ def bench_train(args: argparse.Namespace, device: torch.device) -> list[dict]:
     return rows
 
 
-def attention_written_out(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
-    """Causal attention in four operations, as in GPT-2's own code, with the arguments of PyTorch's kernel."""
-    mask = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril()
-    scores = (q @ k.transpose(-2, -1) / q.size(-1) ** 0.5).masked_fill(~mask, -torch.inf)
-    return scores.softmax(dim=-1).to(v.dtype) @ v
-
-
-def ladder_steps(
-    args: argparse.Namespace, device: torch.device, settings: set[str], trace: str | None
-) -> tuple[float, float, float]:
-    """Train on one batch with some of the ladder's improvements; return `step_times` and the peak memory."""
-    torch.set_float32_matmul_precision("high" if "TF32" in settings else "highest")
-    if "flash attention" not in settings:
-        F.scaled_dot_product_attention = attention_written_out
-    vocab_size = PADDED_VOCAB_SIZE if "vocabulary 50,304" in settings else GPT2_VOCAB_SIZE
-    model = GPT(config_of(args, vocab_size=vocab_size)).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), fused="fused AdamW" in settings, foreach=False)
-    step_model = torch.compile(model) if "torch.compile" in settings else model
-    idx = torch.randint(GPT2_VOCAB_SIZE, (args.batch_size, args.block_size + 1), device=device)
-    seconds = []
-    profile = torch.profiler.profile() if trace else contextlib.nullcontext()
-    for step in range(WARM_UP_STEPS + args.steps):
-        start = time.perf_counter()
-        with profile if step == WARM_UP_STEPS else contextlib.nullcontext():
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled="bf16" in settings):
-                loss = step_model(idx[:, :-1], idx[:, 1:])[1]
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            loss.item()
-        seconds.append(time.perf_counter() - start)
-    if trace:
-        profile.export_chrome_trace(trace)
-    return *step_times(seconds), peak_bytes(device)
-
-
-def bench_ladder(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Milliseconds per step with one improvement after another, and finally train.py's own step.
-
-    Published for the 124M model on an A100 (build-nanogpt): 1100, 400, 340, 150, 107, 100 ms.
-    """
-    names = ["TF32", "bf16", "torch.compile", "flash attention", "vocabulary 50,304", "fused AdamW"]
-    if device.type != "cuda":
-        names.remove("TF32")
-    if not hardware.can_compile(device, print):
-        names.remove("torch.compile")
-    ways = {}
-    for i, name in enumerate(["fp32, attention written out", *(f"+ {name}" for name in names)]):
-        trace = args.trace and f"{args.trace}/{i}_{name.strip('+ ').replace(' ', '_')}.json"
-        ways[name] = functools.partial(in_process, ladder_steps, args, device, set(names[:i]), trace)
-    if args.trace:
-        Path(args.trace).mkdir(parents=True, exist_ok=True)
-    options = training_options(args) | {"dtype": "bfloat16"}
-    ways["train.py"] = lambda: run_train(options, device)
-    tokens = args.batch_size * args.block_size
-    rows = train_in_turn(ways, args.rounds, device, tokens)
-    for row in rows:
-        row["ms"] = 1000 * tokens / row["tokens/s"]
-    add_shares(rows, config_of(args), device, torch.bfloat16)
-    return rows
-
-
-def bench_loader(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Microseconds that a step waits for data, within a shard and at a shard's end; memory per rank."""
-    model = GPT(config_of(args)).to(device)
-    with tempfile.TemporaryDirectory() as folder:
-        shard = args.steps * args.batch_size * args.block_size
-        write_shards(Path(folder), shard + 1)
-        sizes = {name: getattr(args, name) for name in ("batch_size", "block_size")}
-        sizes["vocab_size"] = PADDED_VOCAB_SIZE
-        loader = train.DataLoaderLite(folder, "train", **sizes, dist=Distributed(0, 1, device))
-        waits, steps = [], []
-        for step in range(2 * args.steps + 1):  # through both shards and back to the first
-            start = time.perf_counter()
-            ((x, y),) = loader.next_batches()
-            waits.append(time.perf_counter() - start)
-            model(x, y)[1].backward()
-            synchronize(device)
-            steps.append(time.perf_counter() - start)
-            if step == 0:  # gradients are allocated now
-                before = resident("VmRSS")
-        grown = resident("VmRSS") - before
-    at_end = waits[args.steps :: args.steps]
-    inside = [wait for i, wait in enumerate(waits) if i % args.steps]
-    share = sum(waits[1:]) / sum(steps[1:])
-    print(f"waiting takes {share:.3%} of the forward and backward pass,")
-    print(f"which takes {1000 * statistics.median(steps):.1f} ms;")
-    print(f"memory grew by {grown / 1e6:.0f} MB after the first step")
-    return [
-        {"way": way, "us": 1e6 * statistics.median(each), "min": 1e6 * min(each), "max": 1e6 * max(each)}
-        for way, each in (("within a shard", inside), ("at a shard's end", at_end))
-    ]
-
-
-def bench_startup(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Seconds from the command to the end of the demo's first step, with cold and warm compile caches."""
-    with tempfile.TemporaryDirectory() as folder:
-
-        def start(*options: str) -> float:
-            words = "--preset demo --max_steps 1 --val_every 0 --sample_every 0 --hellaswag_every 0 --device"
-            command = [sys.executable, train.__file__, *words.split(), str(device), *options]
-            cache = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache", "PYTHONUNBUFFERED": "1"}
-            where = {"env": {**os.environ, **cache}, "cwd": folder}
-            began = time.perf_counter()
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **where) as process:
-                seconds = next(time.perf_counter() - began for line in process.stdout if "| loss" in line)
-                process.communicate()
-            return seconds
-
-        def rows(option: str, first: str, later: str) -> list[dict]:
-            seconds = {first: [start(option)], later: [start(option) for _ in range(args.rounds)]}
-            return [
-                {"way": way, "s": statistics.median(each), "min": min(each), "max": max(each)}
-                for way, each in seconds.items()
-            ]
-
-        eager = rows("--no-compile", "first start, makes the shards", "later starts")
-        if not hardware.can_compile(device, print):
-            return eager
-        return eager + rows("--compile", "compiled, cold cache", "compiled, warm cache")
-
-
-def usual_quickstart(data_dir: str, steps: int = 2000) -> float:
-    """Run the usual CPU quick start for Tiny Shakespeare; return the validation loss after its steps.
-
-    The settings are those of nanoGPT's README for CPUs: 4 layers of width 128, 64 tokens of context, 12
-    sequences, and AdamW at 1e-3 with warm-up and cosine.
-    """
-    torch.manual_seed(1337)
-    tokens, manifest = {}, read_manifest(Path(data_dir))
-    for split in ("train", "val"):
-        shards = [np.load(path) for path in find_shards(Path(data_dir), split, manifest)]
-        tokens[split] = torch.from_numpy(np.concatenate(shards).astype(np.int64))
-    model = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=4, n_head=4, n_embd=128)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
-    rates = dict(learning_rate=1e-3, min_lr=1e-4, warmup_steps=100, max_steps=steps, schedule="cosine")
-
-    def loss_of(split: str) -> torch.Tensor:
-        starts = torch.randint(len(tokens[split]) - 64, (12, 1))
-        rows = tokens[split][starts + torch.arange(65)]
-        return model(rows[:, :-1], rows[:, 1:])[1]
-
-    for step in range(steps + 1):
-        if step % 250 == 0:
-            with torch.no_grad():
-                train_loss, val_loss = (statistics.mean(loss_of(s).item() for _ in range(20)) for s in tokens)
-        for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate_at(step, argparse.Namespace(**rates))
-        loss = loss_of("train")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()
-    return val_loss
-
-
-def bench_quickstart(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Seconds to a validation loss on the bytes of Tiny Shakespeare: the usual quick start and the demo."""
-
-    def usual() -> float:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(usual_quickstart, (args.data_dir,))
-
-    def ours() -> float:
-        n = args.steps
-        with tempfile.TemporaryDirectory() as out_dir:
-            words = f"--preset demo --max_steps {n} --warmup_steps {n // 20} --val_every {n} --sample_every 0"
-            words += f" --hellaswag_every 0 --data_dir {args.data_dir} --out_dir {out_dir}/log"
-            command = [sys.executable, train.__file__, *words.split(), "--device", str(device)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            return read_log(f"{out_dir}/log")["val"][-1]["loss"]
-
-    seconds, losses = {}, {}
-    for name, way in (("the usual quick start", usual), ("train.py --preset demo", ours)):
-        start = time.perf_counter()
-        losses[name] = way()
-        seconds[name] = time.perf_counter() - start
-    base = next(iter(seconds.values()))
-    return [{"way": name, "s": s, "val loss": losses[name], "ratio": s / base} for name, s in seconds.items()]
-
-
-def bench_optimizer(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Steps per second of the optimizer alone: fused AdamW, torch.optim.Muon and muon.py.
-
-    `share` is its share of a step of the default run, estimated from a forward and backward pass: over one
-    sequence or, on a GPU, where few tokens would only measure how fast kernels start, compiled and over 16.
-    """
-    if device.type == "cpu":  # as train.py does
-        keep_freed_memory()
-    model, dist = GPT(config_of(args)).to(device), Distributed(0, 1, device)
-    groups = model.optimizer_groups(weight_decay=0.1)
-    matrices = [p for group in groups if "parts" in group for p in group["params"]]
-    others = [group for group in groups if "parts" not in group]
-    # torch.optim.Muon does not know that c_attn holds three matrices and orthogonalizes it as one.
-    theirs = [torch.optim.Muon(matrices), torch.optim.AdamW(others, fused=True)]
-
-    def ours(name: str) -> torch.optim.Optimizer:
-        return train.build_optimizer(model, train.parse_args(["--optimizer", name]), dist)
-
-    def stepping(*optimizers: torch.optim.Optimizer) -> Callable[[], None]:
-        def way() -> None:
-            for parameter in model.parameters():
-                parameter.grad = grads[parameter]
-            for optimizer in optimizers:
-                optimizer.step()
-
-        return way
-
-    def micro_step() -> None:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            loss = forward(idx, idx)[1]
-        loss.backward()
-
-    sequences, forward = (16, torch.compile(model)) if device.type == "cuda" else (1, model)
-    dtype, T = hardware.choose_dtype("auto", device), model.config.block_size
-    grads = {parameter: torch.randn_like(parameter) for parameter in model.parameters()}
-    idx = torch.randint(model.config.vocab_size, (sequences, T), device=device)
-    ways = {
-        "AdamW, fused": stepping(ours("adamw")),
-        "torch.optim.Muon and AdamW": stepping(*theirs),
-        "Muon of muon.py": stepping(ours("muon")),
-        f"forward and backward, {sequences * T} tokens": micro_step,
-    }
-    *rows, training = alternate(ways, args.rounds, device, 1, "steps")[0]
-    micro_steps = train.parse_args([]).total_batch_size / (sequences * T)
-    for row in rows:
-        row["share"] = 1 / (1 + micro_steps * row["steps/s"] / training["steps/s"])
-    return [*rows, training]
-
-
 def seconds_to(target: float, run: dict[str, list[dict]]) -> tuple[float, float]:
     """Return the steps and seconds of training until the validation loss reaches `target`.
 
@@ -889,8 +651,7 @@ def gpu_parts(on_gpu: bool, card: str | None = None) -> dict[str, int]:
     """
     size = "--n_layer 12 --n_head 12 --n_embd 768" if on_gpu else "--n_layer 1 --n_head 2 --n_embd 16"
     steps = f"--block_size {1024 if on_gpu else 32} --steps {20 if on_gpu else 1} --batch_size"
-    # Attention that is written out keeps its scores: 64 sequences would need more than 80 GB.
-    batch_size, ladder_batch_size = (64, 16) if on_gpu else (4, 4)
+    batch_size = 64 if on_gpu else 4
     items, tokens, dtype = (10042, 256, "bfloat16") if on_gpu else (4, 4, "float32")
     text = f"generate {size} --rounds 1 --dtype {dtype} --max_new_tokens {tokens}"
     roofline = {f"compile {size} --batch_size {batch_size} --card {card}": 200} if card else {}
@@ -900,8 +661,6 @@ def gpu_parts(on_gpu: bool, card: str | None = None) -> dict[str, int]:
         f"hellaswag {size} --dtype {dtype} --limit {items} --rounds 1 --alone": 120,
         text: 300,
         f"{text} --batch_size 8": 300,
-        f"ladder {size} {steps} {ladder_batch_size} --rounds 1": 900,
-        f"optimizer {size}": 60,
         f"memory {size} --batch_size {16 if on_gpu else 1} --block_size {1024 if on_gpu else 32}": 240,
     }
 
@@ -1007,40 +766,6 @@ def alternate(
     return rows, list(results.values())
 
 
-def bench_soak(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Memory and open files of a run of many steps that evaluates, samples and saves, and is killed twice.
-
-    Linux only. The model and the data are those of the demo, evaluated and saved every 20 steps. A row is
-    what the process used after a fifth, two fifths, … of the steps that it took until it was killed.
-    """
-    folder = Path(args.out_dir)
-    often = [f"--{name}=20" for name in ("val_every", "hellaswag_every", "sample_every", "checkpoint_every")]
-    options = [*often, "--val_tokens=4096", "--sample_tokens=20", f"--max_steps={args.steps}", "--resume"]
-    options += ["--preset=demo", f"--out_dir={folder}", f"--device={device}"]
-    command = [sys.executable, train.__file__, *options]
-    shutil.rmtree(folder, ignore_errors=True)
-    rows, page = [], os.sysconf("SC_PAGE_SIZE")
-    for life, end in enumerate((args.steps // 3, 2 * args.steps // 3, args.steps), start=1):
-        process, seen = subprocess.Popen(command, stdout=subprocess.DEVNULL), []
-        proc, log = Path("/proc", str(process.pid)), folder / "log.jsonl"
-        while process.poll() is None:
-            time.sleep(0.2)
-            lines = log.read_bytes()[-2000:].splitlines() if log.exists() else []
-            with contextlib.suppress(ValueError, IndexError, OSError):
-                step, pages = json.loads(lines[-1])["step"], int((proc / "statm").read_text().split()[1])
-                seen.append((step, pages * page / 1e6, len(list((proc / "fd").iterdir()))))
-                if step >= end and end < args.steps:
-                    process.kill()
-        if end == args.steps and process.returncode:
-            raise ValueError(f"the run in {folder} failed: see above")
-        first = seen[0][0]
-        for fifth in range(1, 6):
-            at = first + fifth * (end - first) / 5
-            step, megabytes, files = next((each for each in seen if each[0] >= at), seen[-1])
-            rows.append({"way": f"life {life}", "step": step, "MB": megabytes, "files": files})
-    return rows
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     at_least_1 = Range(count, 1)
@@ -1062,7 +787,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = stepped.add_argument
     add("--batch_size", type=at_least_1, default=4, help="sequences per step")
     add("--block_size", type=at_least_1, default=512, help="context in tokens")
-    add("--steps", type=at_least_1, default=2, help="steps per round, or per shard for the loader")
+    add("--steps", type=at_least_1, default=2, help="steps per round")
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1089,20 +814,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="model dtype")
     add = command("train", bench_train, timed, small, stepped)
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="autocast dtype")
-    add = command("ladder", bench_ladder, timed, small, stepped)
-    add("--trace", help="write a trace of each rung to this folder, for chrome://tracing or Perfetto")
-    command("loader", bench_loader, small, stepped)
-    command("startup", bench_startup, timed)
-    command("optimizer", bench_optimizer, timed, sized)
     add = command("sweep", bench_sweep)
     add("--out_dir", default="sweep", help="folder of the runs")
     add("--name", default="run", help="prefix of the run folders")
     add("--seeds", nargs="*", default=["1", "2", "3"], help="one run for each (none: only compare)")
     add("--jobs", type=at_least_1, default=1, help="parallel runs")
     add("--baseline", help="setting whose validation loss is the target (None: the best one)")
-    add = command("quickstart", bench_quickstart)
-    add("--data_dir", required=True, help="Tiny Shakespeare: fineweb.py --files input.txt --tokenizer byte")
-    add("--steps", type=at_least_1, default=400, help="training steps of train.py")
     command("gpu", bench_gpu)
     add = command("compile", bench_compile, sized)
     add("--card", choices=absent_gpu.CARDS, default="h100", help="GPU to compile for")
@@ -1114,9 +831,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--recompute", action="store_true", help="recompute activations")
     add("--against", help="folder with another model.py, such as an older commit's")
     add("--top", type=int, default=12, help="kinds of kernels to list per graph")
-    add = command("soak", bench_soak)
-    add("--out_dir", default="soak", help="folder of the run, which is replaced")
-    add("--steps", type=at_least_1, default=6000, help="training steps")
     add = command("memory", bench_memory, sized)
     add("--vocab_size", type=int, default=PADDED_VOCAB_SIZE, help="token ids")
     add("--block_size", type=int, default=256, help="context in tokens")
