@@ -200,7 +200,7 @@ class DataLoaderLite:
 
     def check(self, error: Exception | None) -> None:
         """End the run if any rank could not read its data. Every rank has to call this."""
-        if any(self.dist.sum(error is not None)):
+        if self.dist.any(error):
             lines = self.dist.union(error_lines(error) if error else [])
             self.failed = True
             raise self.dist.leave_with_error("\n".join(lines))
@@ -232,10 +232,10 @@ class Run:
     skipped_in_row: int = 0
 
 
-# The height above --min_lr, as a share, when `left` of the `whole` steps after warm-up are left.
+# The height above --min_lr, as a share of the peak's, with `left` steps to go of the `whole` after warm-up.
 SCHEDULES = {
     "cosine": lambda left, whole, args: 0.5 * (1 - math.cos(math.pi * left / whole)),
-    # Warm-up, stable, decay (Hu et al. 2024, MiniCPM).
+    # Warm-up, stable, decay (Hu et al. 2024, MiniCPM). The decay is a share of all steps.
     "wsd": lambda left, whole, args: min(left / max(args.decay_share * args.max_steps, 1), 1),
 }
 
@@ -287,12 +287,14 @@ def build_optimizer(model: GPT, args: argparse.Namespace, dist: Distributed) -> 
     groups = model.optimizer_groups(args.weight_decay)
     rates = {"embeddings": args.embedding_lr, "positions": args.position_lr}
     for group in groups:
-        group["optimizer"], rate = args.optimizer, rates.get(group["name"])
-        if args.optimizer == "muon" and "parts" in group:
-            rate, group["momentum"] = args.muon_lr, args.momentum
+        group["optimizer"] = args.optimizer
+        rate = rates.get(group["name"]) or args.learning_rate
+        if args.optimizer == "muon" and "parts" in group:  # one or more matrices
+            group["momentum"] = args.momentum
+            rate = args.muon_lr
         elif args.optimizer == "muon":
             group["optimizer"] = "adamw"
-        group["lr_scale"] = (rate or args.learning_rate) / args.learning_rate
+        group["lr_scale"] = rate / args.learning_rate
     options = dict(lr=args.learning_rate, betas=(args.beta1, args.beta2), eps=1e-8, fused=True)
     return OPTIMIZERS[args.optimizer](groups, options, dist)
 
@@ -336,8 +338,8 @@ def validation_batches(run: Run) -> int:
 
 def score_hellaswag(run: Run, n: int) -> dict:
     """Return the scores of n of the items, evenly spread, and what is known about them."""
-    examples = run.benchmark.examples
-    examples = examples[:: len(examples) // n][:n]
+    items = run.benchmark.examples
+    examples = [items[i * len(items) // n] for i in range(n)]
     try:
         with run.autocast:
             scores = hellaswag.evaluate(run.raw_model, examples, stop=run.stop) | run.benchmark.about
@@ -353,7 +355,7 @@ def write_samples(run: Run, tokens: int) -> dict:
     options = dict(num_samples=2, top_k=50, generator=generator, on_text=run.stop.check)
     with contextlib.suppress(Interrupted):
         texts = sample.complete(run.raw_model, run.tokenizer, [run.args.sample_prompt], tokens, **options)
-    if any(run.dist.sum(bool(run.stop))):
+    if run.dist.any(run.stop):
         raise Interrupted
     return {"texts": texts}
 
@@ -373,6 +375,7 @@ class Evaluation:
     curve: str | None = None
 
 
+# In this order. Validation comes first, because it may make this the last step.
 EVALUATIONS = [
     Evaluation("val", validate, validation_batches, lambda r: f"val  {r['loss']:7.4f}", "loss"),
     Evaluation(
@@ -401,7 +404,7 @@ def train_step(run: Run, step: int, micro_steps: int | None = None) -> dict:
     micro_batch = data.batch_size * data.block_size * dist.world_size
     micro_steps = micro_steps or tokens_at(step, args) // micro_batch
     if args.overfit_batch:
-        data.seek(0)
+        data.seek(0, micro_steps)
     batches = data.next_step(micro_steps)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step, args) * group["lr_scale"]
@@ -429,7 +432,8 @@ def train_step(run: Run, step: int, micro_steps: int | None = None) -> dict:
     optimizer.zero_grad(set_to_none=dist.world_size == 1)
 
     run.skipped_in_row = 0 if math.isfinite(norm) else run.skipped_in_row + 1
-    run.skipped += run.skipped_in_row > 0
+    if run.skipped_in_row:
+        run.skipped += 1
     run.progress.windows += micro_steps * micro_batch // data.block_size
     # One collective for the mean loss and for signals: all ranks stop after the same step.
     loss, signals = dist.sum(loss_sum.item() / dist.world_size, bool(run.stop))
@@ -446,8 +450,9 @@ def train(run: Run, records: Records) -> float:
     args, dist, progress, loss = run.args, run.dist, run.progress, math.inf
     start_step = progress.step
     for step in range(start_step, args.max_steps + 1):
-        progress.step, checkpoints = step, []
+        progress.step = step
         last_step = step == args.max_steps
+        checkpoints = []
         records.check()
 
         try:
@@ -471,7 +476,7 @@ def train(run: Run, records: Records) -> float:
         on_grid = args.checkpoint_every and step % args.checkpoint_every == 0 and step > start_step
         if on_grid or last_step or run.stopping:
             checkpoints.append(numbered(step))
-        records.save(checkpoints)
+        records.save(checkpoints)  # none with --checkpoint_every 0
         if last_step or run.stopping:
             break
 
@@ -488,7 +493,7 @@ def train(run: Run, records: Records) -> float:
             )
         progress.step = step + 1
         if run.stopping:
-            records.save([numbered(step + 1)])
+            records.save([numbered(step + 1)])  # this step is done
         if run.stopping or (args.overfit_batch and loss < OVERFIT_LOSS):
             break
     return loss
@@ -631,6 +636,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check_overfit(run: Run, loss: float) -> None:
+    """End the command with an error if --overfit_batch has not brought one batch to a loss near zero."""
+    if run.args.overfit_batch and not run.stopping and not loss < OVERFIT_LOSS:  # or not a number
+        raise run.dist.leave_with_error(
+            f"one batch still has loss {loss:.3f} after {run.args.max_steps} steps, not {OVERFIT_LOSS}: "
+            "the model is broken, or needs more --max_steps, another --learning_rate or no --dropout"
+        )
+
+
 def main(args: argparse.Namespace) -> None:
     # Ranks and device
     dist = setup_distributed(hardware.choose_device(args.device))
@@ -660,12 +674,11 @@ def main(args: argparse.Namespace) -> None:
             train_data = DataLoaderLite(args.data_dir, "train", dist=dist, shuffle_seed=order, **sizes)
             if args.sample_prompt is None:
                 args.sample_prompt = first_words(val_data.read(0), found.tokenizer)
-        with together(dist):
-            hint = f"the ranks see different shards; {args.data_dir} has to be the same on every node"
-            dist.check_same([val_data.description, train_data.description], hint)
         if args.epochs:
             limit_steps(args, args.epochs * train_data.windows * args.block_size, tokens_at)
         with together(dist):
+            hint = f"the ranks see different shards; {args.data_dir} has to be the same on every node"
+            dist.check_same([val_data.description, train_data.description], hint)
             planned = planned_tokens(args, dist.world_size)
 
         # Optimizer, scaler, autocast
@@ -683,29 +696,16 @@ def main(args: argparse.Namespace) -> None:
         if is_compiled:
             model = torch.compile(model)
 
-        run = Run(
-            args=args,
-            dist=dist,
-            dtype=found.dtype,
-            raw_model=raw_model,
-            model=model,
-            is_compiled=is_compiled,
-            optimizer=optimizer,
-            scaler=scaler,
-            autocast=autocast,
-            attention=attention,
-            train_data=train_data,
-            val_data=val_data,
-            benchmark=found.benchmark,
-            tokenizer=found.tokenizer,
-            planned_tokens=planned,
-        )
+        parts = dict(args=args, dist=dist, dtype=found.dtype, raw_model=raw_model, model=model)
+        parts |= dict(is_compiled=is_compiled, optimizer=optimizer, scaler=scaler, autocast=autocast)
+        parts |= dict(attention=attention, train_data=train_data, val_data=val_data)
+        run = Run(**parts, benchmark=found.benchmark, tokenizer=found.tokenizer, planned_tokens=planned)
 
         # Resume
         is_new, recent = found.resumed is None, {}
         if not is_new:
             recent = found.resumed.get("recent", {})
-            restore(run, found.resumed, of_this_command(parser))
+            restore(run, found.resumed, of_this_command(parser))  # of the optimizer, its moments only
             found.resumed = None  # frees its memory
         elif args.resume:
             dist.say(folder.nothing_to_resume())
@@ -731,11 +731,7 @@ def main(args: argparse.Namespace) -> None:
 
             # End
             records.finish()
-            if args.overfit_batch and not run.stopping and loss >= OVERFIT_LOSS:
-                raise dist.leave_with_error(
-                    f"one batch still has loss {loss:.3f} after {args.max_steps} steps, not {OVERFIT_LOSS}: "
-                    "the model is broken, or needs more --max_steps, another --learning_rate or no --dropout"
-                )
+            check_overfit(run, loss)
             records.report_end(loss if args.overfit_batch else None)
         dist.leave()
 

@@ -44,6 +44,11 @@ class Distributed:
         torch.distributed.all_reduce(total)
         return total.tolist()
 
+    def any(self, value: object) -> bool:
+        """Return whether a value is true on any rank. Every rank has to call this."""
+        (ranks,) = self.sum(bool(value))
+        return ranks > 0
+
     def union(self, lines: list[str]) -> list[str]:
         """Return the distinct lines of all ranks, in the same order. Every rank has to call this."""
         gathered = [lines]
@@ -143,7 +148,7 @@ class Problems:
 
     def none_on_any_rank(self) -> bool:
         """Exchange problems and return whether no rank has any. Every rank has to call this."""
-        if any(self.dist.sum(len(self.lines))):
+        if self.dist.any(self.lines):
             self.lines = self.dist.union(self.lines)
         return not self.lines
 
