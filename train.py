@@ -44,7 +44,15 @@ from runtime.distributed import (
 )
 from runtime.files import parsing
 from training import dry_run, eval_only
-from training.checkpoints import Progress, check_disk, is_last_step, numbered, read_options, restore
+from training.checkpoints import (
+    Progress,
+    check_disk,
+    check_step,
+    is_last_step,
+    numbered,
+    read_options,
+    restore,
+)
 from training.describe import describe_run
 from training.folder import RunFolder
 from training.prepare import (
@@ -680,6 +688,8 @@ def main(args: argparse.Namespace) -> None:
             hint = f"the ranks see different shards; {args.data_dir} has to be the same on every node"
             dist.check_same([val_data.description, train_data.description], hint)
             planned = planned_tokens(args, dist.world_size)
+            if found.resumed:
+                check_step(found.resumed["step"], args)  # again, because of --epochs
 
         # Optimizer, scaler, autocast
         optimizer = build_optimizer(raw_model, args, dist)
@@ -716,7 +726,7 @@ def main(args: argparse.Namespace) -> None:
             check_disk(run, is_new, recent)
         dist.say(describe_run(run))
         if args.dry_run:
-            dry_run.rehearse(run, train_step, EVALUATIONS)
+            dry_run.rehearse(run, train_step, EVALUATIONS, tokens_at)
             return dist.leave()
         if args.eval_only:
             eval_only.report(run, EVALUATIONS)
@@ -733,7 +743,7 @@ def main(args: argparse.Namespace) -> None:
             records.finish()
             check_overfit(run, loss)
             records.report_end(loss if args.overfit_batch else None)
-        dist.leave()
+            dist.leave()  # signals are handled until the last checkpoint is written
 
 
 if __name__ == "__main__":

@@ -180,13 +180,14 @@ def refuse(number):
 
 def test_resumed_run_does_not_depend_on_its_file(run_train):
     run_train("--max_steps 3")
-    resumed = checkpoints.load_training_state("log", "adamw", 9)
+    wanted = train.parse_args(["--max_steps", "9"])
+    resumed = checkpoints.load_training_state(wanted)
     states = resumed["optimizer"]["state"].values()
     expected = [moment.clone() for state in states for moment in state.values()]
     model = GPT(GPTConfig(**resumed["config"]))
     args, dist = train.parse_args(TINY.split()), Distributed(0, 1, torch.device("cpu"))
     optimizer = train.build_optimizer(model, args, dist)
-    resumed = checkpoints.load_training_state("log", "adamw", 9)  # mapped again: nothing has been read
+    resumed = checkpoints.load_training_state(wanted)  # mapped again: nothing has been read
     checkpoints.restore_optimizer(optimizer, resumed["optimizer"]["state"])
     for path in Path("log").glob("*.pt"):
         with open(path, "r+b") as file:  # in place, which nobody should do

@@ -888,3 +888,12 @@ def test_steps_may_take_more_and_more_tokens(run_train, monkeypatch, capsys):
     limited = train.parse_args(f"{TINY} --max_steps 99 --epochs 1".split())
     prepare.limit_steps(limited, 1760, train.tokens_at)
     assert limited.max_steps == 4 + round((1760 - 4 * 32) / 64)
+
+
+def test_resumed_run_that_epochs_would_end_before_its_checkpoint_is_refused(run_train):
+    run_train("--max_steps 6")
+    before = Path("log/log.jsonl").read_text()
+    for check in ("", "--dry_run"):
+        with pytest.raises(ValueError, match="--max_steps is 3, but the checkpoint in log is at step 6"):
+            run_train(f"--resume --max_steps 99 --epochs 0.1 {check}")
+    assert Path("log/log.jsonl").read_text() == before

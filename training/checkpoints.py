@@ -70,12 +70,13 @@ def is_milestone(step: float, every: int) -> bool:
     return step > 0 and every > 0 and step % every == 0
 
 
-def load_training_state(out_dir: str | Path, optimizer: str, max_steps: int) -> dict | None:
+def load_training_state(args: argparse.Namespace) -> dict | None:
     """Load the checkpoint that a resumed run continues from, or return None if the folder has none.
 
     Raises ValueError if there are checkpoints but none is complete, and for one that holds only weights, has
-    the state of another optimizer or is past `max_steps`.
+    the state of another optimizer or is past --max_steps.
     """
+    out_dir, optimizer = args.out_dir, args.optimizer
     paths = checkpoints_in(Path(out_dir)) if Path(out_dir).exists() else []
     if not paths:
         return None
@@ -96,12 +97,17 @@ def load_training_state(out_dir: str | Path, optimizer: str, max_steps: int) -> 
             f"--optimizer is {optimizer}, but the checkpoint in {out_dir} has the state of {saved}: repeat "
             "that run's option, or start a new run with --init_from"
         )
-    if (step := checkpoint["step"]) > max_steps:
+    check_step(checkpoint["step"], args)
+    return checkpoint
+
+
+def check_step(step: int, args: argparse.Namespace) -> None:
+    """Raise ValueError if the resumed checkpoint is past the end of the run."""
+    if step > args.max_steps:
         raise ValueError(
-            f"--max_steps is {max_steps}, but the checkpoint in {out_dir} is at step {step}: "
+            f"--max_steps is {args.max_steps}, but the checkpoint in {args.out_dir} is at step {step}: "
             f"use at least {step}"
         )
-    return checkpoint
 
 
 @dataclass

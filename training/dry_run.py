@@ -233,10 +233,10 @@ def suggest(run, waiting: float) -> list[str]:
     return found
 
 
-def rehearse(run, train_step: Callable, evaluations: list) -> None:
+def rehearse(run, train_step: Callable, evaluations: list, tokens_at: Callable) -> None:
     """Check gradients, measure each part of the run and print what the whole will take.
 
-    `train_step` and `evaluations` are those of train.py.
+    `train_step`, `evaluations` and `tokens_at` are those of train.py.
     """
     args, dist, stopwatch, step = run.args, run.dist, Stopwatch(run.dist), run.progress.step
     if step == args.max_steps:
@@ -248,7 +248,7 @@ def rehearse(run, train_step: Callable, evaluations: list) -> None:
 
     hardware.forget_peak_memory(dist.device)
     waited_s, started = run.train_data.waited_s, time.perf_counter()
-    tokens_left = run.planned_tokens - run.progress.windows * args.block_size
+    tokens_left = sum(tokens_at(later, args) for later in range(step, args.max_steps))
     step_seconds, records = time_steps(run, train_step, stopwatch)
     waiting = (run.train_data.waited_s - waited_s) / (time.perf_counter() - started)
     step_s = statistics.mean(step_seconds)

@@ -192,7 +192,7 @@ def check_everything(
         path = hellaswag.DEMO_ITEMS if args.hellaswag_data == "demo" else args.hellaswag_data
         items = problems.call(hellaswag.load_items, path) or []
     if args.resume:
-        resumed = problems.call(load_training_state, args.out_dir, args.optimizer, args.max_steps)
+        resumed = problems.call(load_training_state, args)
         hint = f"the ranks would resume {args.out_dir} at different steps; every node has to see this folder"
         problems.call(dist.check_same, resumed and resumed["step"], hint)
     if not problems.none_on_any_rank():

@@ -289,11 +289,15 @@ class Records:
     """
 
     def __init__(self, run, folder: RunFolder, evaluations: list, recent: dict[str, bool]):
-        self.run, self.log = run, Log(run, folder, evaluations)
-        milestone_steps = run.args.milestone_every * run.args.checkpoint_every
-        self.writer = CheckpointWriter(folder, run.args.keep, milestone_steps, self.log.checkpoint, recent)
+        self.run, args = run, run.args
+        milestone_steps = args.milestone_every * args.checkpoint_every
+        self.writer = CheckpointWriter(folder, args.keep, milestone_steps, self.on_written, recent)
         self.check, self.newest = self.writer.check, self.writer.newest
+        self.log = Log(run, folder, evaluations)
         self.log(run.progress.step, "run", **about_run(run, evaluations))
+
+    def on_written(self, step: int, **values) -> None:
+        self.log.checkpoint(step, **values)
 
     def save(self, names: list[str]) -> None:
         """Start writing a checkpoint of the present state under each of the names."""
@@ -316,10 +320,11 @@ class Records:
         return self
 
     def __exit__(self, *error) -> None:
-        if self.run.train_data.failed or self.run.val_data.failed:
-            self.save([numbered(self.run.progress.step)])
-        self.writer.pool.shutdown()
-        self.log.close()
+        with contextlib.ExitStack() as last:  # each of these also if one before it fails
+            last.callback(self.log.close)
+            last.callback(self.writer.pool.shutdown)
+            if self.run.train_data.failed or self.run.val_data.failed:
+                self.save([numbered(self.run.progress.step)])
 
 
 def speed_of(run, tokens: int, seconds: float) -> dict[str, float | None]:
