@@ -733,9 +733,9 @@ def main(args: argparse.Namespace) -> None:
             return dist.leave()
 
         # Loop
+        records = OnOtherRanks()
         if dist.is_main:
-            folder.begin(is_new)
-        records = Records(run, folder, EVALUATIONS, recent) if dist.is_main else OnOtherRanks()
+            records = Records(run, folder, EVALUATIONS, is_new, recent)
         with run.stop, records:
             loss = train(run, records)
 

@@ -1,8 +1,10 @@
 """The two tokenizers. Both are `tiktoken.Encoding`s whose last id is `<|endoftext|>`.
 
-get_tokenizer("gpt2")     # 50,257 ids; the vocabulary is downloaded once, 1.5 MB
-get_tokenizer("byte")     # 257 ids: the 256 bytes and <|endoftext|>; needs no download
-BatchTokenizer("gpt2")    # the same ids for many texts at a time, more than ten times as fast
+    get_tokenizer("gpt2")     # 50,257 ids; the vocabulary is downloaded once, 1.5 MB
+    get_tokenizer("byte")     # 257 ids: the 256 bytes and <|endoftext|>; needs no download
+    BatchTokenizer("gpt2")    # the same ids for many texts at a time, more than ten times as fast
+
+GPT-2's vocabulary comes from OpenAI or, if that fails, from the Hugging Face Hub.
 """
 
 import base64

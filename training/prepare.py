@@ -96,9 +96,8 @@ def load_pretrained(
     options that differ from the weights, or do not fit the data.
     """
     model, n_vocab, problems = None, found.n_vocab, []
-    known = {each.name: each.default for each in fields(GPTConfig)} | {
-        "vocab_size": math.ceil(n_vocab / 64) * 64
-    }
+    known = {each.name: each.default for each in fields(GPTConfig)}
+    known["vocab_size"] = math.ceil(n_vocab / 64) * 64
     source = args.out_dir if found.resumed else args.init_from
     if source:
         model = GPT.from_pretrained(found.resumed or args.init_from, dropout=args.dropout)
@@ -195,8 +194,7 @@ def check_everything(
         resumed = problems.call(load_training_state, args)
         hint = f"the ranks would resume {args.out_dir} at different steps; every node has to see this folder"
         problems.call(dist.check_same, resumed and resumed["step"], hint)
-    if not problems.none_on_any_rank():
-        problems.raise_all()
+    problems.raise_all()
 
     tokenizer, needs_text = None, args.eval_only or args.sample_prompt is None
     for evaluation in evaluations:  # all but validation are about text
@@ -210,9 +208,8 @@ def check_everything(
     if "warning" in about:
         dist.say(f"HellaSwag: {about['warning']}")
     benchmark = hellaswag.Benchmark(hellaswag.render(items[: args.hellaswag_limit], tokenizer), about)
-    return Found(
-        dtype, tokenizer, tokenizer.n_vocab if tokenizer else manifest["vocab_size"], benchmark, resumed
-    )
+    n_vocab = tokenizer.n_vocab if tokenizer else manifest["vocab_size"]
+    return Found(dtype, tokenizer, n_vocab, benchmark, resumed)
 
 
 def download_items(args: argparse.Namespace, dist: Distributed, problems: Problems) -> list[dict]:

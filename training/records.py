@@ -1,8 +1,10 @@
 """What a run leaves behind: log.jsonl, TensorBoard, Weights & Biases, console, picture, and checkpoints.
 
-with Records(run, folder, evaluations, recent={}) as records:
-    records.log(step, "val", loss=3.05)     # a record in log.jsonl, and a line on the console
-    records.save(["model_00250.pt"])
+    with Records(run, folder, evaluations, is_new=True, recent={}) as records:
+        records.log(step, "val", loss=3.05)     # a record in log.jsonl, and a line on the console
+        records.save(["model_00250.pt"])
+
+`run` is the Run of train.py.
 """
 
 import contextlib
@@ -284,12 +286,14 @@ def describe_step(step: int, record: dict, seconds_left: float) -> str:
 class Records:
     """The log and the checkpoints of a run, which the main rank writes.
 
-    `evaluations` are those of train.py. At the end of a `with` block, everything is on disk. If shards could
-    not be read, that includes a checkpoint: the weights are still those of the last step.
+    `evaluations` are those of train.py, and `recent` is the list in the checkpoint that is resumed. At the
+    end of a `with` block, everything is on disk. If shards could not be read, that includes a checkpoint: the
+    weights are still those of the last step.
     """
 
-    def __init__(self, run, folder: RunFolder, evaluations: list, recent: dict[str, bool]):
+    def __init__(self, run, folder: RunFolder, evaluations: list, is_new: bool, recent: dict[str, bool]):
         self.run, args = run, run.args
+        folder.begin(is_new)
         milestone_steps = args.milestone_every * args.checkpoint_every
         self.writer = CheckpointWriter(folder, args.keep, milestone_steps, self.on_written, recent)
         self.check, self.newest = self.writer.check, self.writer.newest
