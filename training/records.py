@@ -295,13 +295,14 @@ class Records:
         self.run, args = run, run.args
         folder.begin(is_new)
         milestone_steps = args.milestone_every * args.checkpoint_every
-        self.writer = CheckpointWriter(folder, args.keep, milestone_steps, self.on_written, recent)
-        self.check, self.newest = self.writer.check, self.writer.newest
         self.log = Log(run, folder, evaluations)
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self.log.close)
+            written = self.log.checkpoint  # which does not keep the run alive
+            self.writer = CheckpointWriter(folder, args.keep, milestone_steps, written, recent)
+            on_error.pop_all()
+        self.check, self.newest = self.writer.check, self.writer.newest
         self.log(run.progress.step, "run", **about_run(run, evaluations))
-
-    def on_written(self, step: int, **values) -> None:
-        self.log.checkpoint(step, **values)
 
     def save(self, names: list[str]) -> None:
         """Start writing a checkpoint of the present state under each of the names."""
