@@ -158,8 +158,10 @@ class DataLoaderLite:
         return tokens
 
     def _read(self, first: int, micro_steps: int) -> torch.Tensor:
-        """Read this rank's windows (micro_steps, batch_size, block_size + 1) of a step, whose first window is
-        counted since training began."""
+        """Return this rank's windows of a step: (micro_steps, batch_size, block_size + 1).
+
+        `first` is the first window of the step over all ranks, counted since training began.
+        """
         rows = np.empty((micro_steps, self.batch_size, self.block_size + 1), dtype=np.int64)
         for micro_step in range(micro_steps):
             start = first + (micro_step * self.dist.world_size + self.dist.rank) * self.batch_size
@@ -442,7 +444,7 @@ def train_step(run: Run, step: int, micro_steps: int | None = None) -> dict:
     run.skipped_in_row = 0 if math.isfinite(norm) else run.skipped_in_row + 1
     if run.skipped_in_row:
         run.skipped += 1
-    run.progress.windows += micro_steps * micro_batch // data.block_size
+    run.progress.windows += micro_steps * data.batch_size * dist.world_size
     # One collective for the mean loss and for signals: all ranks stop after the same step.
     loss, signals = dist.sum(loss_sum.item() / dist.world_size, bool(run.stop))
     run.stopping = signals > 0
@@ -637,8 +639,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in values.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.overfit_batch:
-        args.val_every = args.hellaswag_every = args.sample_every = 0
+    for evaluation in EVALUATIONS if args.overfit_batch else ():
+        setattr(args, f"{evaluation.kind}_every", 0)
     if args.overfit_batch or args.eval_only:
         args.checkpoint_every = 0
     return args

@@ -187,9 +187,10 @@ class Log:
 
     def _report(self, step: int, kind: str, **values) -> dict[str, float]:
         """Return the numbers of a record by the names of their curves, and send it to TensorBoard."""
-        numbers = flat(
-            kind, {name: value for name, value in values.items() if name not in ("tokens", "args")}
-        )
+        rates = {f"lr {name}": rate for name, rate in values.get("lrs", {}).items()}  # as in older runs
+        left_out = ("tokens", "args", "lrs")
+        shown = {name: value for name, value in {**values, **rates}.items() if name not in left_out}
+        numbers = flat(kind, shown)
         try:
             for name, value in numbers.items() if self.tensorboard else ():
                 self.tensorboard.add_scalar(name, value, step)
@@ -262,7 +263,7 @@ class Log:
 
 
 def flat(name: str, value: object) -> dict[str, float]:
-    """Return the numbers in nested dicts by their paths, such as train/lrs/embeddings."""
+    """Return the numbers in nested dicts by their paths, such as train/norms/3."""
     if isinstance(value, dict):
         return {path: v for key, each in value.items() for path, v in flat(f"{name}/{key}", each).items()}
     return {name: value} if isinstance(value, int | float) else {}
