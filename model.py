@@ -404,10 +404,11 @@ class GPT(nn.Module):
         """Load a checkpoint file, the newest checkpoint of a run folder, a Hugging Face folder or a Hub name.
 
         `source` may also be a checkpoint that has been loaded. Checkpoints of other GPT-2 repositories work
-        too (`formats.checkpoint`). No code from a file is executed. Raises FileNotFoundError
-        if the source does not exist, and ValueError if it does not hold a complete GPT-2.
+        too (`formats.checkpoint`). No code from a file is executed. Raises FileNotFoundError if the source
+        does not exist, and ValueError if it does not hold a complete GPT-2.
         """
-        from formats.checkpoint import parsing, read_pretrained
+        from formats.checkpoint import read_pretrained
+        from runtime.files import parsing
 
         config, state, metadata = read_pretrained(source)
         name = "the checkpoint" if isinstance(source, dict) else source

@@ -659,7 +659,6 @@ def main(args: argparse.Namespace) -> None:
     # Ranks and device
     dist = setup_distributed(hardware.choose_device(args.device))
     parser, device = option_parser(), dist.device
-
     with RunFolder(args.out_dir, is_temporary=args.overfit_batch) as folder:
         # Checks: all problems at once; fills in the options that were left open
         found = check_everything(args, dist, folder, parser, EVALUATIONS)

@@ -81,8 +81,7 @@ class Distributed:
     def leave_with_error(self, message: str) -> BaseException:
         """Leave the process group and return the exception to raise for an error that all ranks have found.
 
-        The main rank reports the message; the others only exit. Every rank has to call
-        this.
+        The main rank reports the message; the others only exit. Every rank has to call this.
         """
         self.leave()
         return ValueError(message) if self.is_main else SystemExit(1)
