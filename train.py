@@ -16,7 +16,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -27,12 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag
 import sample
-from corpus.shards import UNREADABLE, Shards, shuffled
+from corpus.shards import Shards, shuffled
 from corpus.tokenizer import NAMES
 from model import GPT, GPTConfig
 from muon import Muon
 from runtime import hardware
-from runtime.cli import THIS_COMMAND, Range, as_words, error_lines, of_this_command, watched
+from runtime.cli import THIS_COMMAND, Range, as_words, of_this_command, watched
 from runtime.cli import run as run_script
 from runtime.distributed import (
     Distributed,
@@ -198,22 +198,15 @@ class DataLoaderLite:
         # Contiguous, so that validation and training are compiled for the same layout.
         return [(each[:, :-1].contiguous(), each[:, 1:].contiguous()) for each in rows]
 
-    def next_step(self, micro_steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return what `next_batches` does, or end the run on all ranks. Every rank has to call this."""
-        batches, error = [], None
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Read in a block that every rank runs. If one of them cannot, the run ends on all."""
         try:
-            batches = self.next_batches(micro_steps)
-        except UNREADABLE as problem:
-            error = problem
-        self.check(error)
-        return batches
-
-    def check(self, error: Exception | None) -> None:
-        """End the run if any rank could not read its data. Every rank has to call this."""
-        if self.dist.any(error):
-            lines = self.dist.union(error_lines(error) if error else [])
+            with together(self.dist):
+                yield
+        except (ValueError, SystemExit):  # of the main rank, and of the others
             self.failed = True
-            raise self.dist.leave_with_error("\n".join(lines))
+            raise
 
 
 @dataclass
@@ -322,19 +315,15 @@ def validate(run: Run, batches: int) -> dict:
     run.model.eval()
     data.seek(0)
     # Allocated up front: a tensor that outlives its batch would fragment the memory that the logits free.
-    losses, error = torch.zeros(batches, device=dist.device), None
-    for i in watched(range(batches), "validation", shown=dist.is_main, stop=run.stop):
-        try:
+    losses = torch.zeros(batches, device=dist.device)
+    with data.reading():
+        for i in watched(range(batches), "validation", shown=dist.is_main, stop=run.stop):
             ((x, y),) = data.next_batches()
-        except UNREADABLE as problem:
-            error = problem
-            break
-        first = (i * dist.world_size + dist.rank) * B
-        y = y.masked_fill(torch.arange(first, first + B, device=y.device)[:, None] >= windows, -100)
-        with run.autocast:
-            losses[i] = run.model(x, y, reduction="sum")[1]
+            first = (i * dist.world_size + dist.rank) * B
+            y = y.masked_fill(torch.arange(first, first + B, device=y.device)[:, None] >= windows, -100)
+            with run.autocast:
+                losses[i] = run.model(x, y, reduction="sum")[1]
     run.model.train()
-    data.check(error)
     nats, stops = dist.sum(losses.cpu().double().sum().item(), bool(run.stop))
     if stops:
         raise Interrupted
@@ -415,7 +404,8 @@ def train_step(run: Run, step: int, micro_steps: int | None = None) -> dict:
     micro_steps = micro_steps or tokens_at(step, args) // micro_batch
     if args.overfit_batch:
         data.seek(0, micro_steps)
-    batches = data.next_step(micro_steps)
+    with data.reading():
+        batches = data.next_batches(micro_steps)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step, args) * group["lr_scale"]
     # Dropout draws the same numbers when a resumed run repeats this step.

@@ -25,7 +25,6 @@ MANIFEST_TYPES = (
 )
 SHARD_TYPES = ({"name": str, "tokens": int}, {"documents": int, "sha256": str, "next": list | None})
 SINGLE_TASK = {"task_index": 0, "task_count": 1}
-UNREADABLE = (OSError, ValueError)  # what reading a shard may raise
 RETRY_S = (1, 5, 25, 125)  # delays after which a shard that cannot be read is tried again
 
 

@@ -85,7 +85,9 @@ def check_gradients(run) -> None:
     """
     dist, raw_model, model, data, found = run.dist, run.raw_model, run.model, run.train_data, {}
     dtype_name = str(run.dtype).removeprefix("torch.")
-    start, batches = data.window, data.next_step(1)
+    start = data.window
+    with data.reading():
+        batches = data.next_batches()
 
     raw_model.train(raw_model.config.dropout == 0)  # dropout would draw other numbers each time
     x, y = batch = batches[0]
@@ -191,7 +193,8 @@ def cut_batch_size(run, stopwatch: Stopwatch) -> int:
     data, start = run.train_data, run.train_data.window
     if run.dist.device.type == "cuda":
         return data.batch_size
-    row = [each[:1] for each in data.next_step(1)[0]]
+    with data.reading():
+        row = [each[:1] for each in data.next_batches()[0]]
 
     def forward_and_backward() -> None:
         with run.attention():
