@@ -44,6 +44,7 @@ import fineweb
 import hellaswag
 import train
 from corpus import documents
+from corpus.inputs import Fetcher, local_inputs
 from corpus.tokenizer import NAMES, BatchTokenizer, get_tokenizer
 from model import GPT, GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPTConfig
 from plot import curve
@@ -144,7 +145,7 @@ if __name__ == "__main__":
 DATA_SHARD = 10_000_000  # tokens
 
 
-def data_stages(inputs: list[documents.Input], tokenizer_name: str) -> dict[str, float]:
+def data_stages(fetcher: Fetcher, tokenizer_name: str) -> dict[str, float]:
     """Return the seconds that one thread spends on each stage of fineweb.py."""
     seconds: dict[str, float] = {}
 
@@ -155,7 +156,7 @@ def data_stages(inputs: list[documents.Input], tokenizer_name: str) -> dict[str,
         return result
 
     tokenizer, parts = timed("vocabulary", BatchTokenizer, tokenizer_name), []
-    for chunk in documents.read_chunks(documents.Fetcher(inputs, Path(), keep=True), "text", (0, 0)):
+    for chunk in documents.read_chunks(fetcher, "text", (0, 0)):
         texts = timed("decode", chunk.read)
         texts = timed("filter and validate", documents.clean, texts)
         ids, starts = timed("tokenize", tokenizer.encode, texts)
@@ -170,10 +171,10 @@ def data_stages(inputs: list[documents.Input], tokenizer_name: str) -> dict[str,
 
 def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """MB of text per second of whole commands: the usual script, and fineweb.py with one worker and more."""
-    inputs, shards = documents.local_inputs(args.files), {}
-    chunks = documents.read_chunks(documents.Fetcher(inputs, Path(), keep=True), "text", (0, 0))
+    fetcher, shards = Fetcher(local_inputs(args.files), Path(), keep=True), {}
+    chunks = documents.read_chunks(fetcher, "text", (0, 0))
     megabytes = sum(documents.clean(chunk.read()).nbytes for chunk in chunks) / 1e6
-    files = [each.path for each in inputs]
+    files = [each.path for each in fetcher.inputs]
 
     def hashes(name: str, command: list[str]) -> float:
         with tempfile.TemporaryDirectory() as folder:
@@ -199,7 +200,7 @@ def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
     rows, _ = alternate(ways, args.rounds, device, megabytes, "MB")
     assert all(each == shards["usual script"] for each in shards.values()), shards
     print(f"{megabytes:.1f} MB in {len(files)} files; the shards of all ways are the same, byte for byte")
-    stages = data_stages(inputs, args.tokenizer)
+    stages = data_stages(fetcher, args.tokenizer)
     print("one thread:", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in stages.items()))
     return rows
 

@@ -32,20 +32,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from corpus.documents import (
-    SUFFIXES,
-    TOKEN_FILES,
-    Chunk,
-    Fetcher,
-    Input,
-    Position,
-    clean,
-    hub_inputs,
-    local_inputs,
-    read_chunks,
-    read_token_file,
-    stdlib_inputs,
-)
+from corpus.documents import Chunk, Position, clean, read_chunks, read_token_file
+from corpus.inputs import SUFFIXES, TOKEN_FILES, Fetcher, Input, hub_inputs, local_inputs, stdlib_inputs
 from corpus.shards import SAME_IN_ALL_TASKS, difference, read_manifests, read_task_manifest
 from corpus.tokenizer import NAMES, BatchTokenizer, get_tokenizer
 from runtime.cli import Range, check_options, count, run

@@ -1,20 +1,11 @@
-"""Documents of any format, and token files: files of this machine and of the Hugging Face Hub, in chunks."""
+"""Documents of any format, in chunks that threads read, and token files."""
 
-import glob
 import gzip
-import hashlib
 import io
 import json
-import os
-import re
-import shlex
-import sys
-import sysconfig
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,30 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from runtime import hub
-from runtime.files import file_hash
+from corpus.inputs import Fetcher
 
 if TYPE_CHECKING:
     import pyarrow
 
 DOCUMENTS_PER_CHUNK = 64  # enough to hide the cost of passing a chunk to a thread
 ROWS_PER_CHUNK = 1000  # of parquet files, whose row groups typically have as many
-DOWNLOAD_PATIENCE_S = 60  # of trying and waiting, on top of the retries of huggingface_hub
-CONVERTED = "refs/convert/parquet"  # the branch for which the Hub converts datasets itself
-SUFFIXES = (".txt", ".py", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
-TOKEN_FILES = ".bin"  # of GPT-2's tokens, in llm.c's format
 TOKEN_FILE_HEADER, TOKEN_FILE_MAGIC, TOKEN_FILE_VERSION = 256, 20240520, 1  # int32 numbers
-
-
-@dataclass(frozen=True)
-class Input:
-    """One file of documents: local or, with `repo` and `revision`, from a dataset on the Hub."""
-
-    path: str
-    size: int
-    sha256: str | None = None
-    repo: str | None = None
-    revision: str | None = None
 
 
 Position = tuple[int, int, int]  # input, first row of a chunk, and tokens to skip from there
@@ -58,145 +33,6 @@ class Chunk(NamedTuple):
     row: int  # of its first document
     share: float  # fraction of the input read by the chunk's end
     read: "Callable[[], list[str | None] | pyarrow.Array]"
-
-
-def check_format(path: str) -> None:
-    """Raise ValueError for an unsupported file format."""
-    if not path.endswith((*SUFFIXES, TOKEN_FILES)):
-        supported = ", ".join((*SUFFIXES, f"{TOKEN_FILES} (tokens)"))
-        raise ValueError(f"cannot read {path}: supported formats are {supported}")
-
-
-def local_inputs(patterns: list[str]) -> list[Input]:
-    """Return the files that match, sorted by name within each pattern, token files for validation first.
-
-    Raises FileNotFoundError for a pattern without a match, and ValueError for an unsupported format.
-    """
-    paths = []
-    for pattern in patterns:
-        matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-        if not matches:
-            raise FileNotFoundError(f"no file matches {pattern!r}: check the path given to --files")
-        paths += matches
-    for path in paths:
-        check_format(path)
-    return [Input(path, os.path.getsize(path)) for path in validation_first(paths)]
-
-
-def hub_inputs(dataset: str, name: str | None) -> list[Input]:
-    """Return the files of a dataset at its current revision: those of its `train` split, or its token files.
-
-    If the Hub has only formats that are not supported, the parquet files that it has made of them are used.
-    With HF_HUB_OFFLINE, the files come from the local cache. Raises ValueError if there are none, and
-    ConnectionError if the Hub cannot be reached.
-    """
-    from datasets import load_dataset_builder
-    from huggingface_hub import HfApi, constants, snapshot_download
-
-    if constants.HF_HUB_OFFLINE and not Path(dataset).is_dir():
-        where = dict(repo_type="dataset", local_files_only=True)
-        dataset = ask_hub(lambda: snapshot_download(dataset, **where), f"find {dataset} in the cache")
-    if not Path(dataset).is_dir():
-        info = ask_hub(lambda: HfApi().dataset_info(dataset, timeout=hub.ANSWER_S), f"list {dataset}")
-        if tokens := [file.rfilename for file in info.siblings if file.rfilename.endswith(TOKEN_FILES)]:
-            return describe_files(dataset, info.sha, validation_first(sorted(tokens)))
-    builder = ask_hub(lambda: load_dataset_builder(dataset, name), f"list {dataset}")
-    files = (builder.config.data_files or {}).get("train", [])
-    if not files:
-        raise ValueError(f"{dataset} ({name}) has no train split: choose another --name")
-    if not files[0].startswith("hf://"):  # a folder on this machine
-        return local_inputs([glob.escape(file) for file in files])
-    if not all(file.endswith(SUFFIXES) for file in files):
-        return converted_files(dataset, builder.config.name)
-    at = f"hf://datasets/{dataset}@"
-    revision = files[0].removeprefix(at).split("/")[0]
-    return describe_files(dataset, revision, [file.removeprefix(f"{at}{revision}/") for file in files])
-
-
-def converted_files(dataset: str, config: str) -> list[Input]:
-    """Return the parquet files that the Hub has made of the `train` split of a dataset in another format."""
-    from huggingface_hub import HfApi
-
-    what = f"list the parquet files of {dataset}"
-    info = ask_hub(lambda: HfApi().dataset_info(dataset, revision=CONVERTED, timeout=hub.ANSWER_S), what)
-    paths = [file.rfilename for file in info.siblings]
-    paths = [path for path in paths if re.match(rf"{re.escape(config)}/(partial-)?train/.*\.parquet$", path)]
-    if not paths:
-        raise ValueError(f"the Hub has no parquet files of {dataset} ({config}): download it and use --files")
-    return describe_files(dataset, info.sha, sorted(paths))
-
-
-def describe_files(dataset: str, revision: str, paths: list[str]) -> list[Input]:
-    """Return files of a dataset with sizes and hashes. Raises ValueError for an unsupported format."""
-    from huggingface_hub import HfApi
-
-    for path in paths:
-        check_format(path)
-
-    def describe() -> dict:
-        infos = HfApi().get_paths_info(dataset, paths, repo_type="dataset", revision=revision)
-        return {info.path: info for info in infos}
-
-    infos = ask_hub(describe, f"list {dataset}")
-    return [
-        Input(path, infos[path].size, infos[path].lfs and infos[path].lfs.sha256, dataset, revision)
-        for path in paths
-    ]
-
-
-def validation_first(paths: list[str]) -> list[str]:
-    """Return token files with those for validation first, so that a limited set has some."""
-    return sorted(paths, key=lambda path: path.endswith(TOKEN_FILES) and "train" in Path(path).name)
-
-
-def ask_hub(call: Callable, what: str, patience_s: float = hub.PATIENCE_S):
-    """Return what `call` gets from the Hub; see `hub.retrying`."""
-    advice = "check its name, HF_TOKEN and HF_HUB_OFFLINE, or use --files"
-    command = f"python {shlex.join(sys.argv)}"
-    return hub.retrying(call, what, f"{advice}; to continue: {command}", patience_s)
-
-
-def download(source: Input, folder: Path) -> Path:
-    """Download a file from the Hub and verify its hash; resume an interrupted download."""
-    from huggingface_hub import hf_hub_download
-
-    def fetch() -> Path:
-        where = dict(repo_type="dataset", revision=source.revision, local_dir=folder)
-        path = Path(hf_hub_download(source.repo, source.path, **where))
-        if source.sha256 and file_hash(path) != source.sha256:
-            path.unlink()
-            raise OSError(f"the hash of {source.path} differs from the one on the Hub")
-        return path
-
-    return ask_hub(fetch, f"download {source.path}", DOWNLOAD_PATIENCE_S)
-
-
-class Fetcher:
-    """The inputs as local files; the next one can be downloaded while one is being read.
-
-    Downloads are daemon threads, so that no command waits for the end of one that it does not need.
-    """
-
-    def __init__(self, inputs: list[Input], folder: Path, keep: bool):
-        self.inputs, self.folder, self.keep = inputs, folder, keep
-        self.pending: dict[int, Future] = {}
-
-    def path(self, index: int) -> Path:
-        if self.inputs[index].repo is None:
-            return Path(self.inputs[index].path)
-        self.prefetch(index)
-        return self.pending[index].result()
-
-    def prefetch(self, index: int) -> None:
-        """Start to download an input of the Hub, unless that has been done."""
-        if index < len(self.inputs) and self.inputs[index].repo and index not in self.pending:
-            self.pending[index] = hub.started(partial(download, self.inputs[index], self.folder))
-
-    def release(self, before: int) -> None:
-        """Delete the downloads before this input, whose tokens have been written."""
-        for index in [index for index in self.pending if index < before and not self.keep]:
-            if self.pending[index].done():
-                self.pending.pop(index).result().unlink(missing_ok=True)
 
 
 def read_chunks(fetcher: Fetcher, text_column: str, start: tuple[int, int]) -> Iterator[Chunk | None]:
@@ -284,24 +120,6 @@ def _parquet_rows(path: Path, text_column: str, skip: int) -> Iterator[tuple[int
             share = (row + first + count) / metadata.num_rows
             yield row + first, share, partial(group.read, first, count)
         row += rows
-
-
-def stdlib_inputs() -> list[Input]:
-    """Return the sources of Python's standard library: about 10 MB of text on every machine with Python.
-
-    Excludes its tests, installed packages and two packages of tables. Files are ordered by the hash of their
-    names, so that the last tenth is a fair sample.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    excluded = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
-    names = [path.relative_to(root) for path in root.rglob("*.py")]
-    names = [name.as_posix() for name in names if not excluded & set(name.parts)]
-    if not names:
-        raise FileNotFoundError(
-            f"no Python sources in {root}: make shards with `python fineweb.py --files …`"
-        )
-    names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
-    return local_inputs([glob.escape(str(root / name)) for name in names])
 
 
 def clean(texts: "list[str | None] | pyarrow.Array") -> "pyarrow.LargeStringArray":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from corpus.documents import Input
+from corpus.inputs import Input
 from runtime.files import check_types, parsing
 
 # What all tasks of a set have in common.

@@ -16,6 +16,7 @@ from conftest import token_stream
 
 import fineweb
 from corpus import documents
+from corpus import inputs as corpus_inputs
 from corpus import shards as shards_module
 from runtime.distributed import Distributed
 from runtime.files import locked_folder
@@ -114,9 +115,9 @@ def test_dataset_is_resolved_by_the_datasets_library(tmp_path):
 
 
 def test_standard_library_documents_are_python_and_reproducible():
-    fetcher = documents.Fetcher(documents.stdlib_inputs(), Path("unused"), keep=False)
+    fetcher = corpus_inputs.Fetcher(corpus_inputs.stdlib_inputs(), Path("unused"), keep=False)
     texts = [chunk.read()[0] for chunk in documents.read_chunks(fetcher, "text", (0, 0))]
-    assert documents.stdlib_inputs() == fetcher.inputs and len(texts) == len(fetcher.inputs)
+    assert corpus_inputs.stdlib_inputs() == fetcher.inputs and len(texts) == len(fetcher.inputs)
     assert sum(map(len, texts)) > 5e6
     assert any("def dataclass(" in document for document in texts)
     assert not any("class TestCase_of_test_package" in d or "import test.support" in d for d in texts)
@@ -371,8 +372,8 @@ def test_next_input_is_downloaded_only_when_it_may_be_needed(monkeypatch):
         pyarrow.parquet.write_table(table, folder / f"{source.path}.parquet", row_group_size=250)
         return folder / f"{source.path}.parquet"
 
-    monkeypatch.setattr(documents, "download", download)
-    inputs = [documents.Input(str(i), 1000, None, "repo", "main") for i in range(3)]
+    monkeypatch.setattr(corpus_inputs, "download", download)
+    inputs = [corpus_inputs.Input(str(i), 1000, None, "repo", "main") for i in range(3)]
     source = {"text_column": "text"}
     for max_tokens, expected in ((20_000, ["0"]), (80_000, ["0", "1"]), (180_000, ["0", "1", "2"])):
         downloaded.clear()
@@ -390,8 +391,8 @@ def test_each_task_deletes_only_its_own_downloads(monkeypatch):
         (folder / f"{source.path}.txt").write_text("text " * 50)
         return folder / f"{source.path}.txt"
 
-    monkeypatch.setattr(documents, "download", download)
-    inputs = [documents.Input(str(i), 1000, None, "repo", "main") for i in range(2)]
+    monkeypatch.setattr(corpus_inputs, "download", download)
+    inputs = [corpus_inputs.Input(str(i), 1000, None, "repo", "main") for i in range(2)]
     other = download(inputs[1], Path("out/downloads_0001_of_0002"))  # which that task is reading
     options = dict(source={"text_column": "text"}, tokenizer="byte", shard_size=100, task_count=2)
     fineweb.prepare(inputs, "out", task_index=0, **options)
@@ -462,7 +463,7 @@ def test_disk_that_is_too_small_is_announced(files, monkeypatch, capsys):
     monkeypatch.setattr(fineweb.shutil, "disk_usage", lambda path: usage._replace(free=10))
     cli("--files", *files, "--tokenizer", "byte", "--out_dir", "out", "--max_tokens", 40)
     assert "warning: writing about 0.00 GB to out, where 0.00 GB are free" in capsys.readouterr().out
-    inputs = [documents.Input("a.parquet", 28_000_000_000), documents.Input("b_train.bin", 1000)]
+    inputs = [corpus_inputs.Input("a.parquet", 28_000_000_000), corpus_inputs.Input("b_train.bin", 1000)]
     assert fineweb.expected_bytes(inputs[:1], "gpt2", None) == pytest.approx(20e9, rel=0.2)  # FineWeb-Edu
     assert fineweb.expected_bytes(inputs, "gpt2", 100) == 200
     assert fineweb.expected_bytes(inputs[1:], "gpt2", None) == 1000
