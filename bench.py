@@ -49,7 +49,7 @@ from corpus.tokenizer import NAMES, BatchTokenizer, get_tokenizer
 from model import GPT, GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPTConfig
 from plot import curve
 from runtime import absent_gpu, hardware
-from runtime.cli import Range, check_options, count, run
+from runtime.cli import Range, check_options, count, run, summary, user_path
 from runtime.files import file_hash, write_atomically, write_json
 from runtime.hardware import synchronize
 from runtime.log import read_log
@@ -775,7 +775,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     shared, timed, tokenized, sized, small, stepped = parents
     add = shared.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--output", help="write the figures to this .json file")
+    add("--output", type=user_path, help="write the figures to this .json file")
     add = timed.add_argument
     add("--rounds", type=at_least_1, default=2, help="timed runs of each variant")
     add = tokenized.add_argument
@@ -790,23 +790,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--block_size", type=at_least_1, default=512, help="context in tokens")
     add("--steps", type=at_least_1, default=2, help="steps per round")
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=summary(__doc__), formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, bench: Callable, *parents: argparse.ArgumentParser) -> Callable:
-        summary, parents = bench.__doc__.split("\n\n")[0], [shared, *parents]
-        command = commands.add_parser(name, help=summary, formatter_class=formatter, parents=parents)
+        parents = [shared, *parents]
+        about = dict(help=summary(bench.__doc__), formatter_class=formatter)
+        command = commands.add_parser(name, **about, parents=parents)
         command.set_defaults(bench=bench)
         return command.add_argument
 
     add = command("hellaswag", bench_hellaswag, timed, tokenized, sized)
-    add("--data", default=str(hellaswag.DEMO_ITEMS), help="items to score")
+    add("--data", type=user_path, default=str(hellaswag.DEMO_ITEMS), help="items to score")
     add("--limit", type=at_least_1, default=20, help="items to score; if there are fewer, they repeat")
     add("--alone", action="store_true", help="leave out the reference")
     add("--batch_tokens", type=at_least_1, help="tokens per forward pass (None: as hellaswag.py)")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="model dtype")
     add = command("data", bench_data, timed, tokenized)
-    add("--files", nargs="+", required=True, help="parquet files of documents")
+    add("--files", type=user_path, nargs="+", required=True, help="parquet files of documents")
     add("--workers", type=at_least_1, default=os.cpu_count(), help="threads that tokenize")
     add = command("generate", bench_generate, timed, sized)
     add("--batch_size", type=at_least_1, default=1, help="sequences")
@@ -816,7 +817,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = command("train", bench_train, timed, small, stepped)
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="autocast dtype")
     add = command("sweep", bench_sweep)
-    add("--out_dir", default="sweep", help="folder of the runs")
+    add("--out_dir", type=user_path, default="sweep", help="folder of the runs")
     add("--name", default="run", help="prefix of the run folders")
     add("--seeds", nargs="*", default=["1", "2", "3"], help="one run for each (none: only compare)")
     add("--jobs", type=at_least_1, default=1, help="parallel runs")
@@ -830,7 +831,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--block_size", type=at_least_1, default=1024, help="context in tokens")
     add("--dropout", type=float, default=0.0, help="dropout probability (0: disabled)")
     add("--recompute", action="store_true", help="recompute activations")
-    add("--against", help="folder with another model.py, such as an older commit's")
+    add("--against", type=user_path, help="folder with another model.py, such as an older commit's")
     add("--top", type=int, default=12, help="kinds of kernels to list per graph")
     add = command("memory", bench_memory, sized)
     add("--vocab_size", type=int, default=PADDED_VOCAB_SIZE, help="token ids")

@@ -18,25 +18,41 @@ import hashlib
 import io
 import os
 import platform
-import shlex
 import shutil
 import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple
+from dataclasses import asdict, astuple, dataclass, fields
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from corpus.documents import Chunk, Position, clean, read_chunks, read_token_file
-from corpus.inputs import SUFFIXES, TOKEN_FILES, Fetcher, Input, hub_inputs, local_inputs, stdlib_inputs
+from corpus.documents import Chunk, Format, Position, not_empty, read_chunks, read_token_file
+from corpus.inputs import (
+    SUFFIXES,
+    TOKEN_FILES,
+    Fetcher,
+    Input,
+    check_content,
+    hub_inputs,
+    local_inputs,
+    stdlib_inputs,
+)
 from corpus.shards import SAME_IN_ALL_TASKS, difference, read_manifests, read_task_manifest
 from corpus.tokenizer import NAMES, BatchTokenizer, get_tokenizer
-from runtime.cli import Range, check_options, count, run
+from runtime.cli import (
+    Range,
+    check_options,
+    command_line,
+    count,
+    run,
+    summary,
+    this_command,
+    user_path,
+)
 from runtime.files import (
     FolderLock,
     existing_folder,
@@ -47,9 +63,6 @@ from runtime.files import (
 )
 from runtime.memory import keep_freed_memory
 
-if TYPE_CHECKING:
-    pass
-
 SMALL_TEXT = 100_000_000  # tokens; `train.py --preset text` is meant for fewer
 MOST_VALIDATION = 0.2  # share of a set; where the first shard is more, a tenth of the set is validation
 GPT2_VOCABULARY = 50257  # with end-of-text, its last id
@@ -58,12 +71,13 @@ GPT2_VOCABULARY = 50257  # with end-of-text, its last id
 def encode_chunk(chunk: Chunk, tokenizer: BatchTokenizer) -> tuple[np.ndarray, int]:
     """Return the documents' ids in uint16, each after an end-of-text token, and the number of skipped ones.
 
-    Documents that are empty or not text are skipped.
+    Documents that are empty or null are skipped.
     """
     texts = chunk.read()
-    documents = clean(texts)
+    documents = not_empty(texts)
     ids, starts = tokenizer.encode(documents)
-    return np.insert(ids, starts[:-1], tokenizer.encoding.eot_token), len(texts) - len(documents)
+    starts = starts[1:-1] if chunk.continues else starts[:-1]
+    return np.insert(ids, starts, tokenizer.encoding.eot_token), len(texts) - len(documents)
 
 
 def encode_chunks(
@@ -95,7 +109,7 @@ def explained(out_dir: Path, needed: int) -> Iterator[None]:
     except OSError as error:
         free = shutil.disk_usage(existing_folder(out_dir)).free
         sizes = f"{needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
-        command = f"python {shlex.join(sys.argv)}"
+        command = this_command()
         reason = f"cannot write to {out_dir} ({error.strerror or error}): it takes {sizes}"
         raise OSError(f"{reason}; complete shards stay; to continue: {command}") from error
 
@@ -140,7 +154,9 @@ class ShardSet:
         """For each shard, yield its tokens, where the next one begins (None after the last), and how many
         documents have been skipped so far."""
         total = self.manifest["max_tokens"] or sys.maxsize
-        chunks = read_chunks(self.fetcher, self.manifest["source"]["text_column"], start[:2])
+        source = self.manifest["source"]
+        form = Format(source["text_column"], source.get("separator"), self.manifest["tokenizer"] == "byte")
+        chunks = read_chunks(self.fetcher, form, start[:2])
         stream = encode_chunks(chunks, self.tokenizer, self.workers)
         buffer, filled, drop = np.empty(size, dtype=np.uint16), 0, start[2]
         unlimited = left > sys.maxsize // 2
@@ -200,6 +216,8 @@ class ShardSet:
 
     def save_manifest(self) -> None:
         self.check_folder()
+        if contents := self.fetcher.contents(self.manifest.get("contents", [])):
+            self.manifest["contents"] = contents
         with explained(self.out_dir, 0):
             write_json(self.path, self.manifest)
 
@@ -343,62 +361,64 @@ def task_name(name: str, task_index: int, task_count: int) -> str:
     return name if task_count == 1 else f"{name}_{task_index:04d}_of_{task_count:04d}"
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What a task of a set consists of, in the manifest's terms.
+
+    `source` says in plain types where the documents come from. Each of `task_count` tasks processes every
+    `task_count`-th input.
+    """
+
+    source: dict
+    tokenizer: str = "gpt2"
+    shard_size: int = 100_000_000
+    max_tokens: int | None = None
+    task_index: int = 0
+    task_count: int = 1
+
+
 def prepare(
     inputs: list[Input],
     out_dir: str | Path,
+    recipe: Recipe,
     *,
-    source: dict,
-    tokenizer: str = "gpt2",
-    shard_size: int = 100_000_000,
-    max_tokens: int | None = None,
     workers: int = 1,
-    task_index: int = 0,
-    task_count: int = 1,
     keep_downloads: bool = False,
     resume: bool = True,
     lock: FolderLock | None = None,
 ) -> dict:
     """Write the documents of the inputs to a folder as shards with a manifest, and return the manifest.
 
-    `source` says in plain types where the documents come from, and `lock` is that of the folder. Resumes an
-    interrupted set and rebuilds damaged shards of a finished one; without `resume`, rebuilds all. Each of
-    `task_count` tasks processes every `task_count`-th input. Raises ValueError if the folder holds a set made
-    with other arguments, or other shards.
+    `lock` is that of the folder. Resumes an interrupted set and rebuilds damaged shards of a finished one;
+    without `resume`, rebuilds all. Raises ValueError if the folder holds a set made with another recipe or
+    from files that have changed since, or other shards.
     """
-    out_dir, names = Path(out_dir), token_files(source)
-    check_token_files(inputs, names, tokenizer)
+    out_dir, names = Path(out_dir), token_files(recipe.source)
+    task_index, task_count = recipe.task_index, recipe.task_count
+    check_token_files(inputs, names, recipe.tokenizer)
     # Token files need no vocabulary, and so no download.
-    n_vocab = GPT2_VOCABULARY if names else get_tokenizer(tokenizer).n_vocab
-    manifest = {
-        "tokenizer": tokenizer,
-        "vocab_size": n_vocab,
-        "eot_token": n_vocab - 1,
-        "source": source,
-        "shard_size": shard_size,
-        "max_tokens": max_tokens,
-        "task_index": task_index,
-        "task_count": task_count,
-        "skipped_documents": 0,
-        "shards": [],
-        "complete": False,
-    }
+    n_vocab = GPT2_VOCABULARY if names else get_tokenizer(recipe.tokenizer).n_vocab
+    manifest = asdict(recipe) | {"vocab_size": n_vocab, "eot_token": n_vocab - 1}
+    manifest |= {"skipped_documents": 0, "shards": [], "complete": False}
     found = read_task_manifest(out_dir, task_index, task_count)
     is_continued = resume and found and found["shards"]
     check_same_set(out_dir, manifest, replaced=None if is_continued else found)
-    if is_continued:
-        manifest = found
-    elif found and not resume:
-        for name in shard_names(found):
-            (out_dir / name).unlink(missing_ok=True)
     inputs = inputs[task_index::task_count]
     if not inputs:
         raise ValueError(f"there are fewer inputs than tasks: lower --task_count {task_count}")
+    if is_continued:
+        manifest = found
+        for each, before in zip(inputs, manifest.get("contents", []), strict=False):
+            check_content(each.path, before)
+    elif found and not resume:
+        for name in shard_names(found):
+            (out_dir / name).unlink(missing_ok=True)
     bad = bad_shards(out_dir, manifest) if manifest["complete"] else []
     if manifest["complete"] and not bad:
         return manifest
     if not manifest["complete"]:
         done = 2 * sum(shard["tokens"] for shard in manifest["shards"])
-        needed = max(expected_bytes(inputs, tokenizer, max_tokens) - done, 0)
+        needed = max(expected_bytes(inputs, recipe.tokenizer, recipe.max_tokens) - done, 0)
         free = shutil.disk_usage(existing_folder(out_dir)).free
         sizes = f"about {needed / 1e9:,.2f} GB to {out_dir}, where {free / 1e9:,.2f} GB are free"
         print(f"{'warning: ' if needed > free else ''}writing {sizes}")
@@ -407,7 +427,7 @@ def prepare(
     if names:
         shards = TokenShardSet(out_dir, manifest, fetcher, lock=lock)
     else:
-        shards = ShardSet(out_dir, manifest, fetcher, BatchTokenizer(tokenizer), workers, lock)
+        shards = ShardSet(out_dir, manifest, fetcher, BatchTokenizer(recipe.tokenizer), workers, lock)
     if not manifest["complete"]:
         shards.save_manifest()
         shards.extend()
@@ -455,22 +475,32 @@ def prepare_demo(out_dir: str | Path) -> None:
         print(f"making shards from Python's standard library in {out_dir}/")
         source = {"standard library of Python": platform.python_version(), "text_column": None}
         with locked_folder(Path(out_dir), ".lock"):
-            prepare(stdlib_inputs(), out_dir, source=source, tokenizer="byte")
+            prepare(stdlib_inputs(), out_dir, Recipe(source, tokenizer="byte"))
+
+
+def unescaped(text: str) -> str:
+    """Return a text in which \\n, \\r and \\t, which are hard to type, are what they stand for."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=summary(__doc__), formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     at_least_1 = Range(count, 1)
     add = parser.add_argument_group("documents").add_argument
-    add("--dataset", default="HuggingFaceFW/fineweb-edu", help="dataset on the Hugging Face Hub")
+    dataset = "HuggingFaceFW/fineweb-edu"
+    add("--dataset", type=user_path, default=dataset, help="dataset on the Hugging Face Hub, or a folder")
     add("--name", help="its configuration (None: sample-10BT for the default dataset)")
-    add("--files", nargs="+", help=f"local files or globs instead: {', '.join(SUFFIXES)}")
+    add("--files", type=user_path, nargs="+", help=f"files or globs instead: {', '.join(SUFFIXES)}")
     add("--text_column", default="text", help="column or key that holds the text")
+    separator = "'<|endoftext|>' or '\\n\\n\\n'"
+    add("--separator", type=unescaped, help=f"what ends documents in .txt files: {separator} (None: nothing)")
     add = parser.add_argument_group("shards").add_argument
     add("--tokenizer", choices=NAMES, default="gpt2", help="gpt2, or byte, which needs no download")
-    add("--out_dir", default="edu_fineweb10B", help="folder for the shards")
+    add("--out_dir", type=user_path, default="edu_fineweb10B", help="folder for the shards")
     add("--shard_size", type=at_least_1, default=100_000_000, help="tokens per shard")
     add("--max_tokens", type=at_least_1, help="stop after this many tokens per task (None: no limit)")
     add("--workers", type=at_least_1, default=os.cpu_count(), help="threads that tokenize")
@@ -495,11 +525,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def find_inputs(args: argparse.Namespace) -> tuple[list[Input], dict]:
     """Return the files to read, and what the manifest says about them."""
+    form = {"text_column": args.text_column}
+    if args.separator is not None:
+        form["separator"] = args.separator
     if args.files:
         inputs = local_inputs(args.files)
-        files = [[Path(each.path).name, each.size] for each in inputs]
-        return inputs, {"files": files, "text_column": args.text_column}
-    source = {"dataset": args.dataset, "name": args.name, "text_column": args.text_column}
+        if args.separator and not any(each.path.endswith(".txt") for each in inputs):
+            raise ValueError("--separator is for .txt files, of which there are none: leave it out")
+        return inputs, {"files": [[Path(each.path).name, each.size] for each in inputs], **form}
+    source = {"dataset": args.dataset, "name": args.name, **form}
     # An interrupted set, and that of several tasks, is completed from the revision it started with.
     begun = [
         manifest["source"]
@@ -520,18 +554,24 @@ def main(args: argparse.Namespace) -> None:
     out_dir, task = Path(args.out_dir), (args.task_index, args.task_count)
     if args.verify:
         return verify(out_dir, *task)
-    names = ("tokenizer", "shard_size", "max_tokens", "workers", "task_index", "task_count")
-    options = {name: getattr(args, name) for name in (*names, "keep_downloads", "resume")}
     with locked_folder(out_dir, task_name(".lock", *task)) as lock:
         inputs, source = find_inputs(args)
-        manifest = prepare(inputs, out_dir, source=source, lock=lock, **options)
+        recipe = Recipe(source, **{each.name: getattr(args, each.name) for each in fields(Recipe)[1:]})
+        how = dict(workers=args.workers, keep_downloads=args.keep_downloads, resume=args.resume, lock=lock)
+        manifest = prepare(inputs, out_dir, recipe, **how)
     for split in ("val", "train"):
         shards = [shard for shard in manifest["shards"] if split in shard["name"]]
         tokens, documents = (sum(shard[what] for shard in shards) for what in ("tokens", "documents"))
         print(f"{split:>5}: {tokens:,} tokens in {len(shards)} shard(s), {documents:,} documents start there")
-    print(f"skipped: {manifest['skipped_documents']:,} documents that are empty or not text")
-    preset = "--preset text " if tokens < SMALL_TEXT else ""
-    print(f"next:  python train.py {preset}--data_dir {args.out_dir}")
+    preset = ["--preset", "text"] if tokens < SMALL_TEXT else []
+    skipped, kept = manifest["skipped_documents"], sum(shard["documents"] for shard in manifest["shards"])
+    print(f"skipped: {skipped:,} documents that are empty")
+    print(f"next:  {command_line('train.py', *preset, '--data_dir', args.out_dir)}")
+    if skipped > kept:
+        print(
+            f"warning: {skipped:,} of {skipped + kept:,} documents are empty or null: "
+            f"is --text_column {args.text_column} the right one?"
+        )
 
 
 def explain_interruption(error: BaseException, args: argparse.Namespace) -> str | None:

@@ -43,7 +43,7 @@ from corpus.tokenizer import tokenizer_for
 from formats.checkpoint import describe_pretrained
 from model import GPT, head_rows
 from runtime import hub
-from runtime.cli import Range, check_options, run, watched
+from runtime.cli import Range, check_options, run, summary, user_path, watched
 from runtime.distributed import Interrupted
 from runtime.files import check_output, parsing, write_atomically, write_json
 from runtime.hardware import choose_device, masked_attention
@@ -345,17 +345,18 @@ def evaluate(
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=summary(__doc__), formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default="log", help="checkpoint, run folder, Hugging Face folder, or gpt2 … gpt2-xl")
-    add("--data", help=f"items in .jsonl, .jsonl.gz or .parquet (None: {DATA}, downloaded if missing)")
+    model = "checkpoint, run folder, Hugging Face folder, or gpt2 … gpt2-xl"
+    add("--model", type=user_path, default="log", help=model)
+    add("--data", type=user_path, help=f".jsonl, .jsonl.gz or .parquet (None: {DATA}, downloaded if missing)")
     add("--limit", type=Range(int, 1), help="score only the first N items (None: all)")
     add("--lm_eval", action="store_true", help="also score as lm-evaluation-harness does; doubles the time")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="model dtype")
     add("--batch_tokens", type=Range(int, 1), help="tokens per forward pass (None: 512 on CPUs, else 16384)")
-    add("--output", help="write the result to this .json file")
+    add("--output", type=user_path, help="write the result to this .json file")
     args = parser.parse_args(argv)
     check_options(parser, args)
     return args

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
-from runtime.cli import Range, check_options, run
+from runtime.cli import Range, check_options, run, summary, user_path
 from runtime.files import check_output, write_atomically
 from runtime.log import curves_of, is_number, read_log
 
@@ -324,10 +324,10 @@ def has_begun(source: str | Path) -> bool:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=summary(__doc__))
     add = parser.add_argument
-    add("runs", nargs="+", help="run folders or log.jsonl files")
-    add("--output", help="PNG or report.html to write (default: loss.png in the first folder)")
+    add("runs", type=user_path, nargs="+", help="run folders or log.jsonl files")
+    add("--output", type=user_path, help="PNG or report.html (default: loss.png in the first folder)")
     add("--against", choices=AXES, default="step", help="horizontal axis; minutes exclude evaluations")
     help = "draw published values of the 124M model: on FineWeb-Edu, or on fineweb (None: no losses)"
     add("--references", nargs="?", choices=REFERENCES, const="fineweb-edu", help=help)

@@ -23,11 +23,11 @@ import tiktoken
 import torch
 from torch.nn import functional as F
 
-from corpus.tokenizer import tokenizer_for
+from corpus.tokenizer import encode, tokenizer_for
 from formats.checkpoint import describe_pretrained
 from formats.hugging_face import export
 from model import GPT, KVCache
-from runtime.cli import Range, check_options, run
+from runtime.cli import SEED, Range, check_options, command_line, run, summary, user_path
 from runtime.files import check_new_folder
 from runtime.hardware import choose_device, masked_attention
 
@@ -88,10 +88,11 @@ def stream(
     Shorter prompts are padded on the left, and `lengths` (B,) gives the number of ids of each. Every prompt
     is processed once and continued `num_samples` times, in consecutive rows.
 
-    Temperature 0 is greedy. `top_k` keeps the k most likely ids, and `top_p` the most likely ids whose
-    probabilities add up to p (nucleus sampling, Holtzman et al. 2019). Only ids below `vocab_size` are drawn,
-    because a padded vocabulary has more. A row that has drawn `stop` repeats it, and generation ends when all
-    rows have. Random numbers come from `generator`, which has to be on the model's device.
+    Temperature 0 is greedy. `top_k` keeps the k most likely ids (0 or None: all), and `top_p` the most likely
+    ids whose probabilities add up to p (nucleus sampling, Holtzman et al. 2019). Only ids below `vocab_size`
+    are drawn, because a padded vocabulary has more. A row that has drawn `stop` repeats it, and
+    generation ends when all rows have. Random numbers come from `generator`, which has to be on the model's
+    device.
 
     The model sees the last block_size tokens of a prompt. When the longest row fills the context, all rows
     are processed again from their last block_size // 2 tokens: a new token of a long text costs a forward
@@ -188,10 +189,10 @@ def _draw(
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits - logits.amax(dim=-1, keepdim=True)  # any temperature may divide them
-    if top_k is None and top_p is None:
+    if not top_k and top_p is None:
         return _choose((logits / temperature).softmax(dim=-1), generator)
     k = logits.size(-1)
-    kept = logits.topk(k if top_k is None else min(top_k, k))  # exactly k, also among equals; largest first
+    kept = logits.topk(min(top_k, k) if top_k else k)  # exactly k, also among equals; largest first
     probs = (kept.values / temperature).softmax(dim=-1)
     if top_p is not None:
         # An id is kept if those before it add up to less than top_p, so the first one always is.
@@ -236,7 +237,7 @@ def complete(
     An empty prompt starts a new document. `on_text` receives the first text piece by piece while it is
     generated; bytes are held back until they form a character. The other options are those of `stream`.
     """
-    rows = [tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token] for prompt in prompts]
+    rows = [encode(tokenizer, prompt).tolist() or [tokenizer.eot_token] for prompt in prompts]
     T, device = max(map(len, rows)), model.transformer.wte.weight.device
     idx = torch.tensor([[0] * (T - len(row)) + row for row in rows], device=device)
     lengths, stop = torch.tensor([len(row) for row in rows]), tokenizer.eot_token
@@ -261,28 +262,30 @@ def complete(
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=summary(__doc__), formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     at_least_1 = Range(int, 1)
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="log", help="checkpoint, run folder, Hugging Face folder, or gpt2 … gpt2-xl")
+    model = "checkpoint, run folder, Hugging Face folder, or gpt2 … gpt2-xl"
+    add("--model", type=user_path, default="log", help=model)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="model dtype")
     add("--compile", action="store_true", help="CUDA graphs on GPUs: slow to start, fast for long texts")
-    add("--export", metavar="DIR", help="write a Hugging Face folder instead of text")
+    add("--export", type=user_path, metavar="DIR", help="write a Hugging Face folder instead of text")
     add = parser.add_argument_group("text").add_argument
     add("--prompt", nargs="+", default=[""], help="texts to continue; an empty one starts a new document")
-    add("--prompt_file", help="file with the prompt (-: standard input); its final newline is dropped")
+    prompt = "file with the prompt (-: standard input); its final newline is dropped"
+    add("--prompt_file", type=user_path, help=prompt)
     add("--interactive", action="store_true", help="read prompts, one per line, until the input ends")
     add("--num_samples", type=at_least_1, default=1, help="continuations of each prompt")
     add("--max_new_tokens", type=at_least_1, default=300, help="maximum tokens per text")
     add = parser.add_argument_group("sampling").add_argument
     temperature = Range(float, 0)
     add("--temperature", type=temperature, default=0.8, help="0: greedy; 1: the model's own distribution")
-    add("--top_k", type=at_least_1, help="draw from the k most likely tokens (None: all)")
+    add("--top_k", type=Range(int, 0), default=0, help="draw from the k most likely tokens (0: all)")
     top_p = Range(float, above=0, most=1)
     add("--top_p", type=top_p, help="draw from the most likely tokens up to this probability (None: all)")
-    add("--seed", type=int, default=1337, help="seed of the random numbers")
+    add("--seed", type=SEED, default=1337, help="seed of the random numbers")
     args = parser.parse_args(argv)
     sources = (args.prompt != [""]) + bool(args.prompt_file) + args.interactive
     conflict = "--prompt, --prompt_file and --interactive are mutually exclusive: use one of them"
@@ -314,7 +317,7 @@ def main(args: argparse.Namespace) -> None:
         print(line, file=sys.stderr, flush=True)
     if args.export:
         export(model, args.model, args.export)
-        print(f"wrote {args.export}: python sample.py --model {args.export}")
+        print(f"wrote {args.export}: {command_line('sample.py', '--model', args.export)}")
         return
     tokenizer = tokenizer_for(model)
     model.to(device=device, dtype=getattr(torch, args.dtype))

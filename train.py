@@ -32,7 +32,7 @@ from corpus.tokenizer import NAMES
 from model import GPT, GPTConfig
 from muon import Muon
 from runtime import hardware
-from runtime.cli import THIS_COMMAND, Range, as_words, of_this_command, watched
+from runtime.cli import SEED, THIS_COMMAND, Range, as_words, of_this_command, summary, user_path, watched
 from runtime.cli import run as run_script
 from runtime.distributed import (
     Distributed,
@@ -510,17 +510,17 @@ NOT_NEGATIVE, FRACTION, BELOW_1 = Range(float, 0), Range(float, 0, 1), Range(flo
 
 def option_parser(**settings) -> argparse.ArgumentParser:
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    description = __doc__.split("\n\n")[0]
+    description = summary(__doc__)
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter, **settings)
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
     add = parser.add_argument_group("run").add_argument
     add("--preset", help=f"defaults that other options override: {', '.join(PRESETS)} (None: gpt2)")
-    add("--data_dir", help="folder of shards (None: edu_fineweb10B, or demo_data, which the demo makes)")
-    add("--init_from", help="initial weights: checkpoint, run folder, Hugging Face folder, gpt2 … gpt2-xl")
+    add("--data_dir", type=user_path, help="folder of shards (None: edu_fineweb10B; demo_data for the demo)")
+    add("--init_from", type=user_path, help="weights: checkpoint, run or Hugging Face folder, gpt2 … gpt2-xl")
     add("--tokenizer", choices=NAMES, help="tokenizer of the shards (None: from their manifest, or gpt2)")
-    add("--seed", type=AT_LEAST_0, default=1337, help="seed of weights, dropout, samples and --shuffle")
+    add("--seed", type=SEED, default=1337, help="seed of weights, dropout, samples and --shuffle")
     add = parser.add_argument_group(THIS_COMMAND).add_argument
-    add("--out_dir", default="log", help="folder for log, checkpoints and picture")
+    add("--out_dir", type=user_path, default="log", help="folder for log, checkpoints and picture")
     add("--resume", action="store_true", help="continue the run in --out_dir, with its options")
     add("--dry_run", action="store_true", help="check gradients, forecast the run; leaves --out_dir alone")
     add("--price", type=NOT_NEGATIVE, default=0.0, help="price of a GPU-hour, for the forecast of --dry_run")
@@ -563,7 +563,7 @@ def option_parser(**settings) -> argparse.ArgumentParser:
     add("--hellaswag_every", type=AT_LEAST_0, default=250, help="steps between evaluations (0: disabled)")
     add("--hellaswag_limit", type=AT_LEAST_1, help="score only the first N items (None: all)")
     items = f".jsonl, .jsonl.gz or .parquet, or demo: 44 items (None: {hellaswag.DATA}, downloaded)"
-    add("--hellaswag_data", help=f"items to score: {items}")
+    add("--hellaswag_data", type=user_path, help=f"items to score: {items}")
     add("--sample_every", type=AT_LEAST_0, default=250, help="steps between samples (0: disabled)")
     prompt = "Hello, I'm a language model,"
     add("--sample_prompt", default=prompt, help="prompt of the samples (None: the start of the text)")

@@ -4,16 +4,17 @@ import glob
 import hashlib
 import os
 import re
-import shlex
-import sys
 import sysconfig
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from tqdm import tqdm
+
 from runtime import hub
+from runtime.cli import this_command
 from runtime.files import file_hash
 
 DOWNLOAD_PATIENCE_S = 60  # of trying and waiting, on top of the retries of huggingface_hub
@@ -43,17 +44,23 @@ def check_format(path: str) -> None:
 def local_inputs(patterns: list[str]) -> list[Input]:
     """Return the files that match, sorted by name within each pattern, token files for validation first.
 
-    Raises FileNotFoundError for a pattern without a match, and ValueError for an unsupported format.
+    A file that several patterns match counts once, and folders are skipped. Raises FileNotFoundError for a
+    pattern that matches no file, and ValueError for an unsupported format.
     """
-    paths = []
+    paths: dict[str, str] = {}  # by the file that a path leads to
     for pattern in patterns:
-        matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-        if not matches:
-            raise FileNotFoundError(f"no file matches {pattern!r}: check the path given to --files")
-        paths += matches
-    for path in paths:
+        matches = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        files = [path for path in matches if not os.path.isdir(path)]
+        if not files:
+            reason = f"{matches[0]} is a folder, name its files: " if matches else "check the path: "
+            raise FileNotFoundError(f"no file matches {pattern!r}: {reason}--files 'FOLDER/*.txt'")
+        if folders := len(matches) - len(files):
+            tqdm.write(f"skipping {folders} folder(s) that match {pattern!r}")
+        for path in files:
+            paths.setdefault(os.path.realpath(path), path)
+    for path in paths.values():
         check_format(path)
-    return [Input(path, os.path.getsize(path)) for path in validation_first(paths)]
+    return [Input(path, os.path.getsize(path)) for path in validation_first([*paths.values()])]
 
 
 def hub_inputs(dataset: str, name: str | None) -> list[Input]:
@@ -125,8 +132,7 @@ def validation_first(paths: list[str]) -> list[str]:
 def ask_hub(call: Callable, what: str, patience_s: float = hub.PATIENCE_S):
     """Return what `call` gets from the Hub; see `hub.retrying`."""
     advice = "check its name, HF_TOKEN and HF_HUB_OFFLINE, or use --files"
-    command = f"python {shlex.join(sys.argv)}"
-    return hub.retrying(call, what, f"{advice}; to continue: {command}", patience_s)
+    return hub.retrying(call, what, f"{advice}; to continue: {this_command()}", patience_s)
 
 
 def download(source: Input, folder: Path) -> Path:
@@ -144,21 +150,56 @@ def download(source: Input, folder: Path) -> Path:
     return ask_hub(fetch, f"download {source.path}", DOWNLOAD_PATIENCE_S)
 
 
+def content_of(path: str) -> dict:
+    """Return the size, time of change and hash of a file. Raises ValueError if it changes meanwhile."""
+    status, digest = os.stat(path), file_hash(Path(path))
+    size, time_ns = status.st_size, status.st_mtime_ns
+    if (size, time_ns) != ((now := os.stat(path)).st_size, now.st_mtime_ns):
+        raise ValueError(f"{path} changes while it is read: repeat the command with --no-resume")
+    return {"name": Path(path).name, "size": size, "modified_ns": time_ns, "sha256": digest}
+
+
+def check_content(path: str, before: dict) -> None:
+    """Raise ValueError if a file no longer has the content that `content_of` returned before."""
+    status = os.stat(path)
+    if (status.st_size, status.st_mtime_ns) == (before["size"], before["modified_ns"]):
+        return
+    if file_hash(Path(path)) != before["sha256"]:
+        raise ValueError(
+            f"{path} has changed since shards were made of it: --no-resume makes the set again, another "
+            "--out_dir keeps it"
+        )
+
+
 class Fetcher:
     """The inputs as local files; the next one can be downloaded while one is being read.
 
-    Downloads are daemon threads, so that no command waits for the end of one that it does not need.
+    A file of this machine is also hashed when it is read, in the background. Downloads are daemon threads, so
+    that no command waits for the end of one that it does not need.
     """
 
     def __init__(self, inputs: list[Input], folder: Path, keep: bool):
         self.inputs, self.folder, self.keep = inputs, folder, keep
         self.pending: dict[int, Future] = {}
+        self.hasher = ThreadPoolExecutor(1, thread_name_prefix="hasher")
+        self.hashes: dict[int, Future] = {}
 
     def path(self, index: int) -> Path:
         if self.inputs[index].repo is None:
+            self._hash(index)
             return Path(self.inputs[index].path)
         self.prefetch(index)
         return self.pending[index].result()
+
+    def _hash(self, index: int) -> Future:
+        if index not in self.hashes:
+            self.hashes[index] = self.hasher.submit(content_of, self.inputs[index].path)
+        return self.hashes[index]
+
+    def contents(self, known: list[dict]) -> list[dict]:
+        """Return `content_of` each local file up to the last one read; `known` are the first of them."""
+        number = max(self.hashes, default=-1) + 1
+        return known + [self._hash(index).result() for index in range(len(known), number)]
 
     def prefetch(self, index: int) -> None:
         """Start to download an input of the Hub, unless that has been done."""

@@ -22,23 +22,34 @@ def lines_of(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
+def json_rows(path: Path, what: str, advice: str) -> Iterator[tuple[str, object, float]]:
+    """Yield where each row of a .jsonl or .jsonl.gz file is, the row, and the share of the file read so far.
+
+    Raises ValueError like `rows_of`.
+    """
+    where, size = str(path), max(path.stat().st_size, 1)
+    try:
+        with open(path, "rb") as file:
+            for number, line in lines_of(gzip.open(file) if path.suffix == ".gz" else file):
+                where = f"{path}, line {number}"
+                yield where, json.loads(line), file.tell() / size
+    except UNREADABLE as error:
+        raise damage(where, what, error, advice) from error
+
+
 def rows_of(path: Path, what: str, advice: str) -> Iterator[tuple[str, object]]:
     """Yield where each row is, such as "items.jsonl, line 3", and the row.
 
     Raises ValueError, naming the row if possible, for a file that is damaged or not `what` it should be.
     """
-    where = str(path)
+    if path.suffix != ".parquet":
+        yield from ((where, row) for where, row, _ in json_rows(path, what, advice))
+        return
     try:
-        if path.suffix == ".parquet":
-            for number, row in enumerate(_parquet_rows(path), start=1):
-                yield f"{path}, row {number}", row
-            return
-        with open(path, "rb") as file:
-            for number, line in lines_of(gzip.open(file) if path.suffix == ".gz" else file):
-                where = f"{path}, line {number}"
-                yield where, json.loads(line)
+        rows = _parquet_rows(path)
     except UNREADABLE as error:
-        raise damage(where, what, error, advice) from error
+        raise damage(path, what, error, advice) from error
+    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _parquet_rows(path: Path) -> list[dict]:

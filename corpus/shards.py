@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from corpus.inputs import Input
+from runtime.cli import command_line
 from runtime.files import check_types, parsing
 
 # What all tasks of a set have in common.
@@ -117,9 +118,10 @@ def find_shards(data_dir: Path, split: str, manifest: dict) -> list[Path]:
             raise ValueError(f"the manifest of {data_dir} does not list {others[0]}: move it elsewhere")
     paths = [data_dir / name for name in names if split in name]
     if not paths:
+        command = command_line("fineweb.py", "--out_dir", data_dir)
         raise FileNotFoundError(
-            f"no {split} shards in {data_dir}/: `python fineweb.py --out_dir {data_dir}` makes them from "
-            "FineWeb-Edu, `python train.py --preset demo` trains without them"
+            f"no {split} shards in {data_dir}/: `{command}` makes them from FineWeb-Edu, "
+            "`python train.py --preset demo` trains without them"
         )
     return paths
 

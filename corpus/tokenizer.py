@@ -10,9 +10,12 @@ GPT-2's vocabulary comes from OpenAI or, if that fails, from the Hugging Face Hu
 import base64
 import hashlib
 import json
+import re
 import tempfile
 import threading
+import unicodedata
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +36,10 @@ OPENAI_S = 5  # after which the Hub is asked
 # Of r50k_base.tiktoken, which has GPT-2's ranks: tiktoken 0.14, tiktoken_ext/openai_public.py.
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 CHECKED_BYTES = 200_000  # of the first texts, which are also tokenized by tiktoken: 20 ms
+# White space in GPT-2's pattern is Unicode's White_Space; Python's \s has four more characters.
+WHITE_SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+WHITE_RUN, IS_WHITE = re.compile(f"{WHITE_SPACE}+"), re.compile(WHITE_SPACE).match
+SHORT_TEXT = 100_000  # characters, of which tiktoken can have any
 # gigatoken remembers every word that it has seen. A tokenizer is replaced when this process has grown by so
 # much since it was made or, where that is not known (not Linux), after so much text.
 MOST_GROWTH, MOST_TEXT = 600_000_000, 256_000_000  # bytes
@@ -96,6 +103,43 @@ def gpt2_from_hub(reason: str) -> tiktoken.Encoding:
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=end_of_text)
 
 
+def encode(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
+    """Return the ids of a text in uint32. In it, `<|endoftext|>` is ordinary text.
+
+    tiktoken's stack overflows in a run of some hundred thousand white-space characters before other text: for
+    each, its pattern remembers where it may have to go back to. It always goes back by one, so a cut there
+    changes no token, and no run before the end of a text is so long.
+    """
+    if len(text) <= SHORT_TEXT:
+        return tokenizer.encode_to_numpy(text, disallowed_special=())
+    runs = [match for match in WHITE_RUN.finditer(text) if match.end() - match.start() > SHORT_TEXT]
+    cuts = [0, *(run.end() - 1 for run in runs if run.end() < len(text)), len(text)]
+    parts = (text[start:end] for start, end in pairwise(cuts))
+    return np.concatenate([tokenizer.encode_to_numpy(part, disallowed_special=()) for part in parts])
+
+
+def kind_of(character: str) -> str:
+    """Return which part of GPT-2's pattern a character belongs to: L, N, white space, other or unassigned."""
+    if IS_WHITE(character):
+        return "white space"
+    category = unicodedata.category(character)
+    if category == "Cn":  # newer versions of Unicode may know it
+        return "unassigned"
+    return category[0] if category[0] in "LN" else "other"
+
+
+def last_cut(text: str, most: int) -> int:
+    """Return the last place up to `most` where a cut changes none of GPT-2's tokens, or 0 if there is none.
+
+    A token of letters or of numbers ends before a character of any other kind.
+    """
+    for place in range(min(most, len(text) - 1), 0, -1):
+        before, after = kind_of(text[place - 1]), kind_of(text[place])
+        if before in ("L", "N") and after not in (before, "unassigned"):
+            return place
+    return 0
+
+
 def tiktoken_file(ranks: dict[bytes, int]) -> bytes:
     """Return a vocabulary in tiktoken's format: a line for each token, by rank."""
     ordered = sorted(ranks.items(), key=lambda item: item[1])
@@ -153,12 +197,18 @@ class BatchTokenizer:
         return _encode_fast(fast, texts)
 
     def _encode_plainly(self, texts: "pyarrow.LargeStringArray") -> tuple[np.ndarray, np.ndarray]:
-        ids = [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts.to_pylist()]
+        ids = [encode(self.encoding, text) for text in texts.to_pylist()]
         return np.concatenate([[], *ids]).astype(np.uint16), np.cumsum([0, *map(len, ids)])
 
     def _check(self, fast, texts: "pyarrow.LargeStringArray") -> None:
-        starts = np.cumsum([0, *(len(text) for text in texts.to_pylist())])
-        first = texts[: int(np.searchsorted(starts, CHECKED_BYTES)) + 1]
+        import pyarrow
+
+        some, left = [], CHECKED_BYTES
+        for text in texts:
+            some.append(text.as_py()[:left])
+            if not (left := left - len(some[-1])):
+                break
+        first = pyarrow.array(some, pyarrow.large_string())
         results = _encode_fast(fast, first), self._encode_plainly(first)
         if not all(np.array_equal(*pair) for pair in zip(*results, strict=True)):
             raise ValueError("gigatoken's ids are wrong: install the version in requirements.txt")

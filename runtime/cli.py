@@ -76,6 +76,9 @@ class Range:
         return " and ".join(f"{name} {bound}" for name, bound in self.bounds.items())
 
 
+SEED = Range(int, 0, 2**63 - 1)  # what all random streams accept
+
+
 def count(text: str) -> int:
     """Convert a whole number as people write it: 100000000, 100_000_000 or 1e8."""
     number = float(text)
@@ -130,6 +133,26 @@ def shell_word(text: str) -> str:
         return subprocess.list2cmdline([text])
     word = shlex.quote(text)
     return f'"{text}"' if word != text and not set(text) & set('"$`\\!') else word
+
+
+def command_line(*words: object) -> str:
+    """Return a command of this project, such as `train.py --resume`, as people can paste it into a shell."""
+    return " ".join(["python", *(shell_word(str(word)) for word in words)])
+
+
+def this_command() -> str:
+    """Return the command that is running."""
+    return command_line(*sys.argv)
+
+
+def user_path(text: str) -> str:
+    """An argparse type for files and folders: expands ~, which shells leave alone in `--option=~/path`."""
+    return os.path.expanduser(text)
+
+
+def summary(doc: str | None) -> str | None:
+    """Return the first paragraph of a docstring, which `python -OO` removes."""
+    return doc and doc.split("\n\n")[0]
 
 
 def error_lines(error: BaseException) -> list[str]:

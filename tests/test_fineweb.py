@@ -116,7 +116,8 @@ def test_dataset_is_resolved_by_the_datasets_library(tmp_path):
 
 def test_standard_library_documents_are_python_and_reproducible():
     fetcher = corpus_inputs.Fetcher(corpus_inputs.stdlib_inputs(), Path("unused"), keep=False)
-    texts = [chunk.read()[0] for chunk in documents.read_chunks(fetcher, "text", (0, 0))]
+    chunks = documents.read_chunks(fetcher, documents.Format(), (0, 0))
+    texts = [text for chunk in chunks for text in chunk.read().to_pylist()]
     assert corpus_inputs.stdlib_inputs() == fetcher.inputs and len(texts) == len(fetcher.inputs)
     assert sum(map(len, texts)) > 5e6
     assert any("def dataclass(" in document for document in texts)
@@ -309,6 +310,11 @@ def test_repair_replaces_nothing_when_the_inputs_have_changed(monkeypatch):
     np.save(shard, np.load(shard)[:-1])
     damaged = shard.read_bytes()
     Path("input.txt").write_text("y" * 500)  # of the same size
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    with pytest.raises(ValueError, match="input.txt has changed since shards were made of it: --no-resume"):
+        cli(*arguments)
+    del manifest["contents"]  # as in sets of older versions
+    Path("out/manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="inputs of edufineweb_train_000003.npy have changed: --no-resume"):
         cli(*arguments)
     assert shard.read_bytes() == damaged
@@ -374,12 +380,11 @@ def test_next_input_is_downloaded_only_when_it_may_be_needed(monkeypatch):
 
     monkeypatch.setattr(corpus_inputs, "download", download)
     inputs = [corpus_inputs.Input(str(i), 1000, None, "repo", "main") for i in range(3)]
-    source = {"text_column": "text"}
     for max_tokens, expected in ((20_000, ["0"]), (80_000, ["0", "1"]), (180_000, ["0", "1", "2"])):
         downloaded.clear()
-        options = dict(tokenizer="byte", shard_size=7_000, max_tokens=max_tokens, workers=4)
+        recipe = fineweb.Recipe({"text_column": "text"}, "byte", 7_000, max_tokens)
         Path(f"out{max_tokens}").mkdir()
-        fineweb.prepare(inputs, f"out{max_tokens}", source=source, **options)  # never waits for input 2
+        fineweb.prepare(inputs, f"out{max_tokens}", recipe, workers=4)  # never waits for input 2
         assert downloaded == expected
         assert not list(Path(f"out{max_tokens}").glob("downloads/*.parquet"))
     never.set()
@@ -394,8 +399,7 @@ def test_each_task_deletes_only_its_own_downloads(monkeypatch):
     monkeypatch.setattr(corpus_inputs, "download", download)
     inputs = [corpus_inputs.Input(str(i), 1000, None, "repo", "main") for i in range(2)]
     other = download(inputs[1], Path("out/downloads_0001_of_0002"))  # which that task is reading
-    options = dict(source={"text_column": "text"}, tokenizer="byte", shard_size=100, task_count=2)
-    fineweb.prepare(inputs, "out", task_index=0, **options)
+    fineweb.prepare(inputs, "out", fineweb.Recipe({"text_column": "text"}, "byte", 100, task_count=2))
     assert other.exists() and not Path("out/downloads_0000_of_0002").exists()
 
 
@@ -580,28 +584,159 @@ def test_bad_token_files_are_named_and_nothing_is_written(no_vocabulary):
 
 def test_odd_documents_are_tokenized_or_counted_as_skipped(tmp_path):
     odd = ["x" * 1_000_000, "\ud800 half a pair", "<|endoftext|>", "one\r\ntwo\rthree\n", "\0", "\ufeff"]
-    rows = [*odd, "", None, 5, ["list"]]
+    rows = [*odd, "", None]
     Path("odd.jsonl").write_text("\r\n".join(json.dumps({"text": text}) for text in rows))
     cli("--files", "odd.jsonl", "--tokenizer", "byte", "--shard_size", 900_000, "--out_dir", "out")
     fixed = [text.replace("\ud800", "\ufffd") for text in odd]
     assert token_stream("out") == expected_tokens(fixed)
-    assert json.loads(Path("out/manifest.json").read_text())["skipped_documents"] == 4
+    assert json.loads(Path("out/manifest.json").read_text())["skipped_documents"] == 2
+
+
+ARROW_TYPES = [
+    *(pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()),
+    *(pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view()),
+    pyarrow.dictionary(pyarrow.int8(), pyarrow.string()),
+    pyarrow.dictionary(pyarrow.int32(), pyarrow.binary()),
+]
+
+
+def test_text_of_any_arrow_type_is_text():
+    for i, kind in enumerate(ARROW_TYPES):
+        column = pyarrow.chunked_array([pyarrow.array(TEXTS[:3]), pyarrow.array(TEXTS[3:])])
+        table = pyarrow.table({"id": range(len(TEXTS)), "text": column.cast(pyarrow.binary()).cast(kind)})
+        pyarrow.parquet.write_table(table, f"{i}.parquet", row_group_size=4)
+        assert pyarrow.parquet.read_schema(f"{i}.parquet").field("text").type == kind
+        cli("--files", f"{i}.parquet", "--tokenizer", "byte", "--out_dir", f"out{i}", "--shard_size", 100)
+        assert token_stream(f"out{i}") == expected_tokens()
+        assert json.loads(Path(f"out{i}/manifest.json").read_text())["skipped_documents"] == 2
+
+
+def test_mostly_empty_documents_are_a_warning_at_the_end(capsys):
+    rows = [{"text": text, "body": "x"} for text in ["some", *[None] * 5]]
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cli("--files", "a.jsonl", "--tokenizer", "byte", "--out_dir", "out")
+    assert capsys.readouterr().out.endswith(
+        "warning: 5 of 6 documents are empty or null: is --text_column text the right one?\n"
+    )
+
+
+def test_large_text_is_read_in_parts_and_continued_within(monkeypatch):
+    text = "words, 123 and naïve 漢字 🙂\n" * 40 + "ACGT" * 100
+    Path("a.txt").write_text("\ufeff" + text)  # a byte order mark
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 101)
+    arguments = ("--files", "a.txt", "--tokenizer", "byte", "--shard_size", 300, "--out_dir")
+    write = fineweb.ShardSet.write
+
+    def dies(self, number, tokens, sha256=None):
+        if number == 3:
+            raise KeyboardInterrupt
+        return write(self, number, tokens, sha256)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fineweb.ShardSet, "write", dies)
+        cli(*arguments, "out")
+    assert json.loads(Path("out/manifest.json").read_text())["shards"][-1]["next"][1] > 0
+    cli(*arguments, "out")
+    assert token_stream("out") == expected_tokens([text])
+    monkeypatch.setattr(documents, "MOST_UNCUT", 300)
+    with pytest.raises(documents.UncutError, match="400 characters without a token boundary"):
+        list(documents.parts_of(iter(["ACGT" * 100, "more"]), None, is_bytes=False))
+    Path("b.txt").write_bytes(b"x" * 250 + b"\xff")
+    with pytest.raises(ValueError, match=r"b.txt is not UTF-8 \(byte 250: invalid start byte\): convert it"):
+        cli("--files", "b.txt", "--tokenizer", "byte", "--out_dir", "bad")
+
+
+def test_separators_end_documents_and_are_no_text(capsys):
+    Path("a.txt").write_text("one<|endoftext|>two\n<|endoftext|>\n")
+    Path("b.txt").write_text("three")
+    arguments = ("--files", "a.txt", "b.txt", "--tokenizer", "byte", "--shard_size", 1, "--out_dir")
+    cli(*arguments, "whole")
+    assert "a.txt holds <|endoftext|> as text: --separator '<|endoftext|>' ends" in capsys.readouterr().out
+    cli(*arguments, "parts", "--separator", "<|endoftext|>")
+    assert "as text" not in capsys.readouterr().out
+    assert token_stream("parts") == expected_tokens(["one", "two\n", "three"])
+    with pytest.raises(ValueError, match="source|separator"):
+        cli(*arguments, "parts")  # other documents
+    Path("c.txt").write_text("one\n\n\ntwo\n\n\n\nthree")
+    arguments = ("--files", "c.txt", "--tokenizer", "byte", "--shard_size", 1, "--out_dir")
+    cli(*arguments, "lines", "--separator", r"\n\n\n")
+    assert token_stream("lines") == expected_tokens(["one", "two", "\nthree"])
+    with pytest.raises(ValueError, match="--separator is for .txt files, of which there are none"):
+        cli("--files", __file__, "--tokenizer", "byte", "--out_dir", "none", "--separator", "x")
+
+
+def test_files_are_found_once_and_by_their_names(capsys):
+    Path("folder.txt").mkdir()
+    for name in ("a.txt", "a[1].txt", "folder.txt/b.txt"):
+        Path(name).write_text(name)
+    Path("link.txt").symlink_to("a.txt")
+    found = corpus_inputs.local_inputs(["a[1].txt", "*.txt", "./a.txt", "**/*.txt"])
+    assert [each.path for each in found] == ["a[1].txt", "a.txt", "folder.txt/b.txt"]
+    assert "skipping 1 folder(s) that match '*.txt'" in capsys.readouterr().out
+
+
+def test_input_that_was_edited_ends_the_command_and_one_that_was_touched_does_not(monkeypatch):
+    Path("a.txt").write_text("first " * 50)
+    Path("b.jsonl").write_text(json.dumps({"text": "second " * 50}) + "\n")
+    arguments = ("--files", "a.txt", "b.jsonl", "--tokenizer", "byte", "--shard_size", 90, "--out_dir", "out")
+    write = fineweb.ShardSet.write
+
+    def dies(self, number, tokens, sha256=None):
+        if number == 5:
+            raise KeyboardInterrupt
+        return write(self, number, tokens, sha256)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fineweb.ShardSet, "write", dies)
+        cli(*arguments)
+    for name, times in (("a.txt", 3), ("b.jsonl", 7)):  # begun and finished
+        text, before = Path(name).read_text(), Path("out/manifest.json").read_bytes()
+        Path(name).write_text(text.replace("s", "z"))
+        os.utime(name, ns=(0, times))
+        with pytest.raises(ValueError, match=f"{name} has changed since shards were made of it: --no-resume"):
+            cli(*arguments)
+        assert Path("out/manifest.json").read_bytes() == before
+        Path(name).write_text(text)
+        os.utime(name, ns=(0, times))
+        cli(*arguments)
+        assert token_stream("out") == expected_tokens(["first " * 50, "second " * 50])
+    Path("b.jsonl").write_text(text.replace("s", "z"))
+    cli(*arguments, "--no-resume")
+    assert token_stream("out") == expected_tokens(["first " * 50, "zecond " * 50])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_byte_order_marks_and_blank_lines_are_skipped(name):
+    data = b"\xef\xbb\xbf\n" + json.dumps({"text": "one"}).encode() + b"\r\n \n" + b'{"text": "two"}\n\n'
+    Path(name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    cli("--files", name, "--tokenizer", "byte", "--out_dir", "out", "--shard_size", 1)
+    assert token_stream("out") == expected_tokens(["one", "two"])
 
 
 def test_bad_input_names_a_fix_and_leaves_nothing_behind(files, tmp_path):
     cases = [
         (("--files", "no/such/*.txt"), FileNotFoundError, "no file matches 'no/such/"),
         (("--files", "a.csv"), ValueError, r"cannot read a.csv: supported formats are .txt, .*, .parquet"),
-        (("--files", "broken.jsonl"), ValueError, "broken.jsonl: line 2 is not a JSON object .* fix it"),
+        (("--files", "broken.jsonl"), ValueError, "broken.jsonl, line 2 .* not a JSON object .* fix"),
         (("--files", "latin.txt"), ValueError, "latin.txt is not UTF-8"),
         (
             ("--files", str(tmp_path / "4.parquet"), "--text_column", "body"),
             ValueError,
-            r"one of \['id', 'text'\]",
+            r"one of \['text'\]",
         ),
         (("--files", "cut.parquet"), ValueError, "cut.parquet: "),
-        (("--files", "cut.jsonl.gz"), ValueError, "cut.jsonl.gz: "),
-        (("--files", "damaged.jsonl.gz"), ValueError, "damaged.jsonl.gz: Error -3"),
+        (("--files", "cut.jsonl.gz"), ValueError, "cut.jsonl.gz.* is damaged"),
+        (("--files", "damaged.jsonl.gz"), ValueError, "damaged.jsonl.gz.*Error -3"),
+        (("--files", "deep.jsonl"), ValueError, "deep.jsonl, line 1 is damaged or not a JSON object"),
+        (("--files", "number.jsonl"), ValueError, "number.jsonl, line 3: 'text' is of type int, not text"),
+        (("--files", "other.jsonl"), ValueError, "other.jsonl, line 1 is not a JSON object"),
+        (
+            ("--files", str(tmp_path / "4.parquet"), "--text_column", "id"),
+            ValueError,
+            r"4.parquet: column 'id' holds int64, not text: set --text_column to one of \['text'\]",
+        ),
+        (("--files", "bytes.parquet"), ValueError, "bytes.parquet, row 3: the text is not UTF-8"),
+        (("--files", "."), FileNotFoundError, "no file matches '.': . is a folder, name its files"),
         (("--files", "tiny.txt"), ValueError, "too few for a val and a train shard"),
     ]
     Path("a.csv").write_text("x")
@@ -613,6 +748,11 @@ def test_bad_input_names_a_fix_and_leaves_nothing_behind(files, tmp_path):
     damaged[len(damaged) // 2] ^= 0xFF
     Path("damaged.jsonl.gz").write_bytes(damaged)
     Path("tiny.txt").write_text("")
+    Path("deep.jsonl").write_text('{"text": ' + "[" * 100_000)
+    Path("number.jsonl").write_text('{"text": "fine"}\n{"text": null}\n{"text": 5}\n')
+    Path("other.jsonl").write_text('["text"]\n')
+    column = pyarrow.array([b"fine", None, b"\xff", b"fine"])
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), "bytes.parquet", row_group_size=2)
     for argv, error, message in cases:
         with pytest.raises(error, match=message) as caught:
             cli(*argv, "--tokenizer", "byte", "--out_dir", "out")

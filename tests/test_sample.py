@@ -341,7 +341,7 @@ def test_the_newest_checkpoint_of_a_run_is_sampled(run_train, command):
     "options, message",
     [
         ("--model nowhere", "no model at nowhere"),
-        ("--num_samples 0 --temperature -1 --top_p 2 --top_k 0 --max_new_tokens 0", "--num_samples is 0: "),
+        ("--num_samples 0 --temperature -1 --top_p 2 --top_k -1 --max_new_tokens 0", "--num_samples is 0: "),
         ("--device cuda:99", "device cuda:99 is not available"),
         ("--prompt a --prompt_file b", "are mutually exclusive"),
         ("--prompt_file none.txt", "cannot read none.txt"),

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str as GPT2_PATTERN
 
-from corpus import tokenizer
+from corpus import documents, tokenizer
 from corpus.tokenizer import BatchTokenizer, get_tokenizer
 
 pyarrow = pytest.importorskip("pyarrow")  # a machine for the GPU tests may lack it
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,44 @@ def test_batches_have_the_ids_of_tiktoken(small_gpt2):
     assert encode(batch, []) == []
     part = pyarrow.array(["first", "second", "third"], pyarrow.large_string())[1:2]
     assert batch.encode(part)[0].tolist() == small_gpt2.encode_ordinary("second")
+
+
+def test_cuts_change_no_token(small_gpt2):
+    cuts = 0
+    for text in odd_texts(300):
+        whole = small_gpt2.encode_ordinary(text)
+        for cut in {tokenizer.last_cut(text, most) for most in range(len(text) + 5)} - {0}:
+            parts = small_gpt2.encode_ordinary(text[:cut]), small_gpt2.encode_ordinary(text[cut:])
+            assert parts[0] + parts[1] == whole, (text, cut)
+            cuts += 1
+    assert cuts > 5000
+    assert tokenizer.last_cut("ACGT" * 100, 300) == 0 and tokenizer.last_cut("don't", 5) == 3
+
+
+@pytest.mark.parametrize("separator", [None, "\n", "<|endoftext|>"])
+def test_parts_of_a_text_have_the_tokens_of_the_whole(small_gpt2, separator):
+    rng = random.Random(1)
+    for text in ("".join(odd_texts(40)[i::5]) for i in range(5)):
+        cuts = sorted(rng.sample(range(len(text)), 30))
+        blocks = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        found = []
+        for part, continues in documents.parts_of(iter(blocks), separator, is_bytes=False):
+            ids = small_gpt2.encode_ordinary(part)
+            found += [found.pop() + ids] if continues else [ids]
+        expected = text.split(separator) if separator else [text]
+        expected = expected if not separator or expected[-1].strip() else expected[:-1]
+        assert found == [small_gpt2.encode_ordinary(each) for each in expected]
+
+
+def test_long_runs_of_white_space_are_tokenized(small_gpt2, monkeypatch):
+    spaces = " " * 1_000_000
+    expected = small_gpt2.encode_ordinary(spaces[1:]) + small_gpt2.encode_ordinary(" word")
+    assert tokenizer.encode(small_gpt2, spaces + "word").tolist() == expected
+    assert encode(BatchTokenizer("gpt2"), [spaces + "word"]) == [expected]  # and is compared with tiktoken
+    monkeypatch.setattr(tokenizer, "SHORT_TEXT", 3)
+    runs = ["a    b", "    \n\nb", "a     ", "     ", " \t\n \u3000 \x1f\x1f\x1f\x1fb"]
+    for text in (*runs, *odd_texts(100)):
+        assert tokenizer.encode(small_gpt2, text).tolist() == small_gpt2.encode_ordinary(text)
 
 
 def test_without_gigatoken_tiktoken_does_the_work_and_says_so(small_gpt2, monkeypatch, capsys):

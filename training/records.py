@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from runtime import hardware
-from runtime.cli import shell_word
+from runtime.cli import command_line
 from runtime.files import is_same_file, write_atomically
 from runtime.log import read_records
 from training.checkpoints import CheckpointWriter, is_last_step, numbered, training_state
@@ -233,7 +233,7 @@ class Log:
     def report_end(self, step: int, overfit_loss: float | None, stopped: bool) -> None:
         """Print how the run has ended and what to do next. Draws its picture if it went to its end."""
         if stopped:
-            again = f"python train.py --resume --out_dir {shell_word(self.folder.name)} continues"
+            again = f"{command_line('train.py', '--resume', '--out_dir', self.folder.name)} continues"
             if self.args.overfit_batch:
                 again = "the check has no result"
             elif not self.args.checkpoint_every:
@@ -242,11 +242,12 @@ class Log:
         elif overfit_loss is not None:
             tqdm.write(f"overfit check passed: loss {overfit_loss:.4f} after {step} steps")
         else:
-            model, prompt = shell_word(self.folder.name), shell_word(self.args.sample_prompt)
+            model, prompt = self.folder.name, self.args.sample_prompt
             tqdm.write(f"loss curve: {self.draw()}")
-            report = shell_word(f"{self.folder.name}/report.html")
-            tqdm.write(f"report:     python plot.py {model} --output {report}")
-            tqdm.write(f"next:       python sample.py --model {model} --prompt {prompt}")
+            report = command_line("plot.py", model, "--output", f"{model}/report.html")
+            sample = command_line("sample.py", "--model", model, "--prompt", prompt)
+            tqdm.write(f"report:     {report}")
+            tqdm.write(f"next:       {sample}")
 
     def close(self) -> None:
         """Write what is still unwritten, also by TensorBoard and Weights & Biases, and remove the bar."""
