@@ -231,6 +231,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     stop: StopSignal = field(default_factory=StopSignal)
     stopping: bool = False  # a rank has got a signal, and all know it
+    loss: float | None = None  # of the last step
     skipped: int = 0
     skipped_in_row: int = 0
 
@@ -436,18 +437,18 @@ def train_step(run: Run, step: int, micro_steps: int | None = None) -> dict:
         run.skipped += 1
     run.progress.windows += micro_steps * data.batch_size * dist.world_size
     # One collective for the mean loss and for signals: all ranks stop after the same step.
-    loss, signals = dist.sum(loss_sum.item() / dist.world_size, bool(run.stop))
+    run.loss, signals = dist.sum(loss_sum.item() / dist.world_size, bool(run.stop))
     run.stopping = signals > 0
     hardware.synchronize(dist.device)
     speed = speed_of(run, micro_steps * micro_batch, time.perf_counter() - started)
     lrs = {group["name"]: group["lr"] for group in optimizer.param_groups}
     lr = learning_rate_at(step, args)
-    return {"loss": loss, "lr": lr, "norm": norm, **speed, "skipped": run.skipped, "lrs": lrs}
+    return {"loss": run.loss, "lr": lr, "norm": norm, **speed, "skipped": run.skipped, "lrs": lrs}
 
 
-def train(run: Run, records: Records) -> float:
-    """Run the loop: evaluate what is due, save what is due, stop or step, log. Return the last loss."""
-    args, dist, progress, loss = run.args, run.dist, run.progress, math.inf
+def train(run: Run, records: Records) -> None:
+    """Run the loop: evaluate what is due, save what is due, stop or step, log."""
+    args, dist, progress = run.args, run.dist, run.progress
     start_step = progress.step
     for step in range(start_step, args.max_steps + 1):
         progress.step = step
@@ -476,12 +477,11 @@ def train(run: Run, records: Records) -> float:
         on_grid = args.checkpoint_every and step % args.checkpoint_every == 0 and step > start_step
         if on_grid or last_step or run.stopping:
             checkpoints.append(numbered(step))
-        records.save(checkpoints)  # none with --checkpoint_every 0
+        records.save(checkpoints)  # not with --checkpoint_every 0, and not over good states
         if last_step or run.stopping:
             break
 
         record = train_step(run, step)
-        loss = record["loss"]
         if run.skipped_in_row:
             norm, times = record["norm"], run.skipped_in_row
             dist.say(f"step {step:5d} | gradient norm {norm}: step skipped, {times} in a row")
@@ -494,9 +494,8 @@ def train(run: Run, records: Records) -> float:
         progress.step = step + 1
         if run.stopping:
             records.save([numbered(step + 1)])  # this step is done
-        if run.stopping or (args.overfit_batch and loss < OVERFIT_LOSS):
+        if run.stopping or (args.overfit_batch and run.loss < OVERFIT_LOSS):
             break
-    return loss
 
 
 def int_or_auto(text: str) -> int | str:
@@ -636,11 +635,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_overfit(run: Run, loss: float) -> None:
+def check_overfit(run: Run) -> None:
     """End the command with an error if --overfit_batch has not brought one batch to a loss near zero."""
-    if run.args.overfit_batch and not run.stopping and not loss < OVERFIT_LOSS:  # or not a number
+    if run.args.overfit_batch and not run.stopping and not run.loss < OVERFIT_LOSS:  # or not a number
         raise run.dist.leave_with_error(
-            f"one batch still has loss {loss:.3f} after {run.args.max_steps} steps, not {OVERFIT_LOSS}: "
+            f"one batch still has loss {run.loss:.3f} after {run.args.max_steps} steps, not {OVERFIT_LOSS}: "
             "the model is broken, or needs more --max_steps, another --learning_rate or no --dropout"
         )
 
@@ -728,12 +727,12 @@ def main(args: argparse.Namespace) -> None:
         if dist.is_main:
             records = Records(run, folder, EVALUATIONS, is_new, recent)
         with run.stop, records:
-            loss = train(run, records)
+            train(run, records)
 
             # End
             records.finish()
-            check_overfit(run, loss)
-            records.report_end(loss if args.overfit_batch else None)
+            check_overfit(run)
+            records.report_end()
             dist.leave()  # signals are handled until the last checkpoint is written
 
 

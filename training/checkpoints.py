@@ -138,6 +138,26 @@ def is_last_step(args: argparse.Namespace, progress: Progress) -> bool:
     return progress.step == args.max_steps or 0 < patience <= progress.step - progress.best_step
 
 
+def is_sound(run) -> bool:
+    """Return whether the run can go on from its present state.
+
+    The last step and validation tell about the weights before the last update. What that has done to them
+    shows in the loss and the gradients of a row of any tokens.
+    """
+    model, losses = run.raw_model, (run.loss, run.progress.val_loss)
+    if run.skipped_in_row or not all(loss is None or math.isfinite(loss) for loss in losses):
+        return False
+    tokens = torch.arange(model.config.block_size, device=run.dist.device)[None] % model.config.vocab_size
+    model.eval()  # dropout would draw random numbers
+    with run.attention():
+        with run.autocast:
+            loss = model(tokens, tokens)[1]
+        # Unlike `backward`, this leaves .grad alone, and with it DDP.
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+    model.train()
+    return all(each.isfinite().all() for each in (loss, *gradients))
+
+
 def training_state(run) -> dict:
     """Return what a checkpoint holds: tensors, which are not copied yet, and plain types."""
     return {

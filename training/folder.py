@@ -1,6 +1,7 @@
 """The folder of a run, which one process at a time writes to."""
 
 import contextlib
+import errno
 import itertools
 import os
 import tempfile
@@ -10,6 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from runtime.files import FolderLock, check_folder
+
+OF_A_RUN = ("model_*.pt*", "*.png", "tensorboard", "wandb", "report.html")  # besides log.jsonl
 
 
 class RunFolder:
@@ -22,7 +25,7 @@ class RunFolder:
     def __init__(self, out_dir: str | Path, is_temporary: bool = False):
         self.temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True) if is_temporary else None
         self.name = self.temporary.name if is_temporary else str(out_dir)
-        self.path = Path(self.name).absolute()
+        self.path = Path(self.name).resolve()  # of a link, the folder that it leads to
         self.lock, self.status, self.mutex = FolderLock(self.path), None, threading.Lock()
 
     def __enter__(self) -> "RunFolder":
@@ -46,7 +49,7 @@ class RunFolder:
         It has to be writable, and must not contain what a new run, which renames it, would take away. Raises
         OSError if it cannot be written, and ValueError if another run uses it.
         """
-        path = self.path.resolve()
+        path = self.path
         if Path.cwd().is_relative_to(path):
             raise ValueError(f"--out_dir {self.name} contains the working directory: use another folder")
         if Path(data_dir).resolve().is_relative_to(path):
@@ -55,10 +58,26 @@ class RunFolder:
         if lock and path.exists():
             self._acquire()
 
-    def free_name(self) -> Path:
-        """Return the folder's name with .1, .2, … appended, whichever is free first."""
-        names = (self.path.with_name(f"{self.path.name}.{number}") for number in itertools.count(1))
+    def free_name(self, inside: bool = False) -> Path:
+        """Return the folder's name with .1, .2, … appended, whichever is free first, beside or inside it."""
+        parent = self.path if inside else self.path.parent
+        names = (parent / f"{self.path.name}.{number}" for number in itertools.count(1))
         return next(path for path in names if not path.exists())
+
+    def _set_aside(self) -> Path:
+        """Rename the folder or, where it is a mount point, move its run into a folder inside it."""
+        try:
+            return self.path.rename(self.free_name())
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.EXDEV):
+                raise
+        old = self.free_name(inside=True)
+        old.mkdir()
+        # The log comes last: without it, the next run sets aside what this one has left.
+        found = [path for pattern in (*OF_A_RUN, "log.jsonl") for path in sorted(self.path.glob(pattern))]
+        for path in found:
+            path.rename(old / path.name)
+        return old
 
     def begin(self, is_new: bool) -> None:
         """Create and lock the folder of a run. If a new one finds another run in it, that is renamed."""
@@ -66,8 +85,10 @@ class RunFolder:
         if is_new and ((self.path / "log.jsonl").exists() or any(self.path.glob("model_*.pt"))):
             if os.name == "nt":  # Windows does not rename folders with open files
                 self.lock.release()
-            self.lock.folder = old = self.path.rename(self.free_name())
-            print(f"renamed the run in {self.path} to {old} (--resume would have continued it)")
+            old = self._set_aside()
+            if old.parent == self.path.parent:
+                self.lock.folder = old
+            print(f"moved the run in {self.path} to {old} (--resume would have continued it)")
             self.lock.release()
             self._acquire()
 

@@ -25,7 +25,7 @@ from runtime import hardware
 from runtime.cli import command_line
 from runtime.files import is_same_file, write_atomically
 from runtime.log import read_records
-from training.checkpoints import CheckpointWriter, is_last_step, numbered, training_state
+from training.checkpoints import CheckpointWriter, is_last_step, is_sound, numbered, training_state
 from training.describe import about_run
 from training.folder import RunFolder
 
@@ -303,13 +303,27 @@ class Records:
             written = self.log.checkpoint  # which does not keep the run alive
             self.writer = CheckpointWriter(folder, args.keep, milestone_steps, written, recent)
             on_error.pop_all()
-        self.check, self.newest = self.writer.check, self.writer.newest
+        self.check, self.newest, self.is_overdue = self.writer.check, self.writer.newest, False
         self.log(run.progress.step, "run", **about_run(run, evaluations))
 
     def save(self, names: list[str]) -> None:
-        """Start writing a checkpoint of the present state under each of the names."""
-        if self.run.args.checkpoint_every and names:
-            self.writer.save(names, training_state(self.run), self.run.dist.device)
+        """Start writing a checkpoint of the present state under each of the names, if it is sound.
+
+        One that is due while the state is not is written after the first step from which the run can go on.
+        """
+        run = self.run
+        if not run.args.checkpoint_every or not (names or self.is_overdue):
+            return
+        if not is_sound(run):
+            if not self.is_overdue:
+                reason = "loss or gradients are not finite"
+                tqdm.write(f"step {run.progress.step:5d} | {reason}: no checkpoint; --resume {self.newest()}")
+            self.is_overdue = True
+            return
+        if self.is_overdue:
+            names = sorted({*names, numbered(run.progress.step)}, reverse=True)
+        self.is_overdue = False
+        self.writer.save(names, training_state(run), run.dist.device)
 
     def finish(self) -> None:
         """Wait for the last checkpoint, and log the end of a run that no signal has stopped."""
@@ -319,9 +333,10 @@ class Records:
             used = hardware.memory(self.run.dist.device)
             self.log(self.run.progress.step, "end", peak_bytes=used[0] if used else None)
 
-    def report_end(self, overfit_loss: float | None) -> None:
+    def report_end(self) -> None:
         """Print how the run has ended and what to do next."""
-        self.log.report_end(self.run.progress.step, overfit_loss, self.run.stopping)
+        run = self.run
+        self.log.report_end(run.progress.step, run.loss if run.args.overfit_batch else None, run.stopping)
 
     def __enter__(self) -> "Records":
         return self
