@@ -53,6 +53,7 @@ from runtime.cli import Range, check_options, count, run, summary, user_path
 from runtime.files import file_hash, write_atomically, write_json
 from runtime.hardware import synchronize
 from runtime.log import read_log
+from runtime.machine import usable_cores
 from sample import generate
 
 # With 524,288 tokens a step. Here a step has one micro-step, so the optimizer takes more of it.
@@ -584,7 +585,7 @@ def bench_sweep(args: argparse.Namespace, device: torch.device) -> list[dict]:
     grid = [[(name, value) for value in values or [""]] for name, values in args.options.items()]
     varied = {name for name, values in args.options.items() if len(values) > 1}
     folder = Path(args.out_dir)
-    threads = {**os.environ, "OMP_NUM_THREADS": str(max(os.cpu_count() // args.jobs, 1))}
+    threads = {**os.environ, "OMP_NUM_THREADS": str(max(usable_cores() // args.jobs, 1))}
 
     def train_once(settings: tuple[tuple[str, str], ...], seed: str) -> None:
         name = ",".join([args.name, *(f"{key}={value}" for key, value in settings if key in varied)])
@@ -808,7 +809,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="model dtype")
     add = command("data", bench_data, timed, tokenized)
     add("--files", type=user_path, nargs="+", required=True, help="parquet files of documents")
-    add("--workers", type=at_least_1, default=os.cpu_count(), help="threads that tokenize")
+    add("--workers", type=at_least_1, default=usable_cores(), help="threads that tokenize")
     add = command("generate", bench_generate, timed, sized)
     add("--batch_size", type=at_least_1, default=1, help="sequences")
     add("--prompt_tokens", type=at_least_1, default=8, help="tokens in the prompt")

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import hashlib
 import io
-import os
 import platform
 import shutil
 import sys
@@ -61,7 +60,7 @@ from runtime.files import (
     write_atomically,
     write_json,
 )
-from runtime.memory import keep_freed_memory
+from runtime.machine import keep_freed_memory, usable_cores
 
 SMALL_TEXT = 100_000_000  # tokens; `train.py --preset text` is meant for fewer
 MOST_VALIDATION = 0.2  # share of a set; where the first shard is more, a tenth of the set is validation
@@ -503,7 +502,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out_dir", type=user_path, default="edu_fineweb10B", help="folder for the shards")
     add("--shard_size", type=at_least_1, default=100_000_000, help="tokens per shard")
     add("--max_tokens", type=at_least_1, help="stop after this many tokens per task (None: no limit)")
-    add("--workers", type=at_least_1, default=os.cpu_count(), help="threads that tokenize")
+    add("--workers", type=at_least_1, default=usable_cores(), help="threads that tokenize")
     add("--task_index", type=Range(int, 0), default=0, help="index of this machine, from 0")
     add("--task_count", type=at_least_1, default=1, help="machines that share the inputs, file by file")
     add("--keep_downloads", action="store_true", help="keep the Hub's files in --out_dir/downloads")

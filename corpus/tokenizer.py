@@ -24,7 +24,7 @@ import tiktoken
 
 from runtime import hub
 from runtime.files import parsing
-from runtime.memory import resident_bytes
+from runtime.machine import resident_bytes
 
 if TYPE_CHECKING:
     import gigatoken

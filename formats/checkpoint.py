@@ -21,7 +21,7 @@ from formats.hugging_face import HUB_NAMES, check_size, read_hugging_face, trans
 from model import GPTConfig
 from runtime import hub
 from runtime.files import parsing
-from runtime.memory import is_out_of_memory
+from runtime.machine import is_out_of_memory
 
 HUB_FILES = ("model.safetensors", "config.json")  # in this order both are of one revision
 # Prefixes that DDP, torch.compile and wrapper modules add to tensor names.

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from runtime.cli import USER_ERRORS, error_lines
+from runtime.launcher import Launcher, read_launcher
 
 # Ranks wait for rank 0: for a download, for a large checkpoint on a slow disk. NCCL's default is ten minutes.
 TIMEOUT = datetime.timedelta(hours=2)
@@ -90,37 +90,39 @@ class Distributed:
 def setup_distributed(device: torch.device) -> Distributed:
     """Join torchrun's process group if there is one: with nccl on GPUs, gloo on CPUs.
 
-    `device` is that of this rank (`hardware.choose_device`); ranks that have no GPU use the CPU.
+    `device` is that of this rank (`hardware.choose_device`); ranks that have no GPU use the CPU. Raises
+    ValueError if the launcher's variables contradict each other, and prints a line about one without effect.
     """
-    if "RANK" not in os.environ:
+    launcher = read_launcher()
+    if launcher.address is None:
+        if launcher.ignored:
+            tqdm.write(launcher.ignored)
         return Distributed(rank=0, world_size=1, device=device)
     on_gpu = device.type == "cuda"
     torch.distributed.init_process_group(
         "nccl" if on_gpu else "gloo",
-        store=fresh_store(),
-        rank=(rank := int(os.environ["RANK"])),
-        world_size=(world_size := int(os.environ["WORLD_SIZE"])),
+        store=fresh_store(launcher),
+        rank=launcher.rank,
+        world_size=launcher.world_size,
         timeout=TIMEOUT,
         device_id=device if on_gpu else None,
     )
-    return Distributed(rank, world_size, device if on_gpu else torch.device("cpu"))
+    return Distributed(launcher.rank, launcher.world_size, device if on_gpu else torch.device("cpu"))
 
 
-def fresh_store() -> torch.distributed.Store | None:
+def fresh_store(launcher: Launcher) -> torch.distributed.Store | None:
     """Return a store that no earlier restart of torchrun has used, or None to use torchrun's own.
 
     All restarts share torchrun's store, where a new rank may find the address of a dead one
     (pytorch/pytorch#135712) and NCCL the errors of a dead group. So the first rank opens another store and
     publishes its port in torchrun's. Each node counts its own restarts, so this works on a single node only.
     """
-    single_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    if not single_node or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if launcher.local_world_size != launcher.world_size or not launcher.shares_store:
         return None
-    host, restart = os.environ["MASTER_ADDR"], os.environ["TORCHELASTIC_RESTART_COUNT"]
-    shared = torch.distributed.TCPStore(host, int(os.environ["MASTER_PORT"]))
-    key, is_first = f"port of restart {restart}", os.environ["RANK"] == "0"
+    shared = torch.distributed.TCPStore(launcher.address, launcher.port)
+    key, is_first = f"port of restart {launcher.restart}", launcher.rank == 0
     port = 0 if is_first else int(shared.get(key))
-    store = torch.distributed.TCPStore(host, port, is_master=is_first, wait_for_workers=False)
+    store = torch.distributed.TCPStore(launcher.address, port, is_master=is_first, wait_for_workers=False)
     if is_first:
         shared.set(key, str(store.port))
     return store

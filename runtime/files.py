@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from runtime.memory import is_out_of_memory
+from runtime.machine import is_out_of_memory
 
 try:
     import fcntl

@@ -17,7 +17,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from runtime.distributed import Distributed
-from runtime.memory import installed_memory, is_out_of_memory, keep_freed_memory
+from runtime.launcher import read_launcher
+from runtime.machine import is_out_of_memory, keep_freed_memory, usable_cores, usable_memory
 
 # Dense bf16/fp16 FLOP/s with fp32 accumulation, from NVIDIA's data sheets, keyed by the driver's device name.
 PEAK_FLOPS = {
@@ -38,7 +39,8 @@ def choose_device(name: str = "auto") -> torch.device:
     """Return the device with that name, and make it the current one if it is a GPU.
 
     "auto" is the first of cuda, mps and cpu that this machine has. Under torchrun, each rank gets a GPU of
-    its own. Raises ValueError if this machine lacks the device.
+    its own. On CPUs, torch gets no more threads than this process may use cores. Raises ValueError if this
+    machine lacks the device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -46,17 +48,32 @@ def choose_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         if device.type == "cuda":
             # Asking for "cuda" would make every rank reserve memory on the first GPU.
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+            device = torch.device("cuda", choose_gpu(device.index or 0))
         device = torch.empty(0, device=device).device
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            # torch sees the affinity of a process, but not the quota of a container.
+            if usable_cores() < torch.get_num_threads():
+                torch.set_num_threads(usable_cores())
         return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-            reason = f"rank {os.environ['LOCAL_RANK']} needs a GPU of its own: lower --nproc_per_node"
+        if torch.cuda.is_available() and read_launcher().world_size > 1:
+            reason = f"rank {read_launcher().rank} needs a GPU of its own: lower --nproc_per_node"
             raise ValueError(reason) from error
         raise ValueError(f"device {name} is not available ({reason}): use auto or cpu") from error
+
+
+def choose_gpu(index: int) -> int:
+    """Return the index of this rank's own GPU; a single process uses the one with the given index."""
+    launcher = read_launcher()
+    if launcher.world_size == 1:
+        return index
+    if launcher.local_rank is None and torch.cuda.device_count() > 1:
+        reason = f"rank {launcher.rank} cannot tell which of the GPUs is its own without LOCAL_RANK"
+        raise ValueError(f"{reason}: start the ranks with torchrun, or set it to the index of the GPU")
+    return launcher.local_rank or 0
 
 
 def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
@@ -113,7 +130,7 @@ def memory(device: torch.device) -> tuple[int, int] | None:
         return None
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
     peak = kilobytes * (1 if sys.platform == "darwin" else 1024)
-    return peak, installed_memory() - peak
+    return peak, usable_memory() - peak
 
 
 def forget_peak_memory(device: torch.device) -> None:
@@ -187,16 +204,16 @@ def fits(
     block_size: int,
     dtype: torch.dtype,
     device: torch.device,
-    world_size: int,
 ) -> bool:
     """Return whether a training step of a GPT with `batch_size` sequences per micro-step fits into memory.
 
     On a GPU this runs a step in eager mode, which needs more memory than compiled code. Elsewhere a trial is
     not safe, because a system that is out of memory swaps or kills processes; there the limit is half of the
-    machine's memory, shared by its ranks.
+    usable memory, shared by the ranks of this machine.
     """
     if device.type != "cuda":
-        return model.training_bytes(batch_size, block_size, dtype) <= installed_memory() / 2 / world_size
+        share = usable_memory() / 2 / read_launcher().local_world_size
+        return model.training_bytes(batch_size, block_size, dtype) <= share
     try:
         # AdamW's moments, and a twentieth of the device for temporary tensors.
         reserve = [torch.empty_like(weight) for weight in [*model.parameters()] * 2]
@@ -218,15 +235,15 @@ def fits(
 def check_memory(
     model: torch.nn.Module, batch_size: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Raise ValueError if training a GPT needs more memory than this machine has.
+    """Raise ValueError if training a GPT needs more memory than this process may use.
 
     GPUs report that themselves. Elsewhere the system would swap, or kill the process, without a word.
     """
     if device.type == "cuda":
         return
-    needed = model.training_bytes(batch_size, block_size, dtype) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if needed > (installed := installed_memory()):
-        sizes = f"{needed / 1e9:.1f} GB, but this machine has {installed / 1e9:.1f} GB"
+    needed = model.training_bytes(batch_size, block_size, dtype) * read_launcher().local_world_size
+    if needed > (usable := usable_memory()):
+        sizes = f"{needed / 1e9:.1f} GB, but {usable / 1e9:.1f} GB may be used here"
         raise ValueError(f"--batch_size {batch_size} needs at least {sizes}: use a smaller one, or auto")
 
 
@@ -239,7 +256,7 @@ def find_batch_size(
     """
     most = total_batch_size // (block_size * dist.world_size)
     for batch_size in (n for n in range(most, 0, -1) if most % n == 0):
-        fits_here = fits(model, batch_size, block_size, dtype, dist.device, dist.world_size)
+        fits_here = fits(model, batch_size, block_size, dtype, dist.device)
         (misfits,) = dist.sum(not fits_here)
         if dist.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -277,7 +294,7 @@ def describe_machine(device: torch.device) -> dict:
         "hardware": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "cpu": torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
-            "cpu_count": os.cpu_count(),
+            "cpu_count": usable_cores(),
         },
         "commit": commit,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -121,11 +121,85 @@ def test_compiled_ranks_with_several_buckets_match_eager_ones(shards, two_ranks)
     assert [int(graphs) > 3 for _, graphs in counts] == [False, True, False, True]
 
 
+WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+ONE = {**WHOLE, "WORLD_SIZE": "1"}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Set the variables of a launcher, and no others of them."""
+    for each in (*WHOLE, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(each, raising=False)
+    return lambda variables: [monkeypatch.setenv(*each) for each in variables.items()]
+
+
+@pytest.mark.parametrize(
+    "variables, line",
+    [
+        ({"RANK": "0"}, "RANK is ignored without WORLD_SIZE, MASTER_ADDR, MASTER_PORT: this is a single"),
+        ({"RANK": "x", "MASTER_PORT": "1"}, "RANK is ignored without WORLD_SIZE, MASTER_ADDR: "),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "RANK is ignored without MASTER_ADDR, MASTER_PORT: "),
+        ({"WORLD_SIZE": "1", "LOCAL_RANK": "x", "LOCAL_WORLD_SIZE": "8"}, ""),
+        ({"RANK": "", "WORLD_SIZE": ""}, ""),
+    ],
+)
+def test_variables_that_no_launcher_has_set_are_ignored_with_a_line(launched, capsys, variables, line):
+    launched(variables)
+    cpu = torch.device("cpu")
+    assert distributed.setup_distributed(cpu) == distributed.Distributed(0, 1, cpu)
+    printed = capsys.readouterr().out
+    assert printed.startswith(line) and printed.count("\n") == bool(line)
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 without RANK, MASTER_ADDR, MASTER_PORT"),
+        ({**WHOLE, "MASTER_PORT": ""}, "WORLD_SIZE is 2 without MASTER_PORT"),
+        ({**WHOLE, "RANK": "2"}, "RANK is 2, which is not less than WORLD_SIZE, 2"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK is 1, which is not less than WORLD_SIZE, 1"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is two, which is not a number of at least 0"),
+        *(
+            ({**WHOLE, name: "-1"}, f"{name} is -1, which is not a number of at least 0")
+            for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+        ),
+    ],
+)
+def test_variables_that_do_not_suffice_for_several_ranks_are_refused(launched, run_train, variables, message):
+    launched(variables)
+    with pytest.raises(ValueError, match=f"^{message}: start several processes with torchrun, or unset .*$"):
+        run_train()
+    assert not Path("log").exists()
+
+
+def test_one_rank_with_everything_set_joins_a_group(launched, run_train, monkeypatch):
+    whole = run_train(out_dir="alone")
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    launched({**ONE, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)})
+    launched({"TORCHELASTIC_USE_AGENT_STORE": "True"})
+    joined, init = [], torch.distributed.init_process_group
+
+    def join(*args, **options):
+        joined.append(options["world_size"])
+        init(*args, **options)
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    assert losses(run_train(out_dir="one")) == losses(whole) and joined == [1]
+
+
+def test_variables_of_launchers_are_read_in_one_file():
+    names = "RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_[A-Z_]+"
+    folders = (".", "runtime", "corpus", "formats", "training")
+    files = [path for folder in folders for path in (REPOSITORY / folder).glob("*.py")]
+    reading = {path.name for path in files if re.search(f"[\"']({names})[\"']", path.read_text())}
+    assert reading == {"launcher.py"}
+
+
 @pytest.mark.parametrize("device, backend", [("cuda:1", "nccl"), ("cpu", "gloo"), ("mps", "gloo")])
 def test_ranks_join_with_their_device_and_wait_for_hours(monkeypatch, device, backend):
     seen = {}
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda name, **o: seen.update(o, name=name))
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}.items():
+    for name, value in {**WHOLE, "RANK": "1", "LOCAL_WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
     dist = distributed.setup_distributed(torch.device(device))
     assert seen["name"] == backend and (seen["rank"], seen["world_size"], seen["store"]) == (1, 2, None)

@@ -1,4 +1,4 @@
-"""Kernels, compilers and memory."""
+"""Kernels, compilers, cores and memory."""
 
 import os
 import termios
@@ -10,8 +10,10 @@ import torch
 from conftest import TINY, begin, read_losses
 from torch.nn import functional as F
 
+import fineweb
 from model import GPT, GPTConfig
-from runtime import hardware
+from runtime import hardware, machine
+from runtime.launcher import Launcher
 
 
 @pytest.mark.parametrize("options", ["--dtype float32", "--dtype bfloat16", "--dropout 0.1"])
@@ -33,13 +35,22 @@ def test_chosen_gpu_becomes_the_current_one(monkeypatch):
 
     monkeypatch.setattr(hardware.torch, "empty", empty)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    cases = (("cuda:1", None, 1), ("cuda", None, 0), ("cuda", "3", 3), ("cuda:1", "2", 2))
-    for name, rank, expected in cases:
-        if rank:
-            monkeypatch.setenv("LOCAL_RANK", rank)
+    alone, many = {"LOCAL_RANK": "3"}, {"MASTER_ADDR": "node", "MASTER_PORT": "1", "RANK": "9"}
+    cases = [("cuda:1", {}, 1), ("cuda", {}, 0), ("cuda", alone, 0), ("cuda:1", alone, 1)]
+    cases += [("cuda:1", {**many, "RANK": "0", "WORLD_SIZE": "1"}, 1)]
+    cases += [("cuda", {**many, "WORLD_SIZE": "16"}, 3), ("cuda:1", {"LOCAL_RANK": "2"}, 2)]
+    for name, environment, expected in cases:
+        for variable, value in environment.items():
+            monkeypatch.setenv(variable, value)
         assert hardware.choose_device(name) == torch.device("cuda", expected)
         assert made[-1] == current[-1] == torch.device("cuda", expected)  # no other GPU is touched
-    assert hardware.choose_device("cpu").type == "cpu" and len(current) == 4
+    assert hardware.choose_device("cpu").type == "cpu" and len(current) == len(cases)
+    monkeypatch.delenv("LOCAL_RANK")  # as under Slurm or MPI
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert hardware.choose_device("cuda").index == 0
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="^rank 9 cannot tell which .* LOCAL_RANK: start .* torchrun, or"):
+        hardware.choose_device("cuda")
 
 
 def test_the_chosen_gpu_is_synchronized_and_asked_for_its_memory(monkeypatch):
@@ -52,12 +63,142 @@ def test_the_chosen_gpu_is_synchronized_and_asked_for_its_memory(monkeypatch):
     assert asked == [gpu] * 4
 
 
+CPU_V1, MEMORY_V1, V2 = "cgroup x rw,cpu,cpuacct", "cgroup x rw,memory", "cgroup2 x rw"
+# The lines of /proc/self/cgroup, what is mounted (root, folder, type), the files there, and the cores and
+# bytes that may be used, of 16 and 900.
+CGROUPS = {
+    "none": ("", [], {}, 16, 900),
+    "v2": (
+        "0::/a/b",
+        [("/", "all", V2)],
+        {"all/a/b/cpu.max": "150000 100000", "all/a/b/memory.max": "70"},
+        2,
+        70,
+    ),
+    "v2, limits of parents": (
+        "0::/a/b",
+        [("/", "all", V2)],
+        {"all/a/b/cpu.max": "max 100000", "all/a/b/memory.max": "max", "all/a/cpu.max": "300000 100000"}
+        | {"all/a/memory.max": "80", "all/memory.max": "90", "all/other/cpu.max": "1 1"},
+        3,
+        80,
+    ),
+    "v2, a container": (
+        "0::/",
+        [("/", "all", V2)],
+        {"all/cpu.max": "1000 100000", "all/memory.max": "20"},
+        1,
+        20,
+    ),
+    "v2, a container that sees the host": (
+        "0::/docker/1/job",
+        [("/docker/1", "all", V2)],
+        {"all/job/cpu.max": "400000 100000", "all/memory.max": "60"},
+        4,
+        60,
+    ),
+    "v1": (
+        "4:memory:/a\n3:cpu,cpuacct:/b\n1:name=systemd:/c",
+        [("/", "cpu,cpuacct", CPU_V1), ("/", "memory", MEMORY_V1), ("/", "none", "cgroup x rw,name=systemd")],
+        {"cpu,cpuacct/b/cpu.cfs_quota_us": "250000", "cpu,cpuacct/b/cpu.cfs_period_us": "100000"}
+        | {"cpu,cpuacct/cpu.cfs_quota_us": "-1", "cpu,cpuacct/cpu.cfs_period_us": "100000"}
+        | {"memory/memory.limit_in_bytes": "9223372036854771712", "memory/a/memory.limit_in_bytes": "50"},
+        3,
+        50,
+    ),
+    "v1, a container that sees the host": (
+        "4:memory:/docker/1",
+        [("/docker/2", "memory", MEMORY_V1)],
+        {"memory/memory.limit_in_bytes": "40"},
+        16,
+        40,
+    ),
+    "both": (
+        "4:cpu,cpuacct:/a\n0::/b",
+        [("/", "cpu", CPU_V1), ("/", "unified", V2)],
+        {"cpu/a/cpu.cfs_quota_us": "500000", "cpu/a/cpu.cfs_period_us": "100000"}
+        | {"unified/b/memory.max": "30"},
+        5,
+        30,
+    ),
+    "malformed": (
+        "nonsense\n0::/a",
+        [("/", "all", V2)],
+        {"all/a/cpu.max": "150000", "all/cpu.max": "1 0"}
+        | {"all/a/memory.max": "1 2", "all/memory.max": "\udcff"},
+        16,
+        900,
+    ),
+}
+
+
+@pytest.fixture
+def cgroups(monkeypatch, tmp_path):
+    """Put this process into a setup of cgroups, on a machine with 16 cores and 900 bytes of memory."""
+    monkeypatch.setattr(machine, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(machine, "installed_memory", lambda: 900)
+
+    def setup(name: str) -> None:
+        lines, mounts, files, *_ = CGROUPS[name]
+        mounted = [
+            f"{number} 1 0:1 {root} {tmp_path / folder} rw,nosuid shared:9 - {kind}"
+            for number, (root, folder, kind) in enumerate(mounts)
+        ]
+        files = files | {"proc/cgroup": lines, "proc/mountinfo": "\n".join([*mounted, "nonsense", ""])}
+        for path, text in files.items():
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text(f"{text}\n", errors="surrogateescape")
+
+    return setup
+
+
+@pytest.mark.parametrize("name", CGROUPS)
+def test_limits_of_cgroups_are_seen(cgroups, name):
+    cgroups(name)
+    assert (machine.usable_cores(), machine.usable_memory()) == CGROUPS[name][-2:]
+
+
+def test_everything_uses_the_limits_of_a_container(cgroups, monkeypatch, run_train):
+    cgroups("v2")
+    cpu = torch.device("cpu")
+    assert fineweb.parse_args([]).workers == 2
+    assert hardware.describe_machine(cpu)["hardware"]["cpu_count"] == 2
+    assert sum(hardware.memory(cpu)) == 70
+    with pytest.raises(ValueError, match="needs at least .* GB, but 0.0 GB may be used here"):
+        run_train()
+    with pytest.raises(ValueError, match="not even --batch_size 1 fits"):
+        run_train("--batch_size auto")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        hardware.choose_device("cpu")
+        assert torch.get_num_threads() == 3  # as the user says
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        hardware.choose_device("cpu")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs an affinity")
+def test_cores_outside_the_affinity_are_not_counted():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert fineweb.parse_args([]).workers == machine.usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
 def test_peak_memory_of_a_process_on_a_cpu():
     peak, left = hardware.memory(torch.device("cpu"))
     held = torch.ones(peak // 4 + 25_000_000)  # 100 MB more than ever
     higher, less = hardware.memory(torch.device("cpu"))
     assert higher - peak >= 100e6 - 1e6 and held.sum() > 0
-    assert peak + left == higher + less == hardware.installed_memory()
+    assert peak + left == higher + less == machine.usable_memory()
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
@@ -112,6 +253,10 @@ def test_batch_size_auto_is_the_largest_that_fits(run_train, monkeypatch, capsys
     fits_2 = model.training_bytes(2, 16, torch.float32)
     monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else 2 * fits_2 + 2)
     assert run_train("--batch_size auto")["run"][0]["args"]["batch_size"] == 2
+    # Two ranks on this machine share twice as much.
+    monkeypatch.setattr(hardware, "read_launcher", lambda: Launcher(local_world_size=2))
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else 4 * fits_2 + 4)
+    assert run_train("--batch_size auto")["run"][0]["args"]["batch_size"] == 2
     monkeypatch.setattr(os, "sysconf", lambda name: 1000)
     with pytest.raises(ValueError, match="not even --batch_size 1 fits into memory: use --recompute"):
         run_train("--batch_size auto")
@@ -152,13 +297,13 @@ def test_gpu_batch_size_auto_trains_within_memory(run_train):
 def test_batch_that_exceeds_the_memory_of_the_machine_is_refused(run_train, monkeypatch):
     model = GPT(GPTConfig(16, 320, 2, 2, 32))
     needed = model.training_bytes(2, 16, torch.float32)
-    monkeypatch.setattr(hardware, "installed_memory", lambda: needed)
+    monkeypatch.setattr(hardware, "usable_memory", lambda: needed)
     run_train("--max_steps 1 --warmup_steps 0")
-    monkeypatch.setattr(hardware, "installed_memory", lambda: needed - 1)
+    monkeypatch.setattr(hardware, "usable_memory", lambda: needed - 1)
     for check in ("", "--dry_run"):
-        with pytest.raises(ValueError, match="--batch_size 2 needs at least 0.0 GB, but this machine has"):
+        with pytest.raises(ValueError, match="--batch_size 2 needs at least 0.0 GB, but 0.0 GB may be used"):
             run_train(f"--max_steps 1 --warmup_steps 0 {check}", out_dir="other")
     assert not os.path.exists("other")
     with pytest.raises(ValueError, match="--batch_size 1 needs at least"):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+        monkeypatch.setattr(hardware, "read_launcher", lambda: Launcher(local_world_size=8))
         run_train("--max_steps 1 --warmup_steps 0 --batch_size 1", out_dir="other")

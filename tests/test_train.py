@@ -428,7 +428,7 @@ from types import SimpleNamespace
 from bench import resident
 from model import GPT, GPTConfig
 from runtime.distributed import setup_distributed
-from runtime.memory import keep_freed_memory
+from runtime.machine import keep_freed_memory
 keep_freed_memory()
 sizes = dict(block_size=32, vocab_size=20000)
 model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, **sizes))

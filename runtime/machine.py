@@ -1,0 +1,103 @@
+"""The cores and the memory that this process may use, for scripts with and without torch."""
+
+import ctypes
+import math
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+PROC = Path("/proc/self")  # proc(5), on Linux only
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, at least 1.
+
+    That is fewer than the machine has after `taskset`, in a job of Slurm, and in a container with a quota.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        for quota, period in cgroup_limits("cpu", names, numbers=2):
+            cores = min(cores, math.ceil(quota / period))
+    return cores
+
+
+def usable_memory() -> int:
+    """Return the bytes of memory that this process may use: all of the machine, or what its cgroup allows."""
+    memory = installed_memory()
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        for (limit,) in cgroup_limits("memory", [name], numbers=1):
+            memory = min(memory, limit)
+    return memory
+
+
+def installed_memory() -> int:
+    """Return the bytes of memory of this machine."""
+    if sys.platform == "win32":
+        status = (ctypes.c_ulonglong * 8)(64)  # MEMORYSTATUSEX: its size, then the physical memory
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+        return status[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def cgroup_limits(controller: str, names: list[str], numbers: int) -> Iterator[list[int]]:
+    """Yield what these files hold, so many numbers, for the cgroup of this process and each of its parents.
+
+    Leaves out cgroups without a limit, which is "max" in version 2 and -1 in version 1, and unreadable files.
+    """
+    for folder in cgroup_folders(controller):
+        try:
+            limit = [int(word) for name in names for word in (folder / name).read_text().split()]
+        except (OSError, ValueError):
+            continue
+        if len(limit) == numbers and min(limit) > 0:
+            yield limit
+
+
+def cgroup_folders(controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's cgroup and of its parents, of versions 1 and 2 (cgroups(7))."""
+    try:
+        cgroups, mounts = (PROC / "cgroup").read_text(), (PROC / "mountinfo").read_text()
+    except (OSError, ValueError):
+        return
+    paths = {}  # by controller; version 2 has a single path, without a name
+    for controllers, path in re.findall(r"^\d+:([^:]*):(.*)$", cgroups, re.MULTILINE):
+        paths |= dict.fromkeys(controllers.split(","), path)
+    mounted = r"^\S+ \S+ \S+ (\S+) (\S+) .*- (cgroup2?) \S+ (\S+)$"
+    for root, mount, version, options in re.findall(mounted, mounts, re.MULTILINE):
+        if version == "cgroup" and controller not in options.split(","):
+            continue
+        try:
+            below = PurePosixPath(paths["" if version == "cgroup2" else controller]).relative_to(root).parts
+        except (KeyError, ValueError):
+            below = ()  # a container sees its own cgroup as the root, or a path of the host
+        for depth in range(len(below) + 1):
+            yield Path(mount, *below[:depth])
+
+
+def resident_bytes() -> int | None:
+    """Return the memory of this process, or None where the system does not say (proc(5), Linux)."""
+    try:
+        return int((PROC / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:
+        return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the system or a device has refused to allocate memory."""
+    pattern = "out of memory|(can't|cannot) allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
+    return isinstance(error, MemoryError) or bool(re.search(pattern, str(error), re.IGNORECASE))
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory for the next array instead of returning it to the system.
+
+    The first touch of a page that comes from the system costs as much as the arithmetic on it: half the time
+    of a training step of the 124M model on CPUs, and it keeps threads that fill arrays from scaling (LOG.md).
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_max = -1, -4  # names and numbers of mallopt(3)
+        ctypes.CDLL(None).mallopt(m_mmap_max, 0)
+        ctypes.CDLL(None).mallopt(m_trim_threshold, -1)
