@@ -5,11 +5,13 @@ import hashlib
 import os
 import re
 import sysconfig
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -17,7 +19,10 @@ from runtime import hub
 from runtime.cli import this_command
 from runtime.files import file_hash
 
-DOWNLOAD_PATIENCE_S = 60  # of trying and waiting, on top of the retries of huggingface_hub
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder
+
+PATIENCE_S = 900  # of trying and waiting: a set may be made overnight
 CONVERTED = "refs/convert/parquet"  # the branch for which the Hub converts datasets itself
 SUFFIXES = (".txt", ".py", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 TOKEN_FILES = ".bin"  # of GPT-2's tokens, in llm.c's format
@@ -66,26 +71,29 @@ def local_inputs(patterns: list[str]) -> list[Input]:
 def hub_inputs(dataset: str, name: str | None) -> list[Input]:
     """Return the files of a dataset at its current revision: those of its `train` split, or its token files.
 
-    If the Hub has only formats that are not supported, the parquet files that it has made of them are used.
-    With HF_HUB_OFFLINE, the files come from the local cache. Raises ValueError if there are none, and
-    ConnectionError if the Hub cannot be reached.
+    If the Hub has only a script or formats that are not supported, the parquet files that it has made of them
+    are used. The dataset may be a folder of this machine, and with HF_HUB_OFFLINE the files come from the
+    local cache. Raises ValueError if there are none, and ConnectionError if the Hub cannot be reached.
     """
+    if Path(dataset).is_dir():
+        return folder_inputs(dataset, name)
+    if Path(dataset).is_file():
+        raise ValueError(f"{dataset} is a file: use --files")
     from datasets import load_dataset_builder
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    if constants.HF_HUB_OFFLINE and not Path(dataset).is_dir():
+    if constants.HF_HUB_OFFLINE:
         where = dict(repo_type="dataset", local_files_only=True)
-        dataset = ask_hub(lambda: snapshot_download(dataset, **where), f"find {dataset} in the cache")
-    if not Path(dataset).is_dir():
-        info = ask_hub(lambda: HfApi().dataset_info(dataset, timeout=hub.ANSWER_S), f"list {dataset}")
-        if tokens := [file.rfilename for file in info.siblings if file.rfilename.endswith(TOKEN_FILES)]:
-            return describe_files(dataset, info.sha, validation_first(sorted(tokens)))
+        folder = ask_hub(lambda: snapshot_download(dataset, **where), f"find {dataset} in the cache")
+        return folder_inputs(folder, name)
+    info = ask_hub(lambda: HfApi().dataset_info(dataset, timeout=hub.ANSWER_S), f"list {dataset}")
+    paths = [file.rfilename for file in info.siblings]
+    if tokens := [path for path in paths if path.endswith(TOKEN_FILES)]:
+        return describe_files(dataset, info.sha, validation_first(sorted(tokens)))
+    if f"{Path(dataset).name}.py" in paths:  # a script, which the datasets library no longer runs
+        return converted_files(dataset, name)
     builder = ask_hub(lambda: load_dataset_builder(dataset, name), f"list {dataset}")
-    files = (builder.config.data_files or {}).get("train", [])
-    if not files:
-        raise ValueError(f"{dataset} ({name}) has no train split: choose another --name")
-    if not files[0].startswith("hf://"):  # a folder on this machine
-        return local_inputs([glob.escape(file) for file in files])
+    files = train_files(builder, dataset)
     if not all(file.endswith(SUFFIXES) for file in files):
         return converted_files(dataset, builder.config.name)
     at = f"hf://datasets/{dataset}@"
@@ -93,17 +101,53 @@ def hub_inputs(dataset: str, name: str | None) -> list[Input]:
     return describe_files(dataset, revision, [file.removeprefix(f"{at}{revision}/") for file in files])
 
 
-def converted_files(dataset: str, config: str) -> list[Input]:
-    """Return the parquet files that the Hub has made of the `train` split of a dataset in another format."""
+def folder_inputs(folder: str, name: str | None) -> list[Input]:
+    """Return the files of the `train` split of a dataset in a folder of this machine, without the Hub.
+
+    Raises ValueError if the datasets library finds none.
+    """
+    from datasets import load_dataset_builder
+
+    with tempfile.TemporaryDirectory() as cache:  # the library's own may be one that cannot be written
+        try:
+            builder = load_dataset_builder(folder, name, cache_dir=cache)
+        except ValueError:  # about --name
+            raise
+        except Exception as error:  # of many kinds: a script, no files, a README.md that is not YAML
+            reason = f"cannot read {folder} as a dataset ({hub.first_line(error)})"
+            advice = "name its .parquet, .jsonl or .txt files with --files, or convert it to one of these"
+            raise ValueError(f"{reason}: {advice}") from error
+    return local_inputs([glob.escape(file) for file in train_files(builder, folder)])
+
+
+def train_files(builder: "DatasetBuilder", dataset: str) -> list[str]:
+    """Return the addresses of a dataset's `train` split. Raises ValueError if it has none."""
+    config = builder.config
+    if files := (config.data_files or {}).get("train"):
+        return list(files)
+    raise ValueError(f"{dataset} ({config.name}) has no train split: choose another --name")
+
+
+def converted_files(dataset: str, config: str | None) -> list[Input]:
+    """Return the parquet files that the Hub has made of the `train` split of a dataset in another format.
+
+    Without a configuration, it is the default or only one. Raises ValueError if there are no such files.
+    """
     from huggingface_hub import HfApi
 
     what = f"list the parquet files of {dataset}"
     info = ask_hub(lambda: HfApi().dataset_info(dataset, revision=CONVERTED, timeout=hub.ANSWER_S), what)
-    paths = [file.rfilename for file in info.siblings]
-    paths = [path for path in paths if re.match(rf"{re.escape(config)}/(partial-)?train/.*\.parquet$", path)]
-    if not paths:
+    found: dict[str, list[str]] = {}
+    for path in sorted(file.rfilename for file in info.siblings):
+        if match := re.fullmatch(r"([^/]+)/(partial-)?train/.*\.parquet", path):
+            found.setdefault(match[1], []).append(path)
+    if config is None and len(found) > 1 and "default" not in found:
+        raise ValueError(f"{dataset} has several configurations: choose --name from {', '.join(found)}")
+    if config is None:
+        config = next(iter(found)) if len(found) == 1 else "default"
+    if config not in found:
         raise ValueError(f"the Hub has no parquet files of {dataset} ({config}): download it and use --files")
-    return describe_files(dataset, info.sha, sorted(paths))
+    return describe_files(dataset, info.sha, found[config])
 
 
 def describe_files(dataset: str, revision: str, paths: list[str]) -> list[Input]:
@@ -129,10 +173,10 @@ def validation_first(paths: list[str]) -> list[str]:
     return sorted(paths, key=lambda path: path.endswith(TOKEN_FILES) and "train" in Path(path).name)
 
 
-def ask_hub(call: Callable, what: str, patience_s: float = hub.PATIENCE_S):
+def ask_hub(call: Callable, what: str):
     """Return what `call` gets from the Hub; see `hub.retrying`."""
     advice = "check its name, HF_TOKEN and HF_HUB_OFFLINE, or use --files"
-    return hub.retrying(call, what, f"{advice}; to continue: {this_command()}", patience_s)
+    return hub.retrying(call, what, f"{advice}; to continue: {this_command()}", PATIENCE_S)
 
 
 def download(source: Input, folder: Path) -> Path:
@@ -147,7 +191,7 @@ def download(source: Input, folder: Path) -> Path:
             raise OSError(f"the hash of {source.path} differs from the one on the Hub")
         return path
 
-    return ask_hub(fetch, f"download {source.path}", DOWNLOAD_PATIENCE_S)
+    return ask_hub(fetch, f"download {source.path}")
 
 
 def content_of(path: str) -> dict:

@@ -1,6 +1,7 @@
 """What comes from the Hub, from a stand-in on this machine through the real client library: files, HellaSwag,
 the vocabulary of GPT-2."""
 
+import errno
 import hashlib
 import http.server
 import json
@@ -8,6 +9,7 @@ import re
 import threading
 from pathlib import Path
 
+import datasets
 import huggingface_hub
 import pytest
 import tiktoken
@@ -17,8 +19,8 @@ from test_tokenizer import GPT2_PATTERN, odd_texts, trained
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import hellaswag
+from corpus import inputs, tokenizer
 from corpus import shards as shards_module
-from corpus import tokenizer
 from model import GPT
 from runtime import hub
 
@@ -30,21 +32,24 @@ ABOUT = dict(what="get it", advice="do this")
 
 
 class StandIn(http.server.BaseHTTPRequestHandler):
-    """Serves `server.files`, after the faults in `server.faults`: a status, or "hang" until the test ends."""
+    """Serves `server.files`, after the faults in `server.faults`: a status, one with headers, or "hang" until
+    the test ends."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
         server = self.server
         server.seen.append((self.command, self.path))
-        faults = server.faults.get(self.command, [])
+        # The client library's first request in a process is about something else.
+        faults = [] if self.path == "/api/agent-harnesses" else server.faults.get(self.command, [])
         fault = faults[0] if faults[1:] == ["always"] else faults.pop(0) if faults else None
         if fault == "hang":
             server.ended.wait()
             self.close_connection = True
         elif fault or self.path not in server.files:
-            missing = {"X-Error-Code": "EntryNotFound"} if not fault else {}
-            self.reply(fault or 404, b"", **missing, **{"Retry-After": "7"} if fault == 429 else {})
+            status, headers = fault if isinstance(fault, tuple) else (fault, {})
+            self.reply(status or 404, b"", **headers if fault else {"X-Error-Code": "EntryNotFound"})
         else:
             data = server.files[self.path]
             self.reply(200, data, ETag=f'"{hashlib.sha256(data).hexdigest()}"', **{"X-Repo-Commit": "a" * 40})
@@ -54,13 +59,16 @@ class StandIn(http.server.BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(data)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(data)
 
     def log_message(self, *_):
         pass
 
-    do_HEAD = do_GET
+    def date_time_string(self, timestamp=None):
+        return "Wed, 21 Oct 2015 07:28:00 GMT"
+
+    do_HEAD = do_POST = do_GET
 
 
 @pytest.fixture
@@ -90,23 +98,160 @@ def stand_in(monkeypatch, tmp_path):
 
 def test_file_is_downloaded_once_and_then_needs_no_network(stand_in):
     stand_in.files["/gpt2/resolve/main/x.bin"] = WEIGHTS
-    stand_in.faults = {"HEAD": [503, 429]}
+    stand_in.faults = {"HEAD": [503, 502]}
     path = hub.fetch("gpt2", "x.bin", **ABOUT)
     assert path.read_bytes() == WEIGHTS
-    assert stand_in.waits == [1, 7]  # Retry-After is respected
+    assert stand_in.waits == [1, 2]
     stand_in.stop()
     assert hub.fetch("gpt2", "x.bin", **ABOUT) == path
 
 
+@pytest.mark.parametrize("command", ["HEAD", "GET"])
 @pytest.mark.parametrize(
-    "status, kind", [(401, FileNotFoundError), (404, FileNotFoundError), (503, ConnectionError)]
+    "status, headers, seconds",
+    [
+        (429, {"Retry-After": "7"}, 7),
+        (503, {"Retry-After": "7"}, 7),
+        (429, {"Retry-After": "Wed, 21 Oct 2015 07:28:20 GMT"}, 20),  # by the server's clock
+        (429, {"Retry-After": "Wed, 21 Oct 2015 07:20:00 GMT"}, 1),
+        (429, {"ratelimit": '"resolvers";r=0;t=12'}, 12),
+        (429, {"ratelimit": '"resolvers";r=9;t=12', "Retry-After": "5"}, 5),
+        (429, {"Retry-After": "later"}, 1),
+    ],
 )
-def test_refusal_ends_at_once_and_an_outage_after_some_tries(stand_in, status, kind):
+def test_wait_that_the_hub_asks_for_is_respected_and_said(
+    stand_in, capsys, command, status, headers, seconds
+):
+    stand_in.files["/gpt2/resolve/main/x.bin"] = WEIGHTS
+    stand_in.faults = {command: [(status, headers)]}
+    assert hub.fetch("gpt2", "x.bin", **ABOUT).read_bytes() == WEIGHTS
+    assert stand_in.waits == [seconds]
+    line = rf"^cannot get it \(.*{status}.*\): trying again in (\d+) s"
+    said = re.findall(line, capsys.readouterr().out, re.MULTILINE)
+    assert said == ([str(seconds)] if seconds > 1 else [])
+
+
+@pytest.mark.parametrize("command", ["HEAD", "GET"])
+def test_wait_of_an_hour_is_named_and_not_waited_for(stand_in, command):
+    stand_in.files["/gpt2/resolve/main/x.bin"] = WEIGHTS
+    stand_in.faults = {command: [(429, {"Retry-After": "3600"}), "always"]}
+    with pytest.raises(ConnectionError, match=r"429 .*; the Hub asks to wait 3,600 s\): do this$"):
+        hub.fetch("gpt2", "x.bin", **ABOUT)
+    assert stand_in.waits == []
+
+
+@pytest.mark.parametrize(
+    "status, reason, kind",
+    [
+        (400, "Bad request", FileNotFoundError),
+        (401, "401", FileNotFoundError),
+        (403, "403 Forbidden", FileNotFoundError),
+        (404, "404", FileNotFoundError),
+        (503, "503", ConnectionError),
+    ],
+)
+def test_refusal_ends_at_once_and_an_outage_after_some_tries(stand_in, status, reason, kind):
     stand_in.faults = {"HEAD": [status, "always"]}
-    with pytest.raises(kind, match=rf"^cannot get it \(.*{status}.*\): do this$") as caught:
+    with pytest.raises(kind, match=rf"^cannot get it \(.*{reason}.*\): do this$") as caught:
         hub.fetch("gpt2", "x.bin", **ABOUT)
     assert "\n" not in str(caught.value) and sum(stand_in.waits) < hub.PATIENCE_S
     assert len(stand_in.waits) == (4 if status == 503 else 0)
+
+
+def test_outage_and_refusal_are_told_apart_in_errors_of_missing_files(stand_in, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", huggingface_hub.constants.ENDPOINT)
+    stand_in.faults = {"HEAD": [503] * 4}  # the client library asks twice
+    with pytest.raises(FileNotFoundError, match=r"^cannot list it \(.*404.*\): do this$"):
+        hub.retrying(lambda: datasets.load_dataset_builder("org/name"), "list it", "do this", 60)
+    assert stand_in.waits == [1, 2]  # for the outage; the refusal after it ends the tries
+
+
+def test_set_of_shards_outlasts_an_outage_of_minutes_and_says_each_wait(stand_in, capsys):
+    stand_in.faults = {"GET": [503, "always"]}
+    with pytest.raises(ConnectionError, match=r"^cannot list org/name \(.*503.*--files; to continue: "):
+        inputs.hub_inputs("org/name", None)
+    waits = stand_in.waits
+    assert 600 < sum(waits) < 1000 and waits == sorted(waits) and max(waits) == 60
+    assert capsys.readouterr().out.count("503") == len([wait for wait in waits if wait > 3])
+
+
+def test_download_that_fails_after_hours_is_tried_again(stand_in, monkeypatch):
+    clock, results = [0.0], [ConnectionError("reset"), "file"]
+
+    def call():
+        clock[0] += 9999
+        if isinstance(result := results.pop(0), Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(hub.time, "monotonic", lambda: clock[0])
+    assert hub.retrying(call, "get it", "do this", 60) == "file"
+
+
+def test_cache_that_cannot_be_written_is_one_line_that_names_the_variable(stand_in, monkeypatch):
+    stand_in.files["/gpt2/resolve/main/x.bin"] = WEIGHTS
+    Path("file").touch()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(Path("file/cache").absolute()))
+    with pytest.raises(OSError, match=r"^cannot get it \(.*file/cache.*\): set HF_HOME to .*") as caught:
+        hub.fetch("gpt2", "x.bin", **ABOUT)
+    assert "\n" not in str(caught.value) and stand_in.waits == []
+
+
+def test_full_disk_is_no_outage(stand_in):
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="cannot get it: No space left on device") as caught:
+        hub.retrying(fail, "get it", "do this", 60)
+    assert caught.value.errno == errno.ENOSPC and stand_in.waits == []
+
+
+def test_dataset_in_a_folder_needs_neither_the_hub_nor_its_cache(stand_in, monkeypatch):
+    Path("file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("file/cache").absolute())
+    for name, suffix in (("lines", "jsonl"), ("texts", "txt"), ("script", "py"), ("empty", "bin.xz")):
+        Path(name).mkdir()
+        Path(name, f"{name}.{suffix}").write_text('{"text": "a"}\n')
+    Path("lines/README.md").write_text(
+        "---\nconfigs:\n- config_name: small\n  data_files: lines.jsonl\n---\n"
+    )
+    for name, config, file in (("lines", "small", "lines.jsonl"), ("./texts", None, "texts.txt")):
+        (found,) = inputs.hub_inputs(name, config)
+        assert Path(found.path).samefile(Path(name, file)) and found.repo is None
+    for name in ("script", "empty"):
+        with pytest.raises(ValueError, match=f"^cannot read {name} as a dataset .*: name its .*--files"):
+            inputs.hub_inputs(name, None)
+    with pytest.raises(ValueError, match="Available: .*small"):
+        inputs.hub_inputs("lines", "large")
+    with pytest.raises(ValueError, match="is a file: use --files"):
+        inputs.hub_inputs("texts/texts.txt", None)
+    assert stand_in.seen == stand_in.waits == []
+
+
+@pytest.mark.parametrize(
+    "configs, name, chosen",
+    [
+        (["default", "small"], None, "default"),
+        (["small"], None, "small"),
+        (["large", "small"], "small", "small"),
+        (["large", "small"], None, "choose --name from large, small"),
+        (["large"], "small", "no parquet files of org/name .small."),
+    ],
+)
+def test_dataset_with_a_script_is_read_from_the_hubs_parquet_files(stand_in, configs, name, chosen):
+    about, paths = "/api/datasets/org/name", [f"{config}/train/0000.parquet" for config in configs]
+    converted = f"{about}/revision/refs%2Fconvert%2Fparquet"
+    for where, names in ((about, ["name.py", "data.tar"]), (converted, [*paths, "small/test/0000.parquet"])):
+        siblings = [{"rfilename": name} for name in names]
+        stand_in.files[where] = json.dumps({"id": "org/name", "sha": "b" * 40, "siblings": siblings}).encode()
+    infos = [{"type": "file", "path": path, "size": 9, "oid": "0"} for path in paths]
+    stand_in.files[f"{about}/paths-info/{'b' * 40}"] = json.dumps(infos).encode()
+    if chosen in configs:
+        expected = inputs.Input(f"{chosen}/train/0000.parquet", 9, None, "org/name", "b" * 40)
+        assert inputs.hub_inputs("org/name", name) == [expected]
+    else:
+        with pytest.raises(ValueError, match=chosen):
+            inputs.hub_inputs("org/name", name)
 
 
 @pytest.mark.parametrize("command, reason", [("HEAD", "timed out"), ("GET", "nothing arrived for 0.1 s")])
