@@ -158,7 +158,7 @@ class BatchTokenizer:
         self.of_thread, self.is_checked = threading.local(), False
         if name == "gpt2":
             try:
-                import gigatoken  # noqa: F401
+                from gigatoken import Tokenizer  # noqa: F401  # not there in a folder of that name
 
                 self.has_gigatoken = True
             except ImportError as error:

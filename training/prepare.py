@@ -44,7 +44,9 @@ class Found:
 def check_packages(args: argparse.Namespace) -> None:
     """Raise ValueError, with a line for each, if packages that the options need are not installed."""
     wanted = [package for package in ("tensorboard", "wandb") if getattr(args, package)]
-    missing = [package for package in wanted if importlib.util.find_spec(package) is None]
+    # A folder of that name, such as the one that wandb writes to, can be imported too.
+    specs = {package: importlib.util.find_spec(package) for package in wanted}
+    missing = [package for package, spec in specs.items() if spec is None or spec.origin is None]
     if missing:
         lines = [f"--{name} needs a package that is not installed: pip install {name}" for name in missing]
         raise ValueError("\n".join(lines))
