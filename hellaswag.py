@@ -350,6 +350,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     model = "checkpoint, run folder, Hugging Face folder, or gpt2 … gpt2-xl"
     add("--model", type=user_path, default="log", help=model)
+    add("--n_head", type=Range(int, 1), help="attention heads, for a checkpoint that does not say it")
     add("--data", type=user_path, help=f".jsonl, .jsonl.gz or .parquet (None: {DATA}, downloaded if missing)")
     add("--limit", type=Range(int, 1), help="score only the first N items (None: all)")
     add("--lm_eval", action="store_true", help="also score as lm-evaluation-harness does; doubles the time")
@@ -370,7 +371,7 @@ def main(args: argparse.Namespace) -> None:
     if "warning" in about:
         print(about["warning"], file=sys.stderr, flush=True)
     device = choose_device(args.device)
-    model = GPT.from_pretrained(args.model)
+    model = GPT.from_pretrained(args.model, n_head=args.n_head)
     if line := describe_pretrained(args.model, model.metadata):
         print(line, file=sys.stderr, flush=True)
     tokenizer = tokenizer_for(model)

@@ -400,17 +400,20 @@ class GPT(nn.Module):
         return groups
 
     @classmethod
-    def from_pretrained(cls, source: str | Path | dict, dropout: float = 0.0) -> "GPT":
+    def from_pretrained(
+        cls, source: str | Path | dict, dropout: float = 0.0, n_head: int | None = None
+    ) -> "GPT":
         """Load a checkpoint file, the newest checkpoint of a run folder, a Hugging Face folder or a Hub name.
 
         `source` may also be a checkpoint that has been loaded. Checkpoints of other GPT-2 repositories work
-        too (`formats.checkpoint`). No code from a file is executed. Raises FileNotFoundError if the source
-        does not exist, and ValueError if it does not hold a complete GPT-2.
+        too (`formats.checkpoint`). Some do not say their number of heads, so `n_head` sets it; the `notes` in
+        `metadata` say what was assumed. No code from a file is executed. Raises FileNotFoundError if the
+        source does not exist, and ValueError if it does not hold a complete GPT-2.
         """
         from formats.checkpoint import read_pretrained
         from runtime.files import parsing
 
-        config, state, metadata = read_pretrained(source)
+        config, state, metadata = read_pretrained(source, n_head)
         name = "the checkpoint" if isinstance(source, dict) else source
         with parsing(name, "a GPT-2", "use another model"):
             model = cls(GPTConfig(**{**config, "dropout": dropout}))

@@ -268,6 +268,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     model = "checkpoint, run folder, Hugging Face folder, or gpt2 … gpt2-xl"
     add("--model", type=user_path, default="log", help=model)
+    add("--n_head", type=at_least_1, help="attention heads, for a checkpoint that does not say it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="model dtype")
     add("--compile", action="store_true", help="CUDA graphs on GPUs: slow to start, fast for long texts")
@@ -312,7 +313,7 @@ def main(args: argparse.Namespace) -> None:
         check_new_folder(Path(args.export))
     prompts = [read_prompt(args.prompt_file)] if args.prompt_file else args.prompt
     device = choose_device(args.device)
-    model = GPT.from_pretrained(args.model)
+    model = GPT.from_pretrained(args.model, n_head=args.n_head)
     if line := describe_pretrained(args.model, model.metadata):
         print(line, file=sys.stderr, flush=True)
     if args.export:

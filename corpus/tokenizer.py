@@ -228,19 +228,31 @@ def _encode_fast(fast, texts: "pyarrow.LargeStringArray") -> tuple[np.ndarray, n
     return encoded.content.data.astype(np.uint16), encoded.offsets.data
 
 
-def tokenizer_for(model) -> tiktoken.Encoding:
-    """Return the tokenizer that the checkpoint of a GPT names, or the one that matches its vocabulary.
+SIZES = {"gpt2": 50_257, "byte": 257}  # token ids
 
-    Raises ValueError if the model has fewer token ids than the tokenizer.
+
+def name_for(model) -> str:
+    """Return the name of the tokenizer that a GPT was trained with, which is not loaded.
+
+    A checkpoint of ours names it, and the run may have had any larger --vocab_size. Other models are judged
+    by the tokenizer's files beside them and by their number of ids, which may be padded to the next multiple
+    of 128. Raises ValueError for any other vocabulary, in which text would get the wrong ids.
     """
-    byte = get_tokenizer("byte")
-    if model.config.vocab_size == byte.n_vocab:
-        return byte
-    name = (model.metadata.get("args") or {}).get("tokenizer", "gpt2")
-    tokenizer = get_tokenizer(name)
-    if model.config.vocab_size < tokenizer.n_vocab:
-        raise ValueError(
-            f"tokenizer {name} has {tokenizer.n_vocab} ids, the model {model.config.vocab_size}: "
-            "it was trained with another tokenizer"
-        )
-    return tokenizer
+    size = model.config.vocab_size
+    trained_on = (model.metadata.get("args") or {}).get("tokenizer")
+    named = trained_on or model.metadata.get("tokenizer")
+    for name, n_vocab in SIZES.items():
+        most = size if trained_on else -(-n_vocab // 128) * 128
+        if named in (None, name) and n_vocab <= size <= most:
+            return name
+    tokens = f"{size:,} token ids" + (f" of the tokenizer {named}" if named else "")
+    ours = " nor ".join(f"{name}'s {n_vocab:,}" for name, n_vocab in SIZES.items())
+    raise ValueError(
+        f"the model has {tokens}: neither {ours}, padded at most to a multiple of 128; "
+        "use the Hugging Face tools for it"
+    )
+
+
+def tokenizer_for(model) -> tiktoken.Encoding:
+    """Return the tokenizer that a GPT was trained with. Raises ValueError if it is not one of the two."""
+    return get_tokenizer(name_for(model))

@@ -189,14 +189,28 @@ def load_newest(paths: list[Path]) -> dict | None:
     return None
 
 
-def read_pretrained(source: str | Path | dict) -> tuple[dict, dict[str, torch.Tensor], dict]:
+def read_pretrained(
+    source: str | Path | dict, n_head: int | None = None
+) -> tuple[dict, dict[str, torch.Tensor], dict]:
     """Return config, state dict and metadata of a checkpoint, run folder, Hugging Face folder or Hub name.
 
-    A dict is a checkpoint that has been loaded. Raises FileNotFoundError if the source does not exist, and
-    ValueError if it is not a GPT-2.
+    A dict is a checkpoint that has been loaded; `n_head` is for those that do not say it. Raises
+    FileNotFoundError if the source does not exist, and ValueError if it is not a GPT-2 with `n_head` heads.
     """
+    config, state, metadata = _read(source, n_head)
+    name = "the checkpoint" if isinstance(source, dict) else source
+    if n_head not in (None, config["n_head"]):
+        raise ValueError(f"--n_head is {n_head}, but {name} has {config['n_head']}: leave it out")
+    if n_head and config["n_embd"] % n_head:
+        raise ValueError(
+            f"--n_head {n_head} does not divide the width {config['n_embd']} of {name}: change it"
+        )
+    return config, state, metadata
+
+
+def _read(source: str | Path | dict, n_head: int | None) -> tuple[dict, dict[str, torch.Tensor], dict]:
     if isinstance(source, dict):
-        return _read_gpt2_checkpoint("the checkpoint", source)
+        return _read_gpt2_checkpoint("the checkpoint", source, n_head)
     if str(source) in HUB_NAMES and not Path(source).exists():
         advice = "connect to the network, or use a checkpoint or a Hugging Face folder"
         for name in HUB_FILES:
@@ -204,7 +218,7 @@ def read_pretrained(source: str | Path | dict) -> tuple[dict, dict[str, torch.Te
         return read_hugging_face(path.parent)
     if (Path(source) / "config.json").exists():
         return read_hugging_face(Path(source))
-    return _read_gpt2_checkpoint(source, load_checkpoint(source))
+    return _read_gpt2_checkpoint(source, load_checkpoint(source), n_head)
 
 
 def is_ours(checkpoint: dict) -> bool:
@@ -232,14 +246,15 @@ def own_config(saved: dict, found: dict) -> dict:
 
 
 def describe_pretrained(source: str | Path, metadata: dict) -> str:
-    """Return a line about the checkpoint that was loaded, one about a better one; empty for other models.
+    """Return lines about a model that was loaded: its `notes`, its checkpoint, and one that is better.
 
     A run folder gives its newest checkpoint, and model_best.pt may be much older.
     """
     step, loss = metadata.get("step"), metadata.get("val_loss")
+    lines = [f"{source} {note}" for note in metadata.get("notes", ())]
     if step is None:
-        return ""
-    lines = [f"{source}: step {step:,}" + (f", validation loss {loss:.4f}" if loss is not None else "")]
+        return "\n".join(lines)
+    lines += [f"{source}: step {step:,}" + (f", validation loss {loss:.4f}" if loss is not None else "")]
     best_step, best = metadata.get("best_step"), metadata.get("best_val_loss")
     if None not in (loss, best_step, best) and loss - best > MUCH_WORSE and Path(source).is_dir():
         at = f"at step {best_step:,} it was {best:.4f}"
@@ -247,14 +262,24 @@ def describe_pretrained(source: str | Path, metadata: dict) -> str:
     return "\n".join(lines)
 
 
-def _read_gpt2_checkpoint(source: str | Path, checkpoint: dict) -> tuple[dict, dict[str, torch.Tensor], dict]:
+def is_nanogpt(checkpoint: dict, beside: list[dict]) -> bool:
+    """Return whether nanoGPT's train.py, or a fork of it, wrote a checkpoint; `beside` holds its dicts."""
+    return bool({"model_args", "iter_num"} & checkpoint.keys()) or any(
+        {"bias", "block_size"} <= each.keys() for each in beside
+    )
+
+
+def _read_gpt2_checkpoint(
+    source: str | Path, checkpoint: dict, n_head: int | None
+) -> tuple[dict, dict[str, torch.Tensor], dict]:
     """Find the GPT-2 in a checkpoint of ours or of another GPT-2 repository.
 
     One of ours is rebuilt from its own `config`, field by field. For others, sizes are read off the tensors,
     whose names may have prefixes of DDP, torch.compile or a wrapper module; `n_head` comes from a dict or
-    object beside them, and defaults to heads that are 64 wide, as in all of OpenAI's models. Weights may have
-    OpenAI's layout. Missing biases become zeros. A model trained with exact GELU, like nanoGPT's, runs with
-    GPT-2's tanh GELU. Raises ValueError for anything else.
+    object beside them, or else from the caller, and defaults to heads that are 64 wide, as in all of OpenAI's
+    models. Weights may have OpenAI's layout. Missing biases become zeros. A model trained with exact GELU,
+    like nanoGPT's, runs with GPT-2's tanh GELU. `notes` in the metadata say what was assumed. Raises
+    ValueError for anything else.
     """
     with parsing(source, "a GPT-2", "use another model"):
         values = [checkpoint, *checkpoint.values()]
@@ -276,9 +301,16 @@ def _read_gpt2_checkpoint(source: str | Path, checkpoint: dict) -> tuple[dict, d
         config["n_layer"] = sum(name.endswith(".ln_1.weight") for name in state)
         beside = [value if isinstance(value, dict) else getattr(value, "__dict__", {}) for value in values]
         n_heads = [each["n_head"] for each in beside if isinstance(each.get("n_head"), int)]
-        config["n_head"] = n_heads[0] if n_heads else max(config["n_embd"] // 64, 1)
+        notes, width = [], config["n_embd"]
+        if not n_heads and not n_head:
+            n_head = 1 if width % 64 else width // 64
+            heads = f"{n_head} head{'s' * (n_head > 1)} of {width // n_head}"
+            notes.append(f"has no n_head: assuming {heads}; --n_head sets it")
+        config["n_head"] = n_heads[0] if n_heads else n_head
         if is_ours(checkpoint):
             config = own_config(checkpoint["config"], config)
+        elif is_nanogpt(checkpoint, beside):
+            notes.append("looks like nanoGPT's, with exact GELU: it runs with GPT-2's tanh GELU")
         check_size(config, sum(w.numel() for w in state.values()))
         if state.get("transformer.h.0.attn.c_attn.weight", wte).size(-1) == 3 * config["n_embd"]:
             state = transpose(state)
@@ -290,4 +322,4 @@ def _read_gpt2_checkpoint(source: str | Path, checkpoint: dict) -> tuple[dict, d
         metadata = {name: v if isinstance(v, kinds[name]) else None for name, v in known.items()}
         if args := metadata["args"]:
             metadata["args"] = {name: value for name, value in args.items() if is_plain(value)}
-        return config, state, metadata
+        return config, state, metadata | {"notes": notes}

@@ -1,5 +1,6 @@
 """Hugging Face folders with tokenizer and model card, and OpenAI's layout of the weights."""
 
+import hashlib
 import json
 import re
 from dataclasses import fields
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import tiktoken
 import torch
 
-from corpus.tokenizer import tokenizer_for
+from corpus.tokenizer import END_OF_TEXT, RANKS_SHA256, get_tokenizer, tiktoken_file, tokenizer_for
 from model import GPT, GPTConfig
 from runtime.files import parsing, whole_folder
 from runtime.log import curves_of, is_number, read_log
@@ -31,7 +32,7 @@ NOT_ON_CARDS = (
 
 
 def read_hugging_face(source: Path) -> tuple[dict, dict[str, torch.Tensor], dict]:
-    """Read a Hugging Face folder; the metadata is empty."""
+    """Read a Hugging Face folder; the metadata is its `tokenizer`, as `tokenizer_in` describes it."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
@@ -63,10 +64,38 @@ def read_hugging_face(source: Path) -> tuple[dict, dict[str, torch.Tensor], dict
             )
             if report["missing_keys"]:
                 raise ValueError(f"{min(report['missing_keys'])} is missing")
+            tokenizer = tokenizer_in(source)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(f"cannot load {source} ({reason}): check folder or network") from error
-    return config, transpose(hf_model.state_dict()), {}
+    return config, transpose(hf_model.state_dict()), {"tokenizer": tokenizer}
+
+
+def tokenizer_in(folder: Path) -> str | None:
+    """Return which of our tokenizers a Hugging Face folder has the vocabulary of, or None if it has none.
+
+    If the vocabulary is another one, even of the same size, this returns the name of its file.
+    """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    byte_of = {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
+    of_bytes = hashlib.sha256(tiktoken_file(get_tokenizer("byte")._mergeable_ranks)).hexdigest()
+    name = None
+    for file in (folder / "tokenizer.json", folder / "vocab.json"):
+        if not file.exists():
+            continue
+        vocab = json.loads(file.read_bytes())
+        vocab = dict(vocab["model"]["vocab"] if file.name == "tokenizer.json" else vocab)
+        vocab.pop(END_OF_TEXT, None)
+        ranks = {
+            b"".join(byte_of.get(letter, letter.encode()) for letter in token): rank
+            for token, rank in vocab.items()
+        }
+        digest = hashlib.sha256(tiktoken_file(ranks)).hexdigest()
+        name = {RANKS_SHA256: "gpt2", of_bytes: "byte"}.get(digest)
+        if name is None:
+            return file.name
+    return name
 
 
 def write_hugging_face(
@@ -86,7 +115,8 @@ def write_hugging_face(
     sizes = {name: config[name] for name in ("n_embd", "n_layer", "n_head")}
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config["dropout"])
     end_of_text = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), vocab_size - 1)
-    lengths = {"vocab_size": vocab_size, "n_positions": config["block_size"]}
+    # n_ctx is an older name, which OpenAI's folders have and llama.cpp's converter reads.
+    lengths = {"vocab_size": vocab_size, **dict.fromkeys(("n_positions", "n_ctx"), config["block_size"])}
     exported = GPT2LMHeadModel(GPT2Config(**sizes, **lengths, **dropout, **end_of_text))
     state = transpose(state)
     for name in ("transformer.wte.weight", "lm_head.weight"):
@@ -143,6 +173,13 @@ def to_hugging_face(encoding: tiktoken.Encoding, max_length: int) -> "GPT2Tokeni
     return GPT2Tokenizer(vocab, merges, model_max_length=max_length)
 
 
+def save_tokenizer(encoding: tiktoken.Encoding, max_length: int, folder: str | Path) -> None:
+    """Write tokenizer.json, which newer tools load, and vocab.json with merges.txt, which older ones need."""
+    tokenizer = to_hugging_face(encoding, max_length)
+    tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder))
+
+
 def export(model: GPT, source: str | Path, folder: str | Path) -> None:
     """Write a model that was loaded from `source` as a Hugging Face folder with tokenizer and model card.
 
@@ -151,7 +188,7 @@ def export(model: GPT, source: str | Path, folder: str | Path) -> None:
     tokenizer = tokenizer_for(model)
     with whole_folder(folder) as partial:
         model.save_pretrained(partial, vocab_size=tokenizer.n_vocab)
-        to_hugging_face(tokenizer, model.config.block_size).save_pretrained(partial)
+        save_tokenizer(tokenizer, model.config.block_size, partial)
         card = model_card(model, tokenizer, Path(source), Path(folder).name)
         (partial / "README.md").write_text(card, encoding="utf-8")
 

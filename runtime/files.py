@@ -143,7 +143,7 @@ def check_types(record: object, needed: dict[str, type], optional: dict[str, typ
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """Yield a temporary folder to fill; it is renamed to `folder` when the block ends without an error.
 
-    Raises ValueError if `folder` exists and is not empty.
+    Its files get the mode that the umask gives. Raises ValueError if `folder` exists and is not empty.
     """
     folder = Path(folder)
     check_new_folder(folder)
@@ -151,6 +151,10 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
+    mode = partial.stat().st_mode & 0o666  # as the umask has it; safetensors writes 0600
+    for path in filter(Path.is_file, partial.rglob("*")):
+        with contextlib.suppress(PermissionError):  # a drive without modes
+            path.chmod(mode)
     if folder.exists():
         folder.rmdir()
     partial.rename(folder)

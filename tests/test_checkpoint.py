@@ -567,7 +567,40 @@ def test_checkpoints_of_other_repositories_load(kind, tmp_path):
         torch.testing.assert_close(read(idx)[0], model(idx)[0], atol=tolerance, rtol=0)
     if kind.startswith("config object"):
         expected = {"step": 7, "val_loss": 3.5, "args": None, "best_step": None, "best_val_loss": None}
-        assert read.metadata == expected
+        assert read.metadata == {**expected, "notes": []}
+    assert any("exact GELU" in note for note in read.metadata["notes"]) == ("model_args" in kind)
+    assert any("heads of 64" in note for note in read.metadata["notes"]) == ("bare" in kind)
+
+
+def test_heads_of_a_bare_state_dict_can_be_given():
+    torch.manual_seed(0)
+    model, idx = GPT(GPTConfig(16, 320, 1, 4, 128)).eval(), torch.randint(0, 320, (2, 16))
+    torch.save(model.state_dict(), "bare.pt")
+    assumed, given = (GPT.from_pretrained("bare.pt", n_head=n_head).eval() for n_head in (None, 4))
+    with torch.no_grad():
+        assert torch.equal(given(idx)[0], model(idx)[0]) and not torch.equal(assumed(idx)[0], model(idx)[0])
+    assert assumed.config.n_head == 2 and given.metadata["notes"] == []
+    with pytest.raises(ValueError, match="^--n_head 3 does not divide the width 128 of bare.pt: change it$"):
+        GPT.from_pretrained("bare.pt", n_head=3)
+    GPT(GPTConfig(16, 320, 1, 1, 200)).save_pretrained("hf")
+    torch.save(GPT.from_pretrained("hf").state_dict(), "odd.pt")
+    notes = GPT.from_pretrained("odd.pt").metadata["notes"]
+    assert notes == ["has no n_head: assuming 1 head of 200; --n_head sets it"]
+    for source in ("hf", {"model": model.state_dict(), "config": vars(model.config)}):
+        with pytest.raises(ValueError, match="^--n_head is 2, but (hf|the checkpoint) has [14]: leave it"):
+            GPT.from_pretrained(source, n_head=2)
+
+
+def test_training_takes_the_heads_of_a_bare_state_dict_from_its_option(run_train, capsys):
+    torch.save(GPT(GPTConfig(16, 320, 2, 4, 128)).state_dict(), "bare.pt")
+    run_train("--init_from bare.pt --n_embd 128 --n_head 4 --max_steps 3")
+    assert GPT.from_pretrained("log").config.n_head == 4
+    assert "has no n_head" not in "".join(capsys.readouterr())
+    words = "--data_dir shards --tokenizer byte --init_from bare.pt --batch_size 2 --total_batch_size 64"
+    words += " --val_every 3 --val_tokens 160 --hellaswag_every 0 --sample_every 0 --device cpu --eval_only"
+    train.main(train.parse_args(words.split()))
+    line = "bare.pt has no n_head: assuming 2 heads of 64; --n_head sets it"
+    assert capsys.readouterr().out.splitlines().count(line) == 1
 
 
 def test_missing_biases_become_zeros(tmp_path):

@@ -1,9 +1,13 @@
+import base64
+import hashlib
 import io
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiktoken
@@ -12,18 +16,21 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2LMHeadModel,
+    GPT2Tokenizer,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     pipeline,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+import hellaswag
 import sample
 from corpus import tokenizer
 from corpus.tokenizer import get_tokenizer
 from formats import hugging_face
-from model import GPT, GPTConfig
+from model import GPT, GPT2_VOCAB_SIZE, GPTConfig
 from runtime.cli import run
 from sample import generate
 
@@ -258,10 +265,37 @@ def test_same_seed_gives_same_text_and_training_mode_is_kept(model):
     assert first == texts(1) != texts(2)
     assert len(set(first)) == 4 and [text[:2] == "ab" for text in first] == [True, True, False, False]
     assert model.training
-    small = GPT(GPTConfig(block_size=4, vocab_size=200, n_layer=1, n_head=1, n_embd=4))
-    small.metadata = {"args": {"tokenizer": "byte"}}
-    with pytest.raises(ValueError, match="tokenizer byte has 257 ids, the model 200"):
-        sample.tokenizer_for(small)
+
+
+@pytest.mark.parametrize(
+    "size, metadata, expected",
+    [
+        (256, {}, None),
+        (257, {}, "byte"),
+        (384, {}, "byte"),
+        (385, {}, None),
+        (50256, {}, None),
+        (50257, {}, "gpt2"),
+        (50304, {}, "gpt2"),
+        (50305, {}, None),
+        (52000, {}, None),
+        (52000, {"args": {"tokenizer": "gpt2"}}, "gpt2"),  # --vocab_size 52000
+        (257, {"args": {"tokenizer": "gpt2"}}, None),
+        (50304, {"args": {"tokenizer": "byte"}}, "byte"),
+        (50304, {"args": {"tokenizer": "german.json"}}, None),
+        (50257, {"tokenizer": "vocab.json"}, None),
+        (50257, {"tokenizer": "gpt2"}, "gpt2"),
+        (52000, {"tokenizer": "gpt2"}, None),
+    ],
+)
+def test_tokenizer_is_one_of_the_two_or_the_model_is_refused(size, metadata, expected):
+    assert tokenizer.SIZES == {"gpt2": GPT2_VOCAB_SIZE, "byte": get_tokenizer("byte").n_vocab}
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=size), metadata=metadata)
+    if expected:
+        assert tokenizer.name_for(model) == expected
+    else:
+        with pytest.raises(ValueError, match=f"^the model has {size:,} token ids.* use the Hugging Face"):
+            tokenizer.name_for(model)
 
 
 def test_bytes_are_held_back_until_they_form_a_character(model, monkeypatch):
@@ -306,6 +340,21 @@ def test_command_tells_which_checkpoint_it_took_and_of_a_better_one(run_train, c
         sample.main(sample.parse_args([*options, "--device", "cpu", "--max_new_tokens", "2"]))
         said = capsys.readouterr().err.splitlines()
         assert said == [line.replace("log:", f"{options[1]}:") for line in expected[:lines]]
+
+
+def test_heads_that_a_checkpoint_does_not_say_are_assumed_aloud_or_given(capsys):
+    torch.manual_seed(0)
+    tiny = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=4, n_embd=128))
+    torch.save(tiny.state_dict(), "bare.pt")
+    short = ["--max_new_tokens", "2", "--device", "cpu"]
+    scored = ["--data", str(hellaswag.DEMO_ITEMS), "--limit", "1", "--device", "cpu"]
+    for script, options in ((sample, short), (hellaswag, scored)):
+        for heads, lines in ((None, 1), (4, 0)):
+            words = ["--model", "bare.pt", *options, *([] if heads is None else ["--n_head", str(heads)])]
+            script.main(script.parse_args(words))
+            said = capsys.readouterr().err.splitlines()
+            line = "bare.pt has no n_head: assuming 2 heads of 64; --n_head sets it"
+            assert said.count(line) == lines and sum("bare.pt" in each for each in said) == lines
 
 
 def test_prompts_come_from_options_files_and_standard_input(command):
@@ -419,13 +468,89 @@ def test_exported_tokenizer_makes_the_same_tokens(tmp_path):
     ranks = bpe_train(data=source, vocab_size=400, pat_str=pattern, visualise=None)
     special = {"<|endoftext|>": len(ranks)}
     encoding = tiktoken.Encoding("small", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    hugging_face.to_hugging_face(encoding, 64).save_pretrained(tmp_path / "hf")
+    hugging_face.save_tokenizer(encoding, 64, tmp_path / "hf")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = Path(sample.__file__).read_text() + TEXT
     assert theirs(text)["input_ids"] == encoding.encode(text, allowed_special="all")
     assert theirs.decode(theirs(text)["input_ids"]) == text
     merges = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())["model"]["merges"]
     assert len(merges) == 400 - 256
+    names = (tmp_path / "hf" / name for name in ("vocab.json", "merges.txt"))
+    older = GPT2Tokenizer(**dict(zip(("vocab", "merges"), map(str, names), strict=True)))
+    assert older(text)["input_ids"] == theirs(text)["input_ids"]
+
+
+def test_every_command_refuses_a_model_of_another_vocabulary(command, run_train):
+    for size, folder in ((385, "large"), (257, "theirs")):
+        GPT(GPTConfig(block_size=16, vocab_size=size, n_layer=1, n_head=1, n_embd=8)).save_pretrained(folder)
+    # 257 ids like the bytes, in another order.
+    vocab = {letter: (i + 1) % 256 for i, letter in enumerate(bytes_to_unicode().values())}
+    Path("theirs/vocab.json").write_text(json.dumps({**vocab, "<|endoftext|>": 256}))
+    items = str(hellaswag.DEMO_ITEMS)
+    for folder, message in (
+        ("large", "^the model has 385 token ids: neither gpt2's 50,257 nor byte's 257, "),
+        ("theirs", "^the model has 257 token ids of the tokenizer vocab.json: "),
+    ):
+        for call in (
+            lambda folder=folder: sample.main(sample.parse_args(["--model", folder])),
+            lambda folder=folder: sample.main(sample.parse_args(["--model", folder, "--export", "out"])),
+            lambda folder=folder: hellaswag.main(hellaswag.parse_args(["--model", folder, "--data", items])),
+            lambda folder=folder: run_train(f"--init_from {folder} --n_layer 1 --n_head 1 --n_embd 8"),
+            lambda folder=folder: run_train(
+                f"--init_from {folder} --n_layer 1 --n_head 1 --n_embd 8 --eval_only"
+            ),
+        ):
+            with pytest.raises(ValueError, match=message) as caught:
+                call()
+            assert "\n" not in str(caught.value)
+    assert not Path("out").exists() and not Path("log").exists()
+
+
+@pytest.mark.parametrize("kept", ["tokenizer.json", "vocab.json"])
+def test_folder_says_which_vocabulary_it_has(command, monkeypatch, kept):
+    """GPT-2's is stood in for by a small one, whose hash is that of its file for tiktoken."""
+    command(["--model", "tiny.pt", "--export", "bytes"])
+    ranks = {**{bytes([255 - i]): i for i in range(256)}, b" t": 256, b" th": 257}
+    lines = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+    monkeypatch.setattr(hugging_face, "RANKS_SHA256", hashlib.sha256(lines.encode()).hexdigest())
+    pattern, special = r"\s?\S+|\s+", {"<|endoftext|>": len(ranks)}
+    encoding = tiktoken.Encoding("small", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    hugging_face.save_tokenizer(encoding, 64, "small")
+    for folder in ("bytes", "small"):
+        for name in {"tokenizer.json", "vocab.json"} - {kept}:
+            Path(folder, name).unlink()
+    assert hugging_face.tokenizer_in(Path("bytes")) == "byte"
+    assert hugging_face.tokenizer_in(Path("small")) == "gpt2"
+    file = Path("small", kept)
+    file.write_text(file.read_text().replace('"Ġth"', '"Ġto"'))
+    assert hugging_face.tokenizer_in(Path("small")) == kept
+    file.write_text('{"model": {"type": "Unigram", "vocab": [["a", -1.5]]}}' if "er" in kept else '{"a": 0}')
+    assert hugging_face.tokenizer_in(Path("small")) == kept
+    file.unlink()
+    assert hugging_face.tokenizer_in(Path("small")) is None
+    assert GPT.from_pretrained("bytes").metadata == {"tokenizer": "byte"}
+
+
+# What llama.cpp's converter reads from config.json: GPT2Model.set_gguf_parameters in conversion/gpt2.py
+# (commit 5535795), and conversion/base.py to find that class.
+LLAMA_CPP_KEYS = {"n_layer", "n_ctx", "n_embd", "n_head", "layer_norm_epsilon", "architectures"}
+
+
+def test_export_has_the_files_and_keys_of_openais_folder_for_everybody(command):
+    before = os.umask(0o027)
+    try:
+        assert command(["--model", "tiny.pt", "--export", "exported"])[1] is None
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in Path("exported").iterdir()}
+    wanted = {"config.json", "generation_config.json", "model.safetensors", "README.md", "merges.txt"}
+    assert modes.keys() == wanted | {"tokenizer.json", "tokenizer_config.json", "vocab.json"}
+    assert set(modes.values()) == {0o640}
+    config = json.loads(Path("exported/config.json").read_text())
+    assert config.keys() >= LLAMA_CPP_KEYS and config["n_ctx"] == config["n_positions"] == 16
+    older = GPT2Tokenizer(vocab="exported/vocab.json", merges="exported/merges.txt")
+    assert older(TEXT)["input_ids"] == AutoTokenizer.from_pretrained("exported")(TEXT)["input_ids"]
+    assert json.loads(Path("exported/vocab.json").read_text(encoding="utf-8"))["<|endoftext|>"] == 256
 
 
 def test_model_whose_weights_have_diverged_is_one_line(model):

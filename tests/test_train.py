@@ -688,9 +688,14 @@ def test_interrupted_check_promises_nothing(run_train, monkeypatch, capsys):
 
 
 def test_model_of_another_tokenizer_is_not_trained_on_bytes(run_train):
-    GPT(GPTConfig(16, 1024, 1, 1, 8)).save_pretrained("theirs")
-    with pytest.raises(ValueError, match="theirs has 1024 token ids, the shards' tokenizer only 257: "):
-        run_train("--init_from theirs --n_layer 1 --n_head 1 --n_embd 8")
+    for size, message in (
+        (1024, "the model has 1,024 token ids: neither"),
+        (50257, "theirs50257 has the token ids of gpt2, the shards those of byte: prepare shards with"),
+    ):
+        GPT(GPTConfig(16, size, 1, 1, 8)).save_pretrained(f"theirs{size}")
+        with pytest.raises(ValueError, match=message) as caught:
+            run_train(f"--init_from theirs{size} --n_layer 1 --n_head 1 --n_embd 8")
+        assert "\n" not in str(caught.value)
     assert not Path("log").exists()
     run_train("--vocab_size 1024 --max_steps 3")
     run_train("--eval_only --init_from log")  # it was trained on bytes

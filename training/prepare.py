@@ -16,7 +16,7 @@ import torch
 import fineweb
 import hellaswag
 from corpus.shards import read_set
-from corpus.tokenizer import get_tokenizer
+from corpus.tokenizer import get_tokenizer, name_for
 from formats.checkpoint import describe_pretrained
 from model import GPT, GPTConfig
 from runtime import hardware
@@ -102,7 +102,8 @@ def load_pretrained(
     known["vocab_size"] = math.ceil(n_vocab / 64) * 64
     source = args.out_dir if found.resumed else args.init_from
     if source:
-        model = GPT.from_pretrained(found.resumed or args.init_from, dropout=args.dropout)
+        n_head = None if found.resumed else args.n_head
+        model = GPT.from_pretrained(found.resumed or source, args.dropout, n_head)
         known = vars(model.config)
         if found.resumed:
             known = {**known, "block_size": found.resumed["args"]["block_size"]}
@@ -114,13 +115,12 @@ def load_pretrained(
             setattr(args, name, known[name])
         elif model and asked != known[name] and not (is_shorter and not found.resumed):
             problems.append(f"--{name} is {asked}, but {source} has {known[name]}: leave it out")
-    trained_on = (model.metadata.get("args") or {}).get("tokenizer") if model else None
-    if args.init_from and trained_on != args.tokenizer and args.vocab_size >= 2 * n_vocab:
+    if model and (trained_on := name_for(model)) != args.tokenizer:
         problems.append(
-            f"{source} has {args.vocab_size} token ids, the shards' tokenizer only {n_vocab}: prepare shards "
-            "with the tokenizer of the model"
+            f"{source} has the token ids of {trained_on}, the shards those of {args.tokenizer}: prepare "
+            f"shards with --tokenizer {trained_on}"
         )
-    if args.vocab_size < n_vocab:
+    elif args.vocab_size < n_vocab:
         problems.append(f"--vocab_size is {args.vocab_size}, but the shards' tokenizer has {n_vocab} ids")
     if problems:
         raise ValueError("\n".join(problems))
