@@ -295,13 +295,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_prompt(file: str) -> str:
-    """Return the text of a file, or of standard input for "-", without a final newline.
+    """Return the text of a file, or of standard input for "-", without byte order mark and final newline.
 
     Raises FileNotFoundError if it cannot be read, and ValueError if it is not text.
     """
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+        return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 ({error}): convert it with iconv") from error
     except OSError as error:

@@ -152,8 +152,8 @@ class DataLoaderLite:
         tokens = self.shards.read(shard, start, start + self.block_size + 1)
         if (largest := tokens.max()) >= self.vocab_size:
             raise ValueError(
-                f"{self.shards.paths[shard]} holds token id {largest}, but the model's vocabulary ends "
-                f"at {self.vocab_size - 1}: set --vocab_size and --tokenizer to those of the shards"
+                f"{self.shards.paths[shard]} holds token id {largest}, but the vocabulary ends at "
+                f"{self.vocab_size - 1}: set --tokenizer and --vocab_size to those of the shards"
             )
         return tokens
 
@@ -665,7 +665,7 @@ def main(args: argparse.Namespace) -> None:
             args.batch_size = fit_batch_size(args, dist, raw_model, found.dtype)
 
         # Data
-        sizes = dict(batch_size=args.batch_size, block_size=args.block_size, vocab_size=args.vocab_size)
+        sizes = dict(batch_size=args.batch_size, block_size=args.block_size, vocab_size=found.used_ids)
         with together(dist):
             val_data = DataLoaderLite(args.data_dir, "val", dist=dist, **sizes)
             order = args.seed if args.shuffle else None

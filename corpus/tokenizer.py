@@ -231,6 +231,11 @@ def _encode_fast(fast, texts: "pyarrow.LargeStringArray") -> tuple[np.ndarray, n
 SIZES = {"gpt2": 50_257, "byte": 257}  # token ids
 
 
+def is_padded(size: int, n_vocab: int) -> bool:
+    """Return whether a number of ids is that of a tokenizer, or padded to the next multiple of 64 or 128."""
+    return n_vocab <= size <= -(-n_vocab // 128) * 128
+
+
 def name_for(model) -> str:
     """Return the name of the tokenizer that a GPT was trained with, which is not loaded.
 
@@ -242,8 +247,8 @@ def name_for(model) -> str:
     trained_on = (model.metadata.get("args") or {}).get("tokenizer")
     named = trained_on or model.metadata.get("tokenizer")
     for name, n_vocab in SIZES.items():
-        most = size if trained_on else -(-n_vocab // 128) * 128
-        if named in (None, name) and n_vocab <= size <= most:
+        fits = size >= n_vocab if trained_on else is_padded(size, n_vocab)
+        if named in (None, name) and fits:
             return name
     tokens = f"{size:,} token ids" + (f" of the tokenizer {named}" if named else "")
     ours = " nor ".join(f"{name}'s {n_vocab:,}" for name, n_vocab in SIZES.items())

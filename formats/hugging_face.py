@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,9 +32,18 @@ NOT_ON_CARDS = (
 )
 
 
+def gpt2_classes() -> tuple[type, type]:
+    """Return the config and the model of transformers. Raises ValueError under `python -OO`."""
+    if sys.flags.optimize > 1:
+        raise ValueError("transformers needs the docstrings that `python -OO` removes: use `python -O`")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2Config, GPT2LMHeadModel
+
+
 def read_hugging_face(source: Path) -> tuple[dict, dict[str, torch.Tensor], dict]:
     """Read a Hugging Face folder; the metadata is its `tokenizer`, as `tokenizer_in` describes it."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    GPT2Config, GPT2LMHeadModel = gpt2_classes()
 
     sizes = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
     sizes["block_size"] = "n_positions"
@@ -106,7 +116,7 @@ def write_hugging_face(
     Only the first `vocab_size` token ids are kept; the last of them is end-of-text. Raises ValueError if the
     folder exists and is not empty, and for a model that transformers' GPT-2 cannot express.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel
+    GPT2Config, GPT2LMHeadModel = gpt2_classes()
 
     for each in fields(GPTConfig):
         if each.name not in EXPRESSIBLE and config[each.name] != each.default:
@@ -189,7 +199,7 @@ def export(model: GPT, source: str | Path, folder: str | Path) -> None:
     with whole_folder(folder) as partial:
         model.save_pretrained(partial, vocab_size=tokenizer.n_vocab)
         save_tokenizer(tokenizer, model.config.block_size, partial)
-        card = model_card(model, tokenizer, Path(source), Path(folder).name)
+        card = model_card(model, tokenizer, Path(source), Path(folder).absolute().name)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 

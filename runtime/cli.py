@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO, TypeVar
@@ -191,6 +192,11 @@ def flush_or_drop(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def show_warning(message: Warning | str, *where: object) -> None:
+    """Print a warning as one line, without the source line that Python adds."""
+    tqdm.write(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def report_failed_thread(failed: threading.ExceptHookArgs) -> None:
     """Print one line for a thread of a library that an error of the system has ended."""
     if isinstance(failed.exc_value, USER_ERRORS):
@@ -213,7 +219,7 @@ def run(
     script that `needs_output` ends when it can no longer print: without an error if the reader of a pipe has
     seen enough. Any other goes on.
     """
-    threading.excepthook = report_failed_thread
+    threading.excepthook, warnings.showwarning = report_failed_thread, show_warning
     for name in ("stdout", "stderr"):  # None if it was closed
         stream = getattr(sys, name) or open(os.devnull, "w")
         if name == "stdout" and hasattr(stream, "reconfigure"):  # a console may not show every character

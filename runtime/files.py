@@ -27,6 +27,7 @@ except ImportError:  # Windows
 
     fcntl = None
 
+NOTHING = {".tmp", "lost+found"}  # in an empty folder: of a command that was killed, and of a file system
 BEYOND_THE_TEXT = 1 << 30  # msvcrt locks bytes, which nobody else can read then
 
 
@@ -71,9 +72,10 @@ def check_output(path: str | Path) -> None:
 
 def check_new_folder(folder: Path) -> None:
     """Raise the error with which `whole_folder` would fail after the work: ValueError if it is not empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - NOTHING):
         raise ValueError(f"{folder} exists and is not empty: remove it or choose another folder")
-    check_folder(folder.absolute().parent)
+    real = Path(os.path.realpath(folder))
+    check_folder(real if real.exists() else real.parent)
 
 
 def existing_folder(path: Path) -> Path:
@@ -141,23 +143,30 @@ def check_types(record: object, needed: dict[str, type], optional: dict[str, typ
 
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill; it is renamed to `folder` when the block ends without an error.
+    """Yield a temporary folder to fill. If the block ends without an error, its files get to `folder`.
 
-    Its files get the mode that the umask gives. Raises ValueError if `folder` exists and is not empty.
+    A new folder appears with all of them. One that exists, and may be a mount point, has to be empty, or else
+    this raises ValueError. The files get the mode that the umask gives.
     """
-    folder = Path(folder)
-    check_new_folder(folder)
-    partial = folder.with_name(folder.name + ".tmp")
+    check_new_folder(Path(folder))
+    real = Path(os.path.realpath(folder))
+    is_new = not real.exists()
+    partial = real.with_name(real.name + ".tmp") if is_new else real / ".tmp"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
-    mode = partial.stat().st_mode & 0o666  # as the umask has it; safetensors writes 0600
-    for path in filter(Path.is_file, partial.rglob("*")):
-        with contextlib.suppress(PermissionError):  # a drive without modes
-            path.chmod(mode)
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    try:
+        yield partial
+        mode = partial.stat().st_mode & 0o666  # as the umask has it; safetensors writes 0600
+        for path in filter(Path.is_file, partial.rglob("*")):
+            with contextlib.suppress(PermissionError):  # a drive without modes
+                path.chmod(mode)
+        if is_new:
+            partial.rename(real)
+        else:
+            for path in partial.iterdir():
+                path.rename(real / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 class FolderLock:

@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -11,6 +12,12 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+import bench
+import fineweb
+import hellaswag
+import plot
+import sample
+import train
 from runtime import cli
 
 
@@ -96,6 +103,12 @@ def test_other_errors_keep_their_traceback():
 
 SCRIPT = """
 import argparse, sys
+import bench
+import fineweb
+import hellaswag
+import plot
+import sample
+import train
 from runtime import cli
 def main(args):
     print("x" * 100, flush={flush})
@@ -133,3 +146,32 @@ def test_failure_of_a_thread_is_one_line(capsys):
     assert capsys.readouterr().err == "warning: tb has ended: x: Full: free some space or use another disk\n"
     cli.report_failed_thread(hook((KeyError, KeyError("a bug"), None, threading.Thread(name="tb"))))
     assert "a bug" in capsys.readouterr().err
+
+
+def test_home_is_expanded_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/ada")
+    commands = {
+        train: "--out_dir=~/1 --data_dir=~/2 --init_from=~/3 --hellaswag_data=~/4",
+        fineweb: "--out_dir=~/1 --files ~/2 ~/3",
+        hellaswag: "--model=~/1 --data=~/2 --output=~/3",
+        sample: "--model=~/1 --export=~/2 --prompt_file=~/3",
+        plot: "~/1 ~/2 --output=~/3",
+        bench: "compile --against=~/1 --output=~/2",
+    }
+    for script, words in commands.items():
+        args = str(script.parse_args(words.split()))
+        assert sorted(re.findall(r"'/ada/(\d)'", args)) == re.findall(r"\d", words), args
+        assert "~" not in args
+    assert sample.parse_args(["--prompt", "~/a"]).prompt == ["~/a"]
+
+
+def test_scripts_work_without_docstrings():
+    script = "import bench, fineweb, hellaswag, plot, sample, train\n"
+    script += "for each in (fineweb, hellaswag, sample, train):\n    each.parse_args([])\n"
+    script += "plot.parse_args(['log'])\nbench.parse_args(['gpu'])\nassert False"
+    subprocess.run([sys.executable, "-OO", "-c", script], cwd=REPOSITORY, check=True)
+
+
+def test_warning_is_one_line(capsys):
+    cli.show_warning(UserWarning("two\n  lines"), UserWarning, "file.py", 3)
+    assert capsys.readouterr().err == "warning: two lines\n"

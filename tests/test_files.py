@@ -1,5 +1,6 @@
 """Files and folders are complete or absent."""
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -43,10 +44,22 @@ def test_folder_appears_when_it_is_complete_and_replaces_nothing():
         raise KeyError
     assert not Path("out").exists()
     Path("out").mkdir()
-    with files.whole_folder("out") as partial:
+    Path("link").symlink_to("out")
+    with pytest.raises(KeyError), files.whole_folder("link") as partial:
+        (partial / "half").touch()
+        raise KeyError
+    assert not any(Path("out").iterdir())
+    before = os.stat("out")
+    with files.whole_folder("link") as partial:
         (partial / "whole").touch()
-        assert not any(Path("out").iterdir())
-    assert [path.name for path in Path("out").iterdir()] == ["whole"]  # and nothing of the first try
+        (partial / "folder").mkdir()
+        assert not Path("out/whole").exists()
+    assert {path.name for path in Path("out").iterdir()} == {"whole", "folder"}
+    assert os.path.samestat(before, os.stat("out"))  # which may be a mount point
+    Path("here/lost+found").mkdir(parents=True)
+    with contextlib.chdir("here"), files.whole_folder(".") as partial:
+        (partial / "whole").touch()
+    assert Path("here/whole").exists() and not Path("here/.tmp").exists()
     with pytest.raises(ValueError, match="out exists and is not empty"), files.whole_folder("out"):
         pass
     Path("file").touch()

@@ -614,8 +614,9 @@ def test_text_of_any_arrow_type_is_text():
 def test_mostly_empty_documents_are_a_warning_at_the_end(capsys):
     rows = [{"text": text, "body": "x"} for text in ["some", *[None] * 5]]
     Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    cli("--files", "a.jsonl", "--tokenizer", "byte", "--out_dir", "out")
+    cli("--files", "a.jsonl", "--tokenizer", "byte", "--out_dir", "my shards")
     assert capsys.readouterr().out.endswith(
+        'next:  python train.py --preset text --data_dir "my shards"\n'
         "warning: 5 of 6 documents are empty or null: is --text_column text the right one?\n"
     )
 

@@ -1,8 +1,11 @@
 """log.jsonl, console, TensorBoard and Weights & Biases, and the folder of a run."""
 
+import errno
+import importlib.machinery
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import struct
@@ -138,6 +141,35 @@ def test_new_run_renames_the_old_folder(run_train):
 
 
 @pytest.mark.needs("tensorboard")
+def test_new_run_stays_where_a_link_leads(run_train):
+    Path("disk/big").mkdir(parents=True)
+    Path("log").symlink_to("disk/big")
+    first = run_train("--max_steps 3")
+    run_train("--max_steps 4")
+    assert Path("log").is_symlink() and Path("disk/big/model_00004.pt").exists()
+    assert read_losses("disk/big.1") == [(record["step"], record["loss"]) for record in first["train"]]
+
+
+def test_folder_that_cannot_be_renamed_keeps_its_place(run_train, monkeypatch):
+    """As a mount point, whose rename gives EBUSY."""
+    rename = Path.rename
+
+    def busy(path, target):
+        if path.name == "log":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    Path("log/lost+found").mkdir(parents=True)
+    first = run_train("--max_steps 3")
+    run_train("--max_steps 4")
+    run_train("--max_steps 5")
+    assert read_losses("log/log.1") == [(record["step"], record["loss"]) for record in first["train"]]
+    assert len(read_losses("log/log.2")) == 4 and len(read_losses("log")) == 5
+    assert {path.name for path in Path("log/log.1").glob("*.pt")} == {"model_00003.pt", "model_best.pt"}
+    assert Path("log/lost+found").exists() and not list(Path().glob("log.*"))
+
+
 def test_tensorboard_matches_the_log_and_hides_repeated_steps(run_train):
     from tensorboard.backend.event_processing import event_accumulator
 
@@ -215,8 +247,10 @@ def test_wandb_receives_the_log_and_resumed_run_keeps_its_id(run_train, monkeypa
         run_train("--wandb")
 
 
-def test_missing_packages_are_reported_before_the_first_step(run_train, monkeypatch):
-    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda package: None)
+# A folder named `wandb`, which wandb itself makes, can be imported too.
+@pytest.mark.parametrize("spec", [None, importlib.machinery.ModuleSpec("wandb", None, is_package=True)])
+def test_missing_packages_are_reported_before_the_first_step(run_train, monkeypatch, spec):
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda package: spec)
     with pytest.raises(ValueError) as caught:
         run_train("--tensorboard --wandb")
     for package in ("tensorboard", "wandb"):

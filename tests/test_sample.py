@@ -139,6 +139,19 @@ def test_every_threshold_gives_an_id_that_has_a_probability(monkeypatch):
         assert sample._choose(probs, None).tolist() == [expected]
 
 
+def test_top_k_of_0_is_off(model):
+    draws = [
+        generate(model, PROMPT, 9, generator=torch.Generator().manual_seed(0), top_k=top_k) for top_k in (0, None)
+    ]
+    assert torch.equal(*draws)
+    assert sample.parse_args(["--top_k", "0"]).top_k == 0
+
+
+def test_byte_order_mark_of_a_prompt_is_no_text():
+    Path("prompt.txt").write_bytes(b"\xef\xbb\xbfOnce\r\n")
+    assert sample.read_prompt("prompt.txt") == "Once"
+
+
 def test_top_k_keeps_exactly_k_of_equal_logits():
     generator = torch.Generator().manual_seed(0)
     drawn = sample._draw(torch.zeros(2000, 8), 1.0, 3, None, generator)

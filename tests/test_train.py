@@ -483,6 +483,21 @@ def test_overfit_batch_reaches_near_zero_or_fails_and_leaves_a_run_alone(run_tra
     assert before == after and {path.name for path in Path().iterdir()} == {"log", "shards"}
 
 
+def test_ids_that_only_pad_the_vocabulary_are_refused(run_train, shards):
+    path = shards / "edufineweb_train_000001.npy"
+    tokens = np.load(path)
+    tokens[7] = 257  # one more than the tokenizer has; the model has 320
+    np.save(path, tokens)
+    with pytest.raises(ValueError, match="000001.npy holds token id 257, but the vocabulary ends at 256"):
+        run_train()
+    run_train("--vocab_size 512")  # not a padded one, so it is that of other shards
+
+
+def test_seed_too_large_for_the_order_of_data_is_one_line(run_train):
+    with pytest.raises(ValueError, match="--seed is 9999999999999999999: use at least 0 and at most 9223"):
+        run_train("--seed 9999999999999999999 --shuffle")
+
+
 def test_early_stop_keeps_the_best_checkpoint(run_train):
     # Random bytes: the model memorises the training windows and gets worse on others.
     options = "--max_steps 200 --val_every 5 --early_stop 2 --learning_rate 3e-2"

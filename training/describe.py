@@ -20,7 +20,7 @@ def describe_run(run) -> str:
     lines = [
         (
             "device",
-            f"{ranks} x {machine['hardware']['device']}, {machine['hardware']['cpu_count']} cores of "
+            f"{ranks} x {machine['hardware']['device']}, {machine['hardware']['cpu_count']} core(s) of "
             f"{machine['hardware']['cpu']}",
         ),
         ("compute", f"torch {machine['versions']['torch']}, {how}"),

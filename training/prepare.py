@@ -16,7 +16,7 @@ import torch
 import fineweb
 import hellaswag
 from corpus.shards import read_set
-from corpus.tokenizer import get_tokenizer, name_for
+from corpus.tokenizer import get_tokenizer, is_padded, name_for
 from formats.checkpoint import describe_pretrained
 from model import GPT, GPTConfig
 from runtime import hardware
@@ -36,9 +36,10 @@ class Found:
 
     dtype: torch.dtype
     tokenizer: object  # None if nothing needs one
-    n_vocab: int
+    n_vocab: int  # of the tokenizer
     benchmark: hellaswag.Benchmark
     resumed: dict | None  # the checkpoint to continue from
+    used_ids: int = 0  # of --vocab_size, those that shards may hold
 
 
 def check_packages(args: argparse.Namespace) -> None:
@@ -127,6 +128,7 @@ def load_pretrained(
     if model and not found.resumed and (line := describe_pretrained(args.init_from, model.metadata)):
         dist.say(line)
     check_args(args, dist.world_size, parser)  # again, with the sizes of the weights
+    found.used_ids = n_vocab if is_padded(args.vocab_size, n_vocab) else args.vocab_size
     return model
 
 
