@@ -77,6 +77,21 @@ def errors(ours, exact):
     return [((a - b).norm() / b.norm()).item() for a, b in zip(ours, exact, strict=True)]
 
 
+@pytest.mark.parametrize("compiling", [False, True])
+def test_gradients_of_the_loss_of_a_chunk_are_those_of_autograd(monkeypatch, compiling):
+    """Whatever the loss is: a term that is added to it also needs its gradient."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(12, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    targets = torch.randint(30, (12, 1)).masked_fill(torch.arange(12)[:, None] % 5 == 0, -100)
+    (loss,) = model_module.chunk_loss(hidden, weight, targets, needs_grad=False)
+    expected = torch.autograd.grad(loss, (hidden, weight))
+    with torch.no_grad():
+        same, *gradients = model_module.chunk_loss(hidden, weight, targets, needs_grad=True)
+    torch.testing.assert_close(same, loss)
+    torch.testing.assert_close(tuple(gradients), expected)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 80, 1000])

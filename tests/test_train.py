@@ -104,7 +104,7 @@ def test_batches_are_pinned_and_copied_asynchronously_on_every_cuda_device_only(
 def test_bad_shards_are_reported_by_name(shards):
     with pytest.raises(FileNotFoundError, match="no train shards in nowhere/: .*--preset demo"):
         loader("nowhere")
-    with pytest.raises(ValueError, match="holds token id 256, but the model's vocabulary ends at 249"):
+    with pytest.raises(ValueError, match="holds token id 256, but the vocabulary ends at 249"):
         loader(shards, vocab_size=250)
     with pytest.raises(ValueError, match="holds a window of 1000 . 1 tokens: lower --block_size"):
         loader(shards, block_size=1000)
