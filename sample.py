@@ -88,11 +88,10 @@ def stream(
     Shorter prompts are padded on the left, and `lengths` (B,) gives the number of ids of each. Every prompt
     is processed once and continued `num_samples` times, in consecutive rows.
 
-    Temperature 0 is greedy. `top_k` keeps the k most likely ids (0 or None: all), and `top_p` the most likely
-    ids whose probabilities add up to p (nucleus sampling, Holtzman et al. 2019). Only ids below `vocab_size`
-    are drawn, because a padded vocabulary has more. A row that has drawn `stop` repeats it, and
-    generation ends when all rows have. Random numbers come from `generator`, which has to be on the model's
-    device.
+    Temperature 0 is greedy. `top_k` keeps the k likeliest ids (0: all), and `top_p` the most likely ids whose
+    probabilities add up to p (nucleus sampling, Holtzman et al. 2019). Only ids below `vocab_size` are drawn,
+    because a padded vocabulary has more. A row that has drawn `stop` repeats it, and generation ends when all
+    rows have. Random numbers come from `generator`, which has to be on the model's device.
 
     The model sees the last block_size tokens of a prompt. When the longest row fills the context, all rows
     are processed again from their last block_size // 2 tokens: a new token of a long text costs a forward
