@@ -140,7 +140,6 @@ def test_new_run_renames_the_old_folder(run_train):
         assert Path(folder, "model_00006.pt").exists()
 
 
-@pytest.mark.needs("tensorboard")
 def test_new_run_stays_where_a_link_leads(run_train):
     Path("disk/big").mkdir(parents=True)
     Path("log").symlink_to("disk/big")
@@ -170,6 +169,7 @@ def test_folder_that_cannot_be_renamed_keeps_its_place(run_train, monkeypatch):
     assert Path("log/lost+found").exists() and not list(Path().glob("log.*"))
 
 
+@pytest.mark.needs("tensorboard")
 def test_tensorboard_matches_the_log_and_hides_repeated_steps(run_train):
     from tensorboard.backend.event_processing import event_accumulator
 
