@@ -222,16 +222,19 @@ class ShardSet:
 
     def write(self, number: int, tokens: np.ndarray, sha256: str | None = None) -> dict:
         """Write a shard and return its record. If its hash is not `sha256`, raises ValueError instead."""
-        name, data = shard_name(number, self.manifest), io.BytesIO()
-        np.save(data, tokens)
-        digest = hashlib.sha256(data.getbuffer()).hexdigest()
-        if sha256 not in (None, digest):
+        name, header, digest = shard_name(number, self.manifest), io.BytesIO(), hashlib.sha256()
+        # What np.save writes, without a copy of the tokens.
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))
+        parts = header.getvalue(), memoryview(tokens)
+        for part in parts:
+            digest.update(part)
+        if sha256 not in (None, digest.hexdigest()):
             raise ValueError(f"the inputs of {name} have changed: --no-resume makes the whole set again")
         self.check_folder()
-        with explained(self.out_dir, data.getbuffer().nbytes):
-            write_atomically(self.out_dir / name, lambda file: file.write(data.getbuffer()))
+        with explained(self.out_dir, len(parts[0]) + tokens.nbytes):
+            write_atomically(self.out_dir / name, lambda file: file.writelines(parts))
         documents = int(np.count_nonzero(tokens == self.manifest["eot_token"]))
-        return {"name": name, "tokens": len(tokens), "documents": documents, "sha256": digest}
+        return {"name": name, "tokens": len(tokens), "documents": documents, "sha256": digest.hexdigest()}
 
     def shrink_validation(self) -> None:
         """Leave a tenth of a small set for validation: the rest of its first shard goes to training.
