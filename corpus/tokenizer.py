@@ -39,6 +39,7 @@ CHECKED_BYTES = 200_000  # of the first texts, which are also tokenized by tikto
 # White space in GPT-2's pattern is Unicode's White_Space; Python's \s has four more characters.
 WHITE_SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 WHITE_RUN, IS_WHITE = re.compile(f"{WHITE_SPACE}+"), re.compile(WHITE_SPACE).match
+LONGER_RUN = re.compile(WHITE_SPACE + "{100}")  # rare, so that others need not be looked at one by one
 SHORT_TEXT = 100_000  # characters, of which tiktoken can have any
 # gigatoken remembers every word that it has seen. A tokenizer is replaced when this process has grown by so
 # much since it was made or, where that is not known (not Linux), after so much text.
@@ -110,7 +111,7 @@ def encode(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
     each, its pattern remembers where it may have to go back to. It always goes back by one, so a cut there
     changes no token, and no run before the end of a text is so long.
     """
-    if len(text) <= SHORT_TEXT:
+    if len(text) <= SHORT_TEXT or tokenizer.name == "byte" or not LONGER_RUN.search(text):
         return tokenizer.encode_to_numpy(text, disallowed_special=())
     runs = [match for match in WHITE_RUN.finditer(text) if match.end() - match.start() > SHORT_TEXT]
     cuts = [0, *(run.end() - 1 for run in runs if run.end() < len(text)), len(text)]
