@@ -157,9 +157,9 @@ def data_stages(fetcher: Fetcher, tokenizer_name: str) -> dict[str, float]:
         return result
 
     tokenizer, parts = timed("vocabulary", BatchTokenizer, tokenizer_name), []
-    for chunk in documents.read_chunks(fetcher, "text", (0, 0)):
-        texts = timed("decode", chunk.read)
-        texts = timed("filter and validate", documents.clean, texts)
+    for chunk in documents.read_chunks(fetcher, documents.Format(), (0, 0)):
+        texts = timed("decode and validate", chunk.read)
+        texts = timed("filter", documents.not_empty, texts)
         ids, starts = timed("tokenize", tokenizer.encode, texts)
         parts.append(timed("end-of-text", np.insert, ids, starts[:-1], tokenizer.encoding.eot_token))
     tokens = timed("collect", np.concatenate, parts)
@@ -173,8 +173,8 @@ def data_stages(fetcher: Fetcher, tokenizer_name: str) -> dict[str, float]:
 def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """MB of text per second of whole commands: the usual script, and fineweb.py with one worker and more."""
     fetcher, shards = Fetcher(local_inputs(args.files), Path(), keep=True), {}
-    chunks = documents.read_chunks(fetcher, "text", (0, 0))
-    megabytes = sum(documents.clean(chunk.read()).nbytes for chunk in chunks) / 1e6
+    chunks = documents.read_chunks(fetcher, documents.Format(), (0, 0))
+    megabytes = sum(documents.not_empty(chunk.read()).nbytes for chunk in chunks) / 1e6
     files = [each.path for each in fetcher.inputs]
 
     def hashes(name: str, command: list[str]) -> float:

@@ -41,7 +41,7 @@ from corpus.inputs import (
     stdlib_inputs,
 )
 from corpus.shards import SAME_IN_ALL_TASKS, difference, read_manifests, read_task_manifest
-from corpus.tokenizer import NAMES, BatchTokenizer, get_tokenizer
+from corpus.tokenizer import NAMES, SIZES, BatchTokenizer, get_tokenizer
 from runtime.cli import (
     Range,
     check_options,
@@ -64,7 +64,6 @@ from runtime.machine import keep_freed_memory, usable_cores
 
 SMALL_TEXT = 100_000_000  # tokens; `train.py --preset text` is meant for fewer
 MOST_VALIDATION = 0.2  # share of a set; where the first shard is more, a tenth of the set is validation
-GPT2_VOCABULARY = 50257  # with end-of-text, its last id
 
 
 def encode_chunk(chunk: Chunk, tokenizer: BatchTokenizer) -> tuple[np.ndarray, int]:
@@ -399,7 +398,7 @@ def prepare(
     task_index, task_count = recipe.task_index, recipe.task_count
     check_token_files(inputs, names, recipe.tokenizer)
     # Token files need no vocabulary, and so no download.
-    n_vocab = GPT2_VOCABULARY if names else get_tokenizer(recipe.tokenizer).n_vocab
+    n_vocab = SIZES["gpt2"] if names else get_tokenizer(recipe.tokenizer).n_vocab
     manifest = asdict(recipe) | {"vocab_size": n_vocab, "eot_token": n_vocab - 1}
     manifest |= {"skipped_documents": 0, "shards": [], "complete": False}
     found = read_task_manifest(out_dir, task_index, task_count)

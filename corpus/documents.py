@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -87,11 +87,13 @@ Row = tuple[str | None, float, bool]  # text, share of the file read so far, and
 def batches_of(rows: Iterator[Row]) -> Iterator[list[Row]]:
     """Group rows into lists for chunks, of which only the first row may continue another one."""
     batch: list[Row] = []
-    for row in chain(rows, [None]):
-        if batch and (row is None or row[2] or len(batch) == DOCUMENTS_PER_CHUNK):
+    for row in rows:
+        if batch and (row[2] or len(batch) == DOCUMENTS_PER_CHUNK):
             yield batch
             batch = []
         batch.append(row)
+    if batch:
+        yield batch
 
 
 def _plain_texts(path: Path, form: Format) -> Iterator[Row]:

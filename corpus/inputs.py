@@ -200,7 +200,7 @@ def content_of(path: str) -> dict:
     size, time_ns = status.st_size, status.st_mtime_ns
     if (size, time_ns) != ((now := os.stat(path)).st_size, now.st_mtime_ns):
         raise ValueError(f"{path} changes while it is read: repeat the command with --no-resume")
-    return {"name": Path(path).name, "size": size, "modified_ns": time_ns, "sha256": digest}
+    return {"size": size, "modified_ns": time_ns, "sha256": digest}
 
 
 def check_content(path: str, before: dict) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 NAMES = ("gpt2", "byte")
+SIZES = {"gpt2": 50_257, "byte": 257}  # token ids, with end-of-text
 END_OF_TEXT = "<|endoftext|>"
 OPENAI_S = 5  # after which the Hub is asked
 # Of r50k_base.tiktoken, which has GPT-2's ranks: tiktoken 0.14, tiktoken_ext/openai_public.py.
@@ -107,9 +108,9 @@ def gpt2_from_hub(reason: str) -> tiktoken.Encoding:
 def encode(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
     """Return the ids of a text in uint32. In it, `<|endoftext|>` is ordinary text.
 
-    tiktoken's stack overflows in a run of some hundred thousand white-space characters before other text: for
-    each, its pattern remembers where it may have to go back to. It always goes back by one, so a cut there
-    changes no token, and no run before the end of a text is so long.
+    tiktoken's stack overflows in a run of some hundred thousand white-space characters that other text
+    follows. GPT-2's pattern takes all of such a run but its last character, so a cut before that character
+    changes no token. A run at the end of a text is taken whole and needs no stack.
     """
     if len(text) <= SHORT_TEXT or tokenizer.name == "byte" or not LONGER_RUN.search(text):
         return tokenizer.encode_to_numpy(text, disallowed_special=())
@@ -227,9 +228,6 @@ def _encode_fast(fast, texts: "pyarrow.LargeStringArray") -> tuple[np.ndarray, n
     )
     encoded = fast.encode_batch(awkward.Array(layout), parallel=False).layout
     return encoded.content.data.astype(np.uint16), encoded.offsets.data
-
-
-SIZES = {"gpt2": 50_257, "byte": 257}  # token ids
 
 
 def is_padded(size: int, n_vocab: int) -> bool:

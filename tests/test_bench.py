@@ -4,6 +4,7 @@ import math
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -195,3 +196,13 @@ def test_patched_training_reports_its_error():
     assert 0 < seconds < 60 and 0 <= compile_s < 60 and peak > 1e8
     with pytest.raises(RuntimeError, match="train.py: error: --n_embd 17 is not divisible by --n_head 2"):
         bench.run_train({**options, "n_embd": 17}, torch.device("cpu"))
+
+
+def test_stages_of_data_preparation_are_those_of_fineweb(monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").table({"text": ["one", None, "two"]})
+    parquet.write_table(table, "a.parquet")
+    saved, save = [], np.save
+    monkeypatch.setattr(np, "save", lambda file, tokens: saved.append(tokens) or save(file, tokens))
+    bench.data_stages(bench.Fetcher(bench.local_inputs(["a.parquet"]), Path(), keep=True), "byte")
+    assert saved[0].tolist() == [256, *b"one", 256, *b"two"]

@@ -706,6 +706,16 @@ def test_input_that_was_edited_ends_the_command_and_one_that_was_touched_does_no
     assert token_stream("out") == expected_tokens(["first " * 50, "zecond " * 50])
 
 
+def test_damaged_contents_in_a_manifest_are_one_line(files):
+    arguments = ("--files", *files, "--tokenizer", "byte", "--out_dir", "out")
+    cli(*arguments)
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    for contents in ([{}], [5], {"size": 1}, [{**manifest["contents"][0], "size": "1"}]):
+        Path("out/manifest.json").write_text(json.dumps({**manifest, "contents": contents}))
+        with pytest.raises(ValueError, match="manifest.json is damaged or not a manifest of shards"):
+            cli(*arguments)
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_byte_order_marks_and_blank_lines_are_skipped(name):
     data = b"\xef\xbb\xbf\n" + json.dumps({"text": "one"}).encode() + b"\r\n \n" + b'{"text": "two"}\n\n'
