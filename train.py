@@ -78,6 +78,7 @@ PRESETS = {
     # ratios are those of the small sizes, and beta1 is what its third track found for 124M weights.
     "speedrun": {
         **dict(n_layer=12, n_head=12, n_embd=768, warmup_steps=250, max_steps=8600, **MUON_WSD),
+        **dict(milestone_every=1),  # a checkpoint before the fall of the rates can train on for longer
         **dict(learning_rate=3.6e-3, embedding_lr=1.08e-2, position_lr=9e-4, beta1=0.8, beta2=0.98),
     },
     # One's own text on a laptop. Context and rates were measured on bytes (LOG.md, 2026-11-26). The prompt is

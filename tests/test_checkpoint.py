@@ -469,6 +469,16 @@ def test_newest_milestones_and_best_are_kept(run_train):
     assert losses[best["step"]] == min(losses.values())
 
 
+def test_speedrun_can_be_extended_from_before_the_fall_of_its_rates(run_train):
+    options = "--preset speedrun --checkpoint_every 1 --keep 1"
+    longer = run_train(f"{options} --max_steps 12", out_dir="longer")
+    run_train(f"{options} --max_steps 8", out_dir="short")  # the rates fall from step 4
+    Path("extended").mkdir()
+    shutil.copy("short/model_00004.pt", "extended")
+    extended = run_train(f"{options} --max_steps 12 --resume", out_dir="extended")
+    assert [record["loss"] for record in extended["train"]] == [r["loss"] for r in longer["train"][4:]]
+
+
 def test_save_pretrained_trims_padding_and_round_trips(tmp_path):
     ours = tiny_gpt()
     ours.save_pretrained(tmp_path / "hf", vocab_size=257)
