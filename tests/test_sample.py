@@ -341,6 +341,15 @@ def command(monkeypatch, capsys):
     return call
 
 
+def test_texts_do_without_a_compiler_on_cpus(command, monkeypatch):
+    def fails(*_, **options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    options = ["--model", "tiny.pt", "--max_new_tokens", "4"]
+    assert command([*options, "--compile"]) == command(options)
+
+
 def test_command_tells_which_checkpoint_it_took_and_of_a_better_one(run_train, capsys):
     run_train("--max_steps 3")
     newest = torch.load("log/model_00003.pt", weights_only=True)
