@@ -392,6 +392,21 @@ def test_prompts_come_from_options_files_and_standard_input(command):
     assert command([*short, "--interactive"], "import \n\nimport ")[0].count(text) == 2
 
 
+def test_special_tokens_are_neither_read_from_a_prompt_nor_shown(command, monkeypatch):
+    seen = []
+
+    def drawn(model, idx, *args, **options):
+        seen.append(idx.tolist())
+        return map(torch.tensor, [[ord("x")], [256]])
+
+    monkeypatch.setattr(sample, "stream", drawn)
+    text = "say <|endoftext|> now"
+    Path("prompt.txt").write_text(text)
+    for options in (["--prompt", text], ["--prompt_file", "prompt.txt"]):
+        assert command(["--model", "tiny.pt", *options]) == (text + "x\n", None)
+    assert seen == [[list(text.encode())]] * 2
+
+
 def test_interrupt_ends_the_text_but_not_the_session(command, monkeypatch):
     def interrupted(model, tokenizer, prompts, *args, on_text, **options):
         on_text(prompts[0])
