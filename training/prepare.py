@@ -22,7 +22,7 @@ from model import GPT, GPTConfig
 from runtime import hardware
 from runtime.cli import check_options
 from runtime.distributed import Distributed, Problems
-from training.checkpoints import load_training_state
+from training.checkpoints import check_step, load_training_state
 from training.folder import RunFolder
 
 DATA_DIR, DEMO_DATA_DIR = "edu_fineweb10B", "demo_data"
@@ -145,15 +145,23 @@ def fit_batch_size(args: argparse.Namespace, dist: Distributed, model: GPT, dtyp
 
 
 def limit_steps(
-    args: argparse.Namespace, tokens: float, tokens_at: Callable[[int, argparse.Namespace], int]
+    args: argparse.Namespace,
+    tokens: float,
+    tokens_at: Callable[[int, argparse.Namespace], int],
+    resumed: dict | None = None,
 ) -> None:
-    """Lower --max_steps to the steps that this many tokens take; the warm-up shrinks in proportion."""
+    """Lower --max_steps to the steps that this many tokens take; the warm-up shrinks in proportion.
+
+    Raises ValueError if the resumed checkpoint is past them.
+    """
     steps, before = 0, args.max_steps
     while steps < before and tokens >= tokens_at(steps, args) / 2:
         tokens -= tokens_at(steps, args)
         steps += 1
     args.max_steps, args.epochs = max(steps, 1), None  # a resumed run may be extended
     args.warmup_steps = min(round(args.warmup_steps * args.max_steps / before), args.max_steps - 1)
+    if resumed:
+        check_step(resumed["step"], args)
 
 
 def first_words(tokens: np.ndarray, tokenizer) -> str:
