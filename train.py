@@ -58,6 +58,7 @@ from training.prepare import (
     fit_batch_size,
     limit_steps,
     load_pretrained,
+    planned_tokens,
 )
 from training.records import Records, speed_of
 
@@ -252,19 +253,6 @@ def learning_rate_at(step: int, args: argparse.Namespace) -> float:
 def tokens_at(step: int, args: argparse.Namespace) -> int:
     """Return how many tokens a step takes, over all ranks: a multiple of those in a micro-step."""
     return args.total_batch_size
-
-
-def planned_tokens(args: argparse.Namespace, world_size: int) -> int:
-    """Return the tokens of a whole run. Raises ValueError for a step that is no number of micro-steps."""
-    micro_batch, tokens = args.batch_size * args.block_size * world_size, 0
-    for step in range(args.max_steps):
-        tokens += tokens_at(step, args)
-        if tokens_at(step, args) % micro_batch and not args.eval_only:
-            raise ValueError(
-                f"step {step} takes {tokens_at(step, args)} tokens, which are no multiple of a micro-step's "
-                f"{micro_batch}: use another --batch_size"
-            )
-    return tokens
 
 
 OPTIMIZERS = {
@@ -629,7 +617,7 @@ def main(args: argparse.Namespace) -> None:
                 limit_steps(args, tokens, tokens_at, found.resumed)
             hint = f"the ranks see different shards; {args.data_dir} has to be the same on every node"
             dist.check_same([val_data.description, train_data.description], hint)
-            planned = planned_tokens(args, dist.world_size)
+            planned = planned_tokens(args, dist.world_size, tokens_at)
 
         # Optimizer, scaler, autocast
         optimizer = build_optimizer(raw_model, args, dist)
