@@ -123,6 +123,11 @@ def expected_bytes(inputs: list[Input], tokenizer: str, max_tokens: int | None) 
     return min(int(per_byte), 2 * (max_tokens or sys.maxsize))
 
 
+def limit_of(manifest: dict) -> int:
+    """Return the most tokens that a task of a set may have."""
+    return manifest.get("max_tokens") or sys.maxsize
+
+
 class ShardSet:
     """The shards of one task and the manifest that describes them.
 
@@ -151,7 +156,7 @@ class ShardSet:
     ) -> Iterator[tuple[np.ndarray, Position | None, int]]:
         """For each shard, yield its tokens, where the next one begins (None after the last), and how many
         documents have been skipped so far."""
-        total = self.manifest["max_tokens"] or sys.maxsize
+        total = limit_of(self.manifest)
         source = self.manifest["source"]
         form = Format(source["text_column"], source.get("separator"), self.manifest["tokenizer"] == "byte")
         chunks = read_chunks(self.fetcher, form, start[:2])
@@ -187,7 +192,7 @@ class ShardSet:
         """Write the shards that are still missing at the end of the set."""
         records, task_count = self.manifest["shards"], self.manifest["task_count"]
         start, done = tuple(records[-1]["next"]) if records else (0, 0, 0), sum(r["tokens"] for r in records)
-        left = (self.manifest["max_tokens"] or sys.maxsize) - done
+        left = limit_of(self.manifest) - done
         size, skipped = self.manifest["shard_size"], self.manifest["skipped_documents"]
         for tokens, following, skipped_now in self.shards(start, size, left, done, skipped):
             parts = [tokens]
@@ -199,13 +204,29 @@ class ShardSet:
                     )
                 parts = [tokens[cut:], tokens[:cut]]
             made = [self.write(len(records) + i, part) for i, part in enumerate(parts)]
-            records += [{**record, "next": following} for record in made]
+            records += [{**record, "next": following, "skipped": skipped_now} for record in made]
             if following is None and task_count == 1:
                 self.shrink_validation()
             self.manifest["skipped_documents"] = skipped_now
             self.manifest["complete"] = following is None
             self.save_manifest()
             self.fetcher.release(following[0] if following else len(self.fetcher.inputs))
+
+    def reopen(self) -> None:
+        """Make a set that a limit has ended one that `extend` continues, as if there had been no limit.
+
+        Its last shard and the rest of its first one, which went to training, will be made again.
+        """
+        records = self.manifest["shards"]
+        regular = [record for record in records if record["next"]]
+        if regular and regular[0]["tokens"] < self.manifest["shard_size"]:
+            tokens, following, _ = next(self.shards((0, 0, 0), self.manifest["shard_size"], sys.maxsize))
+            regular[0] |= self.write(0, tokens)
+        skipped = regular[-1].get("skipped", self.manifest["skipped_documents"]) if regular else 0
+        self.manifest |= {"shards": regular, "skipped_documents": skipped, "complete": False}
+        self.save_manifest()  # before it lacks a shard
+        for record in records[len(regular) :]:
+            (self.out_dir / record["name"]).unlink(missing_ok=True)
 
     def check_folder(self) -> None:
         """Raise ValueError if the folder is no longer the one that was locked."""
@@ -281,7 +302,7 @@ class TokenShardSet(ShardSet):
 
     def extend(self) -> None:
         """Write the shards that are still missing, each with a whole file, until there are enough tokens."""
-        records, total = self.manifest["shards"], self.manifest["max_tokens"] or sys.maxsize
+        records, total = self.manifest["shards"], limit_of(self.manifest)
         inputs = self.fetcher.inputs
         for each in inputs[len(records) :]:
             if each.repo is None:
@@ -300,6 +321,12 @@ class TokenShardSet(ShardSet):
                 self.save_manifest()
                 self.fetcher.release(number + 1)
                 bar.update()
+
+    def reopen(self) -> None:
+        """Make a set that a limit has ended one that `extend` continues."""
+        records = self.manifest["shards"]
+        self.manifest["complete"] = len(records) == len(self.fetcher.inputs)
+        records[-1]["next"] = None if self.manifest["complete"] else (len(records), 0, 0)
 
     def repair(self, number: int) -> None:
         """Rebuild one shard. Raises ValueError if its file no longer has the same tokens."""
@@ -390,9 +417,9 @@ def prepare(
 ) -> dict:
     """Write the documents of the inputs to a folder as shards with a manifest, and return the manifest.
 
-    `lock` is that of the folder. Resumes an interrupted set and rebuilds damaged shards of a finished one;
-    without `resume`, rebuilds all. Raises ValueError if the folder holds a set made with another recipe or
-    from files that have changed since, or other shards.
+    `lock` is that of the folder. Resumes an interrupted set, or one that a lower limit has ended, and
+    rebuilds damaged shards of a finished one; without `resume`, rebuilds all. Raises ValueError if the folder
+    holds a set made with another recipe or from files that have changed since, or other shards.
     """
     out_dir, names = Path(out_dir), token_files(recipe.source)
     task_index, task_count = recipe.task_index, recipe.task_count
@@ -415,11 +442,13 @@ def prepare(
         for name in shard_names(found):
             (out_dir / name).unlink(missing_ok=True)
     bad = bad_shards(out_dir, manifest) if manifest["complete"] else []
-    if manifest["complete"] and not bad:
+    before, manifest["max_tokens"] = limit_of(manifest), recipe.max_tokens
+    is_raised, done = before < limit_of(manifest), sum(shard["tokens"] for shard in manifest["shards"])
+    if manifest["complete"] and not bad and not is_raised:
         return manifest
-    if not manifest["complete"]:
-        done = 2 * sum(shard["tokens"] for shard in manifest["shards"])
-        needed = max(expected_bytes(inputs, recipe.tokenizer, recipe.max_tokens) - done, 0)
+    reopens = manifest["complete"] and is_raised and before <= done
+    if reopens or not manifest["complete"]:
+        needed = max(expected_bytes(inputs, recipe.tokenizer, recipe.max_tokens) - 2 * done, 0)
         free = shutil.disk_usage(existing_folder(out_dir)).free
         sizes = f"about {needed / 1e9:,.2f} GB to {out_dir}, where {free / 1e9:,.2f} GB are free"
         print(f"{'warning: ' if needed > free else ''}writing {sizes}")
@@ -429,8 +458,11 @@ def prepare(
         shards = TokenShardSet(out_dir, manifest, fetcher, lock=lock)
     else:
         shards = ShardSet(out_dir, manifest, fetcher, BatchTokenizer(recipe.tokenizer), workers, lock)
+    if reopens:
+        shards.reopen()
+        bad = [number for number in bad if number < len(manifest["shards"])]
+    shards.save_manifest()
     if not manifest["complete"]:
-        shards.save_manifest()
         shards.extend()
     for number in bad:
         print(f"rebuilding {manifest['shards'][number]['name']}: it is missing or damaged")
@@ -443,13 +475,16 @@ def prepare(
 def check_same_set(out_dir: Path, wanted: dict, replaced: dict | None) -> None:
     """Raise ValueError if a folder holds anything but tasks of the wanted set and one that is replaced.
 
-    The tasks of a set agree in SAME_IN_ALL_TASKS. Every .npy file has to belong to one of them.
+    The tasks of a set agree in SAME_IN_ALL_TASKS, but a smaller limit may be raised for one after the other.
+    Every .npy file has to belong to one of them.
     """
     # Listed before the manifests are read: other tasks may be writing.
     names = {path.name for path in out_dir.glob("*.npy")}
     manifests = read_manifests(out_dir)
     for manifest in manifests:
         for name in SAME_IN_ALL_TASKS:
+            if name == "max_tokens" and limit_of(manifest) < limit_of(wanted):
+                continue
             if manifest != replaced and manifest.get(name) != wanted[name]:
                 found = difference(name, manifest.get(name), wanted[name])
                 raise ValueError(f"{out_dir} already holds shards with {found}: use another --out_dir")

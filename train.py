@@ -630,7 +630,8 @@ def main(args: argparse.Namespace) -> None:
         if dist.world_size > 1:
             model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
         asked = device.type == "cuda" if args.compile is None else args.compile
-        is_compiled = asked and hardware.can_compile(device, dist.say)
+        with together(dist):
+            is_compiled = asked and hardware.can_compile(device, dist.say)
         if is_compiled:
             model = torch.compile(model)
 

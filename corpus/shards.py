@@ -26,6 +26,7 @@ MANIFEST_TYPES = (
 )
 CONTENT_TYPES = {"size": int, "modified_ns": int, "sha256": str}  # of `corpus.inputs.content_of`
 SHARD_TYPES = ({"name": str, "tokens": int}, {"documents": int, "sha256": str, "next": list | None})
+NEWER_SHARD_TYPES = {"skipped": int}  # documents before its end; older versions lack it
 SINGLE_TASK = {"task_index": 0, "task_count": 1}
 RETRY_S = (1, 5, 25, 125)  # delays after which a shard that cannot be read is tried again
 
@@ -56,7 +57,7 @@ def read_manifests(out_dir: Path) -> list[dict]:
             if not 0 < manifest.get("vocab_size", 1) <= 2**16 or not 0 < manifest.get("shard_size", 1):
                 raise ValueError("its sizes are out of range")
             for shard in manifest["shards"]:
-                check_types(shard, *SHARD_TYPES)
+                check_types(shard, SHARD_TYPES[0], SHARD_TYPES[1] | NEWER_SHARD_TYPES)
                 if Path(shard["name"]).name != shard["name"]:
                     raise ValueError(f"it names {shard['name']!r}, which is not in its folder")
                 check_next(shard.get("next"))

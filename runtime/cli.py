@@ -17,6 +17,8 @@ from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
+from runtime.launcher import read_launcher
+
 USER_ERRORS = (ValueError, OSError, MemoryError)  # what users and their machines can cause
 LONGEST_LINE = 700
 BAR_AFTER_S, LINE_EVERY_S = 1.0, 30.0  # of an evaluation, on a terminal and otherwise
@@ -136,14 +138,28 @@ def shell_word(text: str) -> str:
     return f'"{text}"' if word != text and not set(text) & set('"$`\\!') else word
 
 
-def command_line(*words: object) -> str:
-    """Return a command of this project, such as `train.py --resume`, as people can paste it into a shell."""
-    return " ".join(["python", *(shell_word(str(word)) for word in words)])
+def command_line(*words: object, ranks: int = 1, nodes: int = 1) -> str:
+    """Return a command of this project, such as `train.py --resume`, as people can paste it into a shell.
+
+    `ranks` is per node. Where several nodes meet is for their user to fill in.
+    """
+    meet = "--standalone"
+    if nodes > 1:
+        meet = f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=NODE:29500"
+    launcher = "python" if ranks == nodes == 1 else f"torchrun {meet} --nproc_per_node={ranks}"
+    return " ".join([launcher, *(shell_word(str(word)) for word in words)])
+
+
+def with_these_ranks(*words: object) -> str:
+    """Return a command on as many ranks as this process is one of."""
+    launcher = read_launcher()
+    ranks = launcher.local_world_size
+    return command_line(*words, ranks=ranks, nodes=launcher.world_size // ranks)
 
 
 def this_command() -> str:
     """Return the command that is running."""
-    return command_line(*sys.argv)
+    return with_these_ranks(*sys.argv)
 
 
 def user_path(text: str) -> str:

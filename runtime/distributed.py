@@ -189,8 +189,12 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """True once SIGTERM, SIGINT or the end of the terminal (SIGHUP, which nohup ignores) has arrived after
-    `listen`; a second one ends the process at once."""
+    """True once SIGTERM, SIGINT or the end of the terminal (SIGHUP) has arrived after `listen`; a second one
+    ends the process at once.
+
+    Under nohup, SIGHUP is ignored, but not under `nohup torchrun`: torchrun forwards it to its ranks unless
+    its --signals_to_handle leaves it out (pytorch/pytorch#67538).
+    """
 
     def __init__(self):
         self.arrived, self.before = None, {}

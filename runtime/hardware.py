@@ -5,8 +5,10 @@ import contextlib
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 import warnings
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from runtime.distributed import Distributed
 from runtime.launcher import read_launcher
-from runtime.machine import is_out_of_memory, keep_freed_memory, usable_cores, usable_memory
+from runtime.machine import is_out_of_memory, keep_freed_memory, nvidia_gpu, usable_cores, usable_memory
 
 # Dense bf16/fp16 FLOP/s with fp32 accumulation, from NVIDIA's data sheets, keyed by the driver's device name.
 PEAK_FLOPS = {
@@ -34,16 +36,23 @@ PEAK_FLOPS = {
     r"Tesla T4": 65e12,
 }
 
+# The oldest driver for any minor version of a CUDA version: CUDA Toolkit release notes, table "Minimum
+# Required Driver Version for CUDA Minor Version Compatibility".
+OLDEST_DRIVERS = {12: 525, 13: 580}
+OLDER_CUDA = "cu126"  # the build of PyTorch 2.11 to 2.14 for older drivers (pytorch/pytorch#190355)
+
 
 def choose_device(name: str = "auto") -> torch.device:
     """Return the device with that name, and make it the current one if it is a GPU.
 
     "auto" is the first of cuda, mps and cpu that this machine has. Under torchrun, each rank gets a GPU of
     its own. On CPUs, torch gets no more threads than this process may use cores. Raises ValueError if this
-    machine lacks the device.
+    machine lacks the device, and for "auto" if it has an NVIDIA GPU that torch cannot use.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "cpu" and (reason := unusable_gpu()):
+            raise ValueError(reason)
     try:
         device = torch.device(name)
         if device.type == "cuda":
@@ -63,6 +72,28 @@ def choose_device(name: str = "auto") -> torch.device:
             reason = f"rank {read_launcher().rank} needs a GPU of its own: lower --nproc_per_node"
             raise ValueError(reason) from error
         raise ValueError(f"device {name} is not available ({reason}): use auto or cpu") from error
+
+
+def unusable_gpu() -> str | None:
+    """Return why torch cannot use the NVIDIA GPU of this machine, and what helps; None if there is no GPU."""
+    if (found := nvidia_gpu()) is None:
+        return None
+    gpu, driver = found
+    version, cuda = torch.__version__.split("+")[0], torch.version.cuda
+    advice = f"`pip install torch=={version}+{OLDER_CUDA} --index-url https://download.pytorch.org/whl/{OLDER_CUDA}`"
+    oldest = OLDEST_DRIVERS.get(int(cuda.split(".")[0]), 0) if cuda else 0
+    if cuda is None:
+        reason = "is built for CPUs"
+    elif int(driver.split(".")[0]) < oldest:
+        reason = f"is built for CUDA {cuda}, which needs driver {oldest} or newer"
+    else:
+        try:
+            torch.cuda.init()
+            reason = "does not find it"
+        except (RuntimeError, AssertionError) as error:
+            reason = f"cannot use it ({str(error).splitlines()[0]})"
+        advice = "another CUDA_VISIBLE_DEVICES, restart the machine or container"
+    return f"{gpu}, driver {driver}: torch {version} {reason}. Use {advice}, or --device cpu"
 
 
 def choose_gpu(index: int) -> int:
@@ -173,15 +204,31 @@ def describe_compute(
 
 
 def can_compile(device: torch.device, say: Callable[[str], None]) -> bool:
-    """Try torch.compile on a trivial function: CPUs need a C++ compiler, GPUs Triton and a C compiler."""
+    """Try torch.compile on a trivial function: CPUs need a C++ compiler, GPUs Triton and a C compiler.
+
+    Returns False with a warning on a CPU, and raises ValueError on a GPU, where eager training would cost
+    more than it takes to install a compiler.
+    """
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except RuntimeError as error:
         reason = " ".join(str(error).split("\n\n")[0].split())
+        if device.type == "cuda":
+            raise ValueError(f"torch.compile does not work here: {what_compiling_lacks(reason)}") from error
         say(f"warning: torch.compile does not work here, training continues without it ({reason})")
         return False
     torch._dynamo.utils.counters.clear()  # so that `compilations` counts only those of the model
     return True
+
+
+def what_compiling_lacks(reason: str) -> str:
+    """Return what Triton lacks to build its launchers, or else the reason, and what helps."""
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        reason = "there is no C compiler: `apt install build-essential`"
+    elif not header.exists():
+        reason = f"{header} is missing: `apt install python3-dev`"
+    return f"{reason}, or use --no-compile"
 
 
 def compilations() -> int:

@@ -5,6 +5,8 @@ import math
 import os
 import platform
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -83,6 +85,23 @@ def resident_bytes() -> int | None:
         return int((PROC / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except FileNotFoundError:
         return None
+
+
+def nvidia_gpu() -> tuple[str, str] | None:
+    """Return the name of an NVIDIA GPU that this process should be able to use, and the driver's version.
+
+    Only nvidia-smi is asked, which talks to the driver, also in containers and in WSL: the files of a driver
+    may be there without a GPU. A GPU that CUDA_VISIBLE_DEVICES hides does not count.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1") or not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.match(r"(.+), (\d[\d.]+)$", answer.stdout, re.MULTILINE)
+    return (found[1], found[2]) if found and answer.returncode == 0 else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

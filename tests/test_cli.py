@@ -4,13 +4,14 @@ import argparse
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, torchrun_options
 
 import bench
 import fineweb
@@ -99,6 +100,24 @@ def test_other_errors_keep_their_traceback():
     for error in (RuntimeError("a bug"), ZeroDivisionError()):
         with pytest.raises(type(error)):
             cli.run(lambda args, error=error: (_ for _ in ()).throw(error), lambda: None)
+
+
+@pytest.mark.parametrize(("ranks", "nodes"), [(1, 1), (8, 1), (8, 2), (1, 2)])
+def test_printed_command_runs_on_as_many_ranks(ranks, nodes, monkeypatch):
+    for name, number in (("RANK", 0), ("WORLD_SIZE", ranks * nodes), ("LOCAL_WORLD_SIZE", ranks)):
+        monkeypatch.setenv(name, str(number))
+    monkeypatch.setenv("MASTER_ADDR", "node")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    words = ["train.py", "--resume", "--out_dir", "my run's $HOME"]
+    launcher, *rest = shlex.split(cli.with_these_ranks(*words))
+    if ranks * nodes == 1:
+        assert [launcher, *rest] == ["python", *words]
+        return
+    assert launcher == "torchrun"
+    options = torchrun_options(rest)
+    assert [options.training_script, *options.training_script_args] == words
+    assert options.nproc_per_node == str(ranks) and options.standalone == (nodes == 1)
+    assert nodes == 1 or (options.nnodes == str(nodes) and options.rdzv_endpoint == "NODE:29500")
 
 
 SCRIPT = """

@@ -292,6 +292,32 @@ def test_torchrun_restarts_a_killed_worker_and_the_run_continues(shards, run_tra
     assert_close(read_losses(kind="val"), read_losses("one", "val"))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs nohup")
+def test_closed_terminal_stops_torchrun_under_nohup_unless_it_leaves_the_signal_alone(shards):
+    def start(folder: str, *launcher: str) -> subprocess.Popen:
+        options = f"{TINY} --max_steps 4000 --checkpoint_every 4000 --val_every 0 --out_dir {folder}".split()
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+        command = ["nohup", *torchrun, *launcher, str(REPOSITORY / "train.py"), *options]
+        return subprocess.Popen(command, stdout=open(f"{folder}.txt", "w"), stderr=subprocess.STDOUT)
+
+    stops, goes_on = start("stops"), start("goes_on", "--signals_to_handle=SIGTERM,SIGINT")
+    try:
+        for folder, process in (("stops", stops), ("goes_on", goes_on)):
+            wait_until(lambda folder=folder: count_lines(folder) > 10, seconds=120)
+            process.send_signal(signal.SIGHUP)
+        assert stops.wait(60) == 1
+        done = len(read_losses("stops"))
+        assert load_checkpoint("stops")["step"] == done < 4000
+        again = "python train.py --resume --out_dir stops continues"
+        assert f"before step {done}: {again}" in Path("stops.txt").read_text()
+        before = count_lines("goes_on")
+        wait_until(lambda: count_lines("goes_on") > before + 10)
+    finally:
+        for process in (stops, goes_on):
+            process.terminate()
+            process.wait(60)
+
+
 def test_two_nodes_match_one_process(shards, run_train):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

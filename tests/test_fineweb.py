@@ -94,6 +94,34 @@ def test_max_tokens_limits_the_set(files):
     assert token_stream("out") == expected_tokens()[:50]
 
 
+def contents(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.mark.parametrize("size", [7, 20, 50, 1000])
+def test_limited_set_continues_with_a_higher_limit_as_if_made_in_one_go(files, size, monkeypatch):
+    options = ["--files", *files, "--tokenizer", "byte", "--shard_size", size]
+    monkeypatch.setattr(documents, "DOCUMENTS_PER_CHUNK", 2)  # a limit may fall on any document
+    total = len(expected_tokens())
+    limits = [[], ["--max_tokens", total], ["--max_tokens", total - 13]]
+    for number, limit in enumerate(limits):
+        cli(*options, *limit, "--out_dir", f"whole{number}")
+    for first in (13, 20, 40, total - 25):
+        for number, limit in enumerate(limits):
+            for step in (["--max_tokens", first], ["--max_tokens", first + 7], limit):
+                cli(*options, *step, "--out_dir", f"out{first}_{number}")
+            assert contents(f"out{first}_{number}") == contents(f"whole{number}")
+
+
+def test_lower_limit_than_that_of_a_set_is_refused(files):
+    options = ["--files", *files, "--tokenizer", "byte", "--shard_size", 20, "--out_dir", "out"]
+    cli(*options, "--max_tokens", 50)
+    before = contents("out")
+    with pytest.raises(ValueError, match="^out already holds shards with max_tokens 50, not 40: use another"):
+        cli(*options, "--max_tokens", 40)
+    assert contents("out") == before
+
+
 def test_dataset_is_resolved_by_the_datasets_library(tmp_path):
     (tmp_path / "dataset").mkdir()
     pyarrow.parquet.write_table(
@@ -523,6 +551,15 @@ def test_limited_set_of_token_files_has_whole_files_and_validation(no_vocabulary
         token_file(path, ids)
     cli("--files", "bins/*.bin", "--out_dir", "out", "--max_tokens", 24)
     assert sorted(load_shards("out")) == ["fineweb_train_000001.npy", "fineweb_val_000000.npy"]
+
+
+def test_limited_set_of_token_files_continues_with_a_higher_limit(no_vocabulary):
+    for path, ids in TOKENS.items():
+        token_file(path, ids)
+    cli("--files", "bins/*.bin", "--out_dir", "whole")
+    for limit in (["--max_tokens", 24], ["--max_tokens", 60], []):
+        cli("--files", "bins/*.bin", "--out_dir", "out", *limit)
+    assert contents("out") == contents("whole")
 
 
 def test_interrupted_set_of_token_files_continues_after_its_last_shard(no_vocabulary, monkeypatch):

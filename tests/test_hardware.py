@@ -53,6 +53,66 @@ def test_chosen_gpu_becomes_the_current_one(monkeypatch):
         hardware.choose_device("cuda")
 
 
+@pytest.mark.parametrize(
+    ("cuda", "driver", "message"),
+    [
+        ("13.0", "550.54.15", "is built for CUDA 13.0, which needs driver 580 or newer. Use `pip install"),
+        ("12.6", "470.82.01", "is built for CUDA 12.6, which needs driver 525 or newer. Use `pip install"),
+        (None, "580.65.06", r"is built for CPUs. Use `pip install torch==\d+.\d+.\d+\+cu126 --index-url "),
+        ("13.0", "580.65.06", r"cannot use it \(.+\). Use another CUDA_VISIBLE_DEVICES, restart"),
+    ],
+)
+def test_gpu_that_torch_cannot_use_is_an_error(cuda, driver, message, monkeypatch, tmp_path):
+    def smi(text, status=0):
+        Path("nvidia-smi").write_text(f"#!/bin/sh\necho '{text}'\nexit {status}\n")
+        Path("nvidia-smi").chmod(0o755)
+
+    def init():
+        raise RuntimeError("system not yet initialized\nmore")
+
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    smi(f"NVIDIA H100 80GB HBM3, {driver}")
+    with pytest.raises(ValueError, match=f"^NVIDIA H100 80GB HBM3, driver {driver}: torch .* {message}"):
+        hardware.choose_device("auto")
+    assert hardware.choose_device("cpu").type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert hardware.choose_device("auto").type == "cpu"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    smi("NVIDIA-SMI has failed because it couldn\"t communicate with the NVIDIA driver.", status=9)
+    assert hardware.choose_device("auto").type == "cpu"
+    smi("No devices were found")
+    assert hardware.choose_device("auto").type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("programs", "header", "message"),
+    [
+        ([], True, "there is no C compiler: `apt install build-essential`, or use --no-compile"),
+        (["gcc"], False, "Python.h is missing: `apt install python3-dev`, or use --no-compile"),
+        (["gcc"], True, "Triton is broken, or use --no-compile"),
+    ],
+)
+def test_missing_compiler_is_an_error_on_a_gpu(programs, header, message, monkeypatch, tmp_path):
+    def compiled(function):
+        raise RuntimeError("Triton is\nbroken\n\nand more")
+
+    for name in programs:
+        Path(name).touch(0o755)
+    if header:
+        Path("Python.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(hardware.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(torch, "compile", lambda function: compiled)
+    monkeypatch.setattr(torch, "zeros", lambda size, device: size)
+    with pytest.raises(ValueError, match=f"^torch.compile does not work here: .*{message}$"):
+        hardware.can_compile(torch.device("cuda", 0), print)
+
+
 def test_the_chosen_gpu_is_synchronized_and_asked_for_its_memory(monkeypatch):
     asked, gpu = [], torch.device("cuda:1")
     for name, answer in (("synchronize", None), ("max_memory_reserved", 30), ("memory_reserved", 20)):

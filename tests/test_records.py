@@ -1,5 +1,6 @@
 """log.jsonl, console, TensorBoard and Weights & Biases, and the folder of a run."""
 
+import dataclasses
 import errno
 import importlib.machinery
 import io
@@ -10,6 +11,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -32,7 +34,8 @@ import plot
 import train
 from model import GPT
 from runtime import cli
-from training import dry_run, prepare, records
+from runtime.distributed import Distributed
+from training import describe, dry_run, prepare, records
 from training.checkpoints import CheckpointWriter
 from training.folder import RunFolder
 
@@ -485,6 +488,21 @@ def test_table_tells_the_rate_that_is_reached_and_what_will_disappoint(run_train
     records = run_train("--max_steps 8 --warmup_steps 7 --embedding_lr 9e-3 --val_every 0")
     reached = max(record["lrs"]["embeddings"] for record in records["train"])
     assert f"embeddings, learning rate up to {reached:.2e}" in capsys.readouterr().out
+
+
+def test_gpus_that_a_run_leaves_idle_are_named_with_the_command_that_uses_them(run_train, monkeypatch):
+    def warnings(run) -> str:
+        on_gpu = Distributed(rank=0, world_size=run.args.seed, device=torch.device("cuda"))
+        return "\n".join(describe.what_disappoints(dataclasses.replace(run, dist=on_gpu), epochs=1))
+
+    monkeypatch.setattr(train, "describe_run", lambda run: described.append(warnings(run)) or "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out_dir", "my run"])
+    described: list[str] = []
+    run_train("--max_steps 3 --val_every 0 --seed 1")
+    run_train("--max_steps 3 --val_every 0 --seed 8")
+    command = 'torchrun --standalone --nproc_per_node=8 train.py --out_dir "my run"'
+    assert described == [f"8 GPUs, this run uses 1: {command}", ""]
 
 
 def test_numbers_in_nested_records_have_curves():

@@ -1,8 +1,12 @@
 """What a run is about to do, in lines for the console and as a record. `run` is the Run of train.py."""
 
+import sys
+
+import torch
 from tqdm import tqdm
 
 from runtime import hardware
+from runtime.cli import command_line
 from training.checkpoints import disk_usage
 
 FEW_EPOCHS, MANY_EPOCHS = 0.1, 10.0
@@ -55,10 +59,12 @@ def describe_run(run) -> str:
 
 def what_disappoints(run, epochs: float) -> list[str]:
     """Return a line for each thing about a run, or its rehearsal, that its user will probably regret."""
-    args = run.args
+    args, ranks = run.args, run.dist.world_size
     if args.overfit_batch:
         return []
     lines = []
+    if run.dist.device.type == "cuda" and ranks < (gpus := torch.cuda.device_count()):
+        lines.append(f"{gpus} GPUs, this run uses {ranks}: {command_line(*sys.argv, ranks=gpus)}")
     if epochs < FEW_EPOCHS:
         lines.append(f"only {epochs:.1%} of the training data will be read: raise --max_steps if you can")
     if epochs > MANY_EPOCHS and not args.early_stop:

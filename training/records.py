@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from runtime import hardware
-from runtime.cli import command_line
+from runtime.cli import command_line, with_these_ranks
 from runtime.files import is_same_file, write_atomically
 from runtime.log import read_records
 from training.checkpoints import CheckpointWriter, is_last_step, is_sound, numbered, training_state
@@ -233,7 +233,7 @@ class Log:
     def report_end(self, step: int, overfit_loss: float | None, stopped: bool) -> None:
         """Print how the run has ended and what to do next. Draws its picture if it went to its end."""
         if stopped:
-            again = f"{command_line('train.py', '--resume', '--out_dir', self.folder.name)} continues"
+            again = f"{with_these_ranks('train.py', '--resume', '--out_dir', self.folder.name)} continues"
             if self.args.overfit_batch:
                 again = "the check has no result"
             elif not self.args.checkpoint_every:
