@@ -663,9 +663,7 @@ def main(args: argparse.Namespace) -> None:
             return dist.leave()
 
         # Loop
-        records = OnOtherRanks()
-        if dist.is_main:
-            records = Records(run, folder, EVALUATIONS, is_new, recent)
+        records = Records(run, folder, EVALUATIONS, is_new, recent) if dist.is_main else OnOtherRanks()
         with run.stop, records:
             train(run, records)
 
