@@ -17,7 +17,6 @@ ways that are compared alternate within one run. Quote their ratios: absolute ti
 import argparse
 import contextlib
 import functools
-import hashlib
 import importlib.util
 import itertools
 import json
@@ -45,12 +44,12 @@ import hellaswag
 import train
 from corpus import documents
 from corpus.inputs import Fetcher, local_inputs
-from corpus.tokenizer import NAMES, BatchTokenizer, get_tokenizer
+from corpus.tokenizer import NAMES, get_tokenizer
 from model import GPT, GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPTConfig
 from plot import curve
 from runtime import absent_gpu, hardware
 from runtime.cli import Range, check_options, count, run, summary, user_path
-from runtime.files import file_hash, write_atomically, write_json
+from runtime.files import file_hash, write_json
 from runtime.hardware import synchronize
 from runtime.log import read_log
 from runtime.machine import usable_cores
@@ -99,7 +98,7 @@ def bench_hellaswag(args: argparse.Namespace, device: torch.device) -> list[dict
     model = GPT(config).eval().to(device=device, dtype=getattr(torch, args.dtype))
 
     def packed() -> list[int]:
-        items = hellaswag.evaluate(model, examples, batch_tokens=args.batch_tokens)["items"]
+        items = hellaswag.evaluate(model, examples)["items"]
         return [item["pred_norm"] for item in items]
 
     ways = {"padded rows, all logits": lambda: score_padded(model, examples), "hellaswag.evaluate": packed}
@@ -146,30 +145,6 @@ if __name__ == "__main__":
 DATA_SHARD = 10_000_000  # tokens
 
 
-def data_stages(fetcher: Fetcher, tokenizer_name: str) -> dict[str, float]:
-    """Return the seconds that one thread spends on each stage of fineweb.py."""
-    seconds: dict[str, float] = {}
-
-    def timed(name: str, function: Callable, *args):
-        start = time.perf_counter()
-        result = function(*args)
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-        return result
-
-    tokenizer, parts = timed("vocabulary", BatchTokenizer, tokenizer_name), []
-    for chunk in documents.read_chunks(fetcher, documents.Format(), (0, 0)):
-        texts = timed("decode and validate", chunk.read)
-        texts = timed("filter", documents.not_empty, texts)
-        ids, starts = timed("tokenize", tokenizer.encode, texts)
-        parts.append(timed("end-of-text", np.insert, ids, starts[:-1], tokenizer.encoding.eot_token))
-    tokens = timed("collect", np.concatenate, parts)
-    timed("hash", lambda: hashlib.sha256(tokens).digest())
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "shard")
-        timed("write and flush", lambda: write_atomically(path, lambda file: np.save(file, tokens)))
-    return seconds
-
-
 def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """MB of text per second of whole commands: the usual script, and fineweb.py with one worker and more."""
     fetcher, shards = Fetcher(local_inputs(args.files), Path(), keep=True), {}
@@ -201,13 +176,11 @@ def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
     rows, _ = alternate(ways, args.rounds, device, megabytes, "MB")
     assert all(each == shards["usual script"] for each in shards.values()), shards
     print(f"{megabytes:.1f} MB in {len(files)} files; the shards of all ways are the same, byte for byte")
-    stages = data_stages(fetcher, args.tokenizer)
-    print("one thread:", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in stages.items()))
     return rows
 
 
 def bench_generate(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Tokens per second, greedy and drawn: sample.generate, transformers, no cache, bandwidth limit."""
+    """Tokens per second, greedy and drawn: sample.generate, transformers, bandwidth limit."""
     from transformers import GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -240,17 +213,13 @@ def bench_generate(args: argparse.Namespace, device: torch.device) -> list[dict]
     best = max(row["tokens/s"] for row in rows if "sample" in row["way"])
     print(f"the best way reaches {best / rows[2]['tokens/s']:.0%} of what the memory bandwidth allows:")
     print(f"torch.sum reads {4e-9 * weights.numel() * rows[2]['tokens/s'] / args.batch_size:.1f} GB/s")
+    return rows
 
-    # The whole loop without a cache would take minutes. Its steps grow smoothly, so five of them suffice.
-    lengths = np.linspace(args.prompt_tokens, args.prompt_tokens + n - 1, 5).astype(int)
-    steps = {f"step {i}": functools.partial(model, results[1][:, :T]) for i, T in enumerate(lengths)}
-    with torch.no_grad():
-        steps, _ = alternate(steps, args.rounds, device, args.batch_size, "tokens")
-    loop = {
-        name: (len(steps) - 1) / np.trapezoid([1 / step[name] for step in steps])
-        for name in ("tokens/s", "min", "max")
-    }
-    return [*rows, {"way": "no cache, from 5 steps", **loop, "ratio": loop["tokens/s"] / rows[0]["tokens/s"]}]
+
+def in_process(function: Callable, *args):
+    """Return what a function returns in a process of its own, with its own memory and compiled code."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def resident(name: str) -> int:
@@ -297,9 +266,8 @@ def bench_memory(args: argparse.Namespace, device: torch.device) -> list[dict]:
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for recompute in (False, True):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:  # the peak is per process
-                call = (config, args.batch_size, dtype, recompute, device)
-                peak, formula = pool.apply(measure_training_bytes, call)
+            call = (config, args.batch_size, dtype, recompute, device)
+            peak, formula = in_process(measure_training_bytes, *call)  # the peak is per process
             way = f"{str(dtype).removeprefix('torch.')}{', --recompute' if recompute else ''}"
             rows.append({"way": way, "MB": peak / 1e6, "formula": formula / 1e6, "ratio": peak / formula})
     return rows
@@ -322,10 +290,8 @@ def cuda_python() -> str:
 
 def count_kernels(folder: Path, args: argparse.Namespace) -> dict:
     """Return what `runtime/absent_gpu.py` counts for the model.py of a folder."""
-    words = [f"--{name}={getattr(args, name)}" for name in ("card", "what", "n_layer", "n_head", "n_embd")]
-    words += [f"--{name}={getattr(args, name)}" for name in ("batch_size", "block_size", "dropout")]
-    words += ["--recompute"] if args.recompute else []
-    command = [cuda_python(), "-P", absent_gpu.__file__, str(folder.absolute()), *words]
+    options = json.dumps({name: value for name, value in vars(args).items() if name != "bench"})
+    command = [cuda_python(), "-P", absent_gpu.__file__, str(folder.absolute()), options]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # a GPU that is there
     done = subprocess.run(command, capture_output=True, text=True, env=hidden)
     if done.returncode:
@@ -427,12 +393,6 @@ def step_times(seconds: list[float]) -> tuple[float, float]:
     return median, max(sum(first) - len(first) * median, 0.0)
 
 
-def in_process(function: Callable, *args):
-    """Return what a function returns in a process of its own, with its own memory and compiled code."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
-
-
 def train_in_turn(ways: dict[str, Callable], rounds: int, device: torch.device, tokens: int) -> list[dict]:
     """Time ways to train on `tokens` a step, alternately. Each returns `step_times` and bytes.
 
@@ -482,11 +442,8 @@ def usual_steps(options: dict, device: torch.device) -> tuple[float, float, floa
         optimizer.zero_grad()
         loss.item()
         seconds.append(time.perf_counter() - start)
-    return *step_times(seconds), peak_bytes(device)
-
-
-def peak_bytes(device: torch.device) -> float:
-    return memory[0] if (memory := hardware.memory(device)) else math.nan
+    used = hardware.memory(device)
+    return *step_times(seconds), used[0] if used else math.nan
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -495,13 +452,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
     (row,), _ = alternate({"product": lambda: a @ b}, 20, device, 2 * n**3, "FLOP")
     return row["max"]
-
-
-def training_options(args: argparse.Namespace) -> dict:
-    """Return options of train.py for the model and batch size of the command line."""
-    names = ("n_layer", "n_head", "n_embd", "batch_size", "block_size")
-    options = {name: getattr(args, name) for name in names}
-    return options | {"vocab_size": PADDED_VOCAB_SIZE, "max_steps": args.steps + WARM_UP_STEPS}
 
 
 def add_shares(
@@ -525,7 +475,9 @@ def ranks_on(device: torch.device) -> int:
 
 def bench_train(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Tokens per second and memory of train.py's step, with its variants, and of the usual loop."""
-    options = training_options(args) | {"dtype": args.dtype}
+    names = ("n_layer", "n_head", "n_embd", "batch_size", "block_size", "dtype")
+    options = {name: getattr(args, name) for name in names}
+    options |= {"vocab_size": PADDED_VOCAB_SIZE, "max_steps": args.steps + WARM_UP_STEPS}
     ranks = ranks_on(device)
     ours = functools.partial(run_train, device=device, ranks=ranks)
     muon = options | {"optimizer": "muon"}
@@ -551,19 +503,35 @@ def bench_train(args: argparse.Namespace, device: torch.device) -> list[dict]:
     return rows
 
 
-def seconds_to(target: float, run: dict[str, list[dict]]) -> tuple[float, float]:
-    """Return the steps and seconds of training until the validation loss reaches `target`.
+def steps_to(target: float, run: dict[str, list[dict]]) -> float:
+    """Return the steps until the validation loss reaches `target`, or infinity if it does not.
 
-    Interpolates linearly between validations; infinite if the run does not reach it. Seconds are the steps
-    times the median duration of a step.
+    Interpolates linearly between validations.
     """
     steps, losses = curve(run["val"], "loss")
     reached = next((i for i, loss in enumerate(losses) if loss <= target), None)
     if not reached:  # step 0 does not count: nothing has been learned there
-        return math.inf, math.inf
+        return math.inf
     before, after = losses[reached - 1], losses[reached]
-    step = steps[reached - 1] + (before - target) / (before - after) * (steps[reached] - steps[reached - 1])
-    return step, step * statistics.median(curve(run["train"], "dt_ms")[1]) / 1000
+    return steps[reached - 1] + (before - target) / (before - after) * (steps[reached] - steps[reached - 1])
+
+
+def welch_p(ours: list[float], theirs: list[float]) -> float:
+    """Return the two-sided p of Welch's t-test, or NaN if a side has less than two values or none differ."""
+    if min(len(ours), len(theirs)) < 2:
+        return math.nan
+    a, b = (statistics.variance(each) / len(each) for each in (ours, theirs))
+    if a + b == 0:
+        return math.nan
+    freedom = (a + b) ** 2 / (a**2 / (len(ours) - 1) + b**2 / (len(theirs) - 1))
+    difference = abs(statistics.mean(ours) - statistics.mean(theirs))
+
+    # With t = sqrt(freedom) * tan(angle), the density of Student's t is a power of the cosine.
+    def tail(start: float) -> float:
+        angles = np.linspace(start, math.pi / 2, 10_001)
+        return np.trapezoid(np.cos(angles) ** (freedom - 1), angles)
+
+    return float(tail(math.atan(difference / math.sqrt(freedom * (a + b)))) / tail(0))
 
 
 def read_finished(out_dir: Path) -> dict[str, list[dict]] | None:
@@ -612,7 +580,7 @@ def bench_sweep(args: argparse.Namespace, device: torch.device) -> list[dict]:
 
 
 def compare_runs(folder: Path, baseline: str | None) -> list[dict]:
-    """Return a row per setting of a sweep: its loss, and the steps and time to the baseline's loss.
+    """Return a row per setting of a sweep: its loss, and the steps to the baseline's loss.
 
     `baseline` defaults to the best setting. Raises ValueError if it is missing or no run has finished.
     """
@@ -630,19 +598,20 @@ def compare_runs(folder: Path, baseline: str | None) -> list[dict]:
     for name, logs in settings.items():
         # The target is a mean, which some of the baseline's own runs do not reach.
         goals = losses[name] if name == base else [target] * len(logs)
-        reached = [seconds_to(goal, log) for goal, log in zip(goals, logs, strict=True)]
+        reached = [steps_to(goal, log) for goal, log in zip(goals, logs, strict=True)]
         rows.append(
             {
                 "way": name,
                 "seeds": len(logs),
                 "val loss": statistics.mean(losses[name]),
                 "spread": statistics.stdev(losses[name]) if len(logs) > 1 else math.nan,
+                "p": welch_p(losses[name], losses[base]),
                 "steps": logs[0]["val"][-1]["step"],
-                "to target": statistics.mean(step for step, _ in reached),
-                "s": statistics.mean(seconds for _, seconds in reached),
+                "to target": statistics.mean(reached),
             }
         )
-    print(f"target: the validation loss of {base}, {target:.4f}; spread: the standard deviation")
+    print(f"target: the validation loss of {base}, {target:.4f}; spread: the standard deviation;")
+    print("p: that of Welch's test against the target's runs, two-sided")
     return rows
 
 
@@ -805,7 +774,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", type=user_path, default=str(hellaswag.DEMO_ITEMS), help="items to score")
     add("--limit", type=at_least_1, default=20, help="items to score; if there are fewer, they repeat")
     add("--alone", action="store_true", help="leave out the reference")
-    add("--batch_tokens", type=at_least_1, help="tokens per forward pass (None: as hellaswag.py)")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="model dtype")
     add = command("data", bench_data, timed, tokenized)
     add("--files", type=user_path, nargs="+", required=True, help="parquet files of documents")

@@ -14,7 +14,6 @@ HellaSwag after 19,073 steps (build-nanogpt's log); OpenAI's GPT-2 scores 29.55 
 import argparse
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ from corpus.tokenizer import NAMES
 from model import GPT, GPTConfig
 from muon import Muon
 from runtime import hardware
-from runtime.cli import SEED, THIS_COMMAND, Range, as_words, of_this_command, summary, user_path, watched
+from runtime.cli import SEED, THIS_COMMAND, Range, of_this_command, summary, user_path, watched
 from runtime.cli import run as run_script
 from runtime.distributed import (
     Distributed,
@@ -42,26 +41,24 @@ from runtime.distributed import (
     setup_distributed,
     together,
 )
-from runtime.files import parsing
-from training import dry_run, eval_only
+from training import dry_run, eval_only, overfit
 from training.checkpoints import (
     Progress,
     check_disk,
-    check_step,
     is_last_step,
     numbered,
-    read_options,
     restore,
 )
 from training.describe import describe_run
 from training.folder import RunFolder
+from training.options import parse_options
 from training.prepare import (
-    ARCHITECTURE,
     check_everything,
     first_words,
     fit_batch_size,
     limit_steps,
     load_pretrained,
+    planned_tokens,
 )
 from training.records import Records, speed_of
 
@@ -99,7 +96,6 @@ PRESETS = {
     },
 }
 CLASSIC_STEPS, CLASSIC_WARMUP_STEPS = 19073, 715  # Brown et al. 2020 (GPT-3), appendix B: 375M tokens
-OVERFIT_LOSS = 0.05  # nats per token; --overfit_batch passes below this
 
 
 class DataLoaderLite:
@@ -257,19 +253,6 @@ def learning_rate_at(step: int, args: argparse.Namespace) -> float:
 def tokens_at(step: int, args: argparse.Namespace) -> int:
     """Return how many tokens a step takes, over all ranks: a multiple of those in a micro-step."""
     return args.total_batch_size
-
-
-def planned_tokens(args: argparse.Namespace, world_size: int) -> int:
-    """Return the tokens of a whole run. Raises ValueError for a step that is no number of micro-steps."""
-    micro_batch, tokens = args.batch_size * args.block_size * world_size, 0
-    for step in range(args.max_steps):
-        tokens += tokens_at(step, args)
-        if tokens_at(step, args) % micro_batch and not args.eval_only:
-            raise ValueError(
-                f"step {step} takes {tokens_at(step, args)} tokens, which are no multiple of a micro-step's "
-                f"{micro_batch}: use another --batch_size"
-            )
-    return tokens
 
 
 OPTIMIZERS = {
@@ -495,7 +478,7 @@ def train(run: Run, records: Records) -> None:
         progress.step = step + 1
         if run.stopping:
             records.save([numbered(step + 1)])  # this step is done
-        if run.stopping or (args.overfit_batch and run.loss < OVERFIT_LOSS):
+        if run.stopping or (args.overfit_batch and run.loss < overfit.ENOUGH):
             break
 
 
@@ -508,10 +491,10 @@ FINITE = Range(float, above=0, below=math.inf)
 NOT_NEGATIVE, FRACTION, BELOW_1 = Range(float, 0), Range(float, 0, 1), Range(float, 0, below=1)
 
 
-def option_parser(**settings) -> argparse.ArgumentParser:
+def option_parser() -> argparse.ArgumentParser:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     description = summary(__doc__)
-    parser = argparse.ArgumentParser(description=description, formatter_class=formatter, **settings)
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
     add = parser.add_argument_group("run").add_argument
     add("--preset", help=f"defaults that other options override: {', '.join(PRESETS)} (None: gpt2)")
@@ -591,58 +574,13 @@ def derived_options(args: argparse.Namespace) -> dict[str, float]:
     return {"warmup_steps": warmup_steps, "min_lr": args.learning_rate / 10}
 
 
-def read_run(out_dir: str, preset: str | None) -> list[str]:
-    """Return the options of a run as words, except for values that follow from others, and will again."""
-    options = read_options(out_dir)
-    with parsing(out_dir, "the folder of a run", "delete the broken lines of its log.jsonl"):
-        parser = option_parser(exit_on_error=False)
-        args = parser.parse_args(as_words(parser, options))
-        if args.preset in PRESETS:
-            derived = derived_options(args)
-            options = {name: value for name, value in options.items() if value != derived.get(name)}
-    if args.preset and preset not in (None, args.preset):
-        raise ValueError(
-            f"--preset is {preset}, but {out_dir} was started with {args.preset}: leave it out to "
-            "resume that run, or leave out --resume to start another one"
-        )
-    return as_words(parser, options)
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser, words, before = option_parser(), sys.argv[1:] if argv is None else argv, []
-    given = parser.parse_known_args(words)[0]
-    if given.resume:
-        before = read_run(given.out_dir, given.preset)
-        words = [*before, *words]  # what is given comes last, so it wins
-        given = parser.parse_known_args(words)[0]
-    preset = given.preset or "gpt2"
-    if preset not in PRESETS:
-        raise ValueError(f"unknown --preset {preset!r}: choose from {', '.join(PRESETS)}")
-    later = (*ARCHITECTURE, "warmup_steps")  # filled in below or by --init_from
-    # What a resumed run has not recorded, or as None, must not come from its preset, which may have changed.
-    defaults = {} if before else {k: v for k, v in PRESETS[preset].items() if k not in later}
-    parser.set_defaults(**defaults, preset=preset)
-    args = parser.parse_args(words)
-    values = derived_options(args)
-    if args.init_from is None:
-        values |= {"block_size": 1024} | {k: v for k, v in PRESETS[preset].items() if k in ARCHITECTURE}
-    for name, value in values.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    args = parse_options(option_parser(), argv, PRESETS, derived_options)
     for evaluation in EVALUATIONS if args.overfit_batch else ():
         setattr(args, f"{evaluation.kind}_every", 0)
     if args.overfit_batch or args.eval_only:
         args.checkpoint_every = 0
     return args
-
-
-def check_overfit(run: Run) -> None:
-    """End the command with an error if --overfit_batch has not brought one batch to a loss near zero."""
-    if run.args.overfit_batch and not run.stopping and not run.loss < OVERFIT_LOSS:  # or not a number
-        raise run.dist.leave_with_error(
-            f"one batch still has loss {run.loss:.3f} after {run.args.max_steps} steps, not {OVERFIT_LOSS}: "
-            "the model is broken, or needs more --max_steps, another --learning_rate or no --dropout"
-        )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -673,14 +611,13 @@ def main(args: argparse.Namespace) -> None:
             train_data = DataLoaderLite(args.data_dir, "train", dist=dist, shuffle_seed=order, **sizes)
             if args.sample_prompt is None:
                 args.sample_prompt = first_words(val_data.read(0), found.tokenizer)
-        if args.epochs:
-            limit_steps(args, args.epochs * train_data.windows * args.block_size, tokens_at)
         with together(dist):
+            if args.epochs:
+                tokens = args.epochs * train_data.windows * args.block_size
+                limit_steps(args, tokens, tokens_at, found.resumed)
             hint = f"the ranks see different shards; {args.data_dir} has to be the same on every node"
             dist.check_same([val_data.description, train_data.description], hint)
-            planned = planned_tokens(args, dist.world_size)
-            if found.resumed:
-                check_step(found.resumed["step"], args)  # again, because of --epochs
+            planned = planned_tokens(args, dist.world_size, tokens_at)
 
         # Optimizer, scaler, autocast
         optimizer = build_optimizer(raw_model, args, dist)
@@ -698,10 +635,11 @@ def main(args: argparse.Namespace) -> None:
         if is_compiled:
             model = torch.compile(model)
 
-        parts = dict(args=args, dist=dist, dtype=found.dtype, raw_model=raw_model, model=model)
-        parts |= dict(is_compiled=is_compiled, optimizer=optimizer, scaler=scaler, autocast=autocast)
-        parts |= dict(attention=attention, train_data=train_data, val_data=val_data)
-        run = Run(**parts, benchmark=found.benchmark, tokenizer=found.tokenizer, planned_tokens=planned)
+        run = Run(
+            args, dist, dtype=found.dtype, is_compiled=is_compiled, raw_model=raw_model, model=model,
+            optimizer=optimizer, scaler=scaler, autocast=autocast, attention=attention, train_data=train_data,
+            val_data=val_data, benchmark=found.benchmark, tokenizer=found.tokenizer, planned_tokens=planned,
+        )  # fmt: skip
 
         # Resume
         is_new, recent = found.resumed is None, {}
@@ -725,15 +663,13 @@ def main(args: argparse.Namespace) -> None:
             return dist.leave()
 
         # Loop
-        records = OnOtherRanks()
-        if dist.is_main:
-            records = Records(run, folder, EVALUATIONS, is_new, recent)
+        records = Records(run, folder, EVALUATIONS, is_new, recent) if dist.is_main else OnOtherRanks()
         with run.stop, records:
             train(run, records)
 
             # End
             records.finish()
-            check_overfit(run)
+            overfit.check(run)
             records.report_end()
             dist.leave()  # signals are handled until the last checkpoint is written
 

@@ -1,11 +1,12 @@
 """Compile a model for an NVIDIA GPU that this machine does not have, and count what its kernels move.
 
-    python -P runtime/absent_gpu.py FOLDER --card h100    # the model.py in FOLDER; prints JSON
+    python -P runtime/absent_gpu.py FOLDER OPTIONS    # the model.py in FOLDER; OPTIONS and output are JSON
 
-`bench.py compile` is the command for people. This needs a build of torch with CUDA and Triton, but no GPU and
-no driver: the graphs are traced with fake tensors on the CPU, moved to "cuda" and lowered by Inductor, and
-ptxas compiles each Triton kernel. Nothing runs. So this shows which kernels there are, that they compile, and
-how many bytes they have to read and write, and nothing about the speed of matrix products or about numbers.
+`bench.py compile` is the command for people, and has the options. This needs a build of torch with CUDA and
+Triton, but no GPU and no driver: the graphs are traced with fake tensors on the CPU, moved to "cuda" and
+lowered by Inductor, and ptxas compiles each Triton kernel. Nothing runs. So this shows which kernels there
+are, that they compile, and how many bytes they have to read and write, and nothing about the speed of matrix
+products or about numbers.
 
 torch has no interface for this. What is replaced below was found by reading torch 2.14.
 """
@@ -298,28 +299,14 @@ def lower(kind: str, module: torch.fx.GraphModule, inputs: list, counter: Counte
     }
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("folder", help="folder of the model.py")
-    add("--card", choices=CARDS, default="h100")
-    add("--what", choices=PASSES, default="training")
-    for name, default in (("n_layer", 12), ("n_head", 12), ("n_embd", 768), ("batch_size", 64)):
-        add(f"--{name}", type=int, default=default)
-    add("--block_size", type=int, default=1024)
-    add("--dropout", type=float, default=0.0)
-    add("--recompute", action="store_true")
-    return parser.parse_args(argv)
-
-
-def main(args: argparse.Namespace) -> None:
+def main(folder: str, args: argparse.Namespace) -> None:
     from torch._inductor import config
 
     card = CARDS[args.card]
     config.compile_threads, config.force_disable_caches = 1, True
     pretend(card)
-    sys.path.insert(0, args.folder)
-    os.chdir(args.folder)
+    sys.path.insert(0, folder)
+    os.chdir(folder)
     model_module = importlib.import_module("model")
     counter, F.scaled_dot_product_attention = Counter(), attention
     if rows := getattr(model_module, "head_rows", None):  # the graphs are traced on the CPU
@@ -334,4 +321,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(sys.argv[1], argparse.Namespace(**json.loads(sys.argv[2])))

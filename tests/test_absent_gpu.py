@@ -1,5 +1,8 @@
 """Compiling for GPUs that are not there: `bench.py compile`. Needs a CUDA build of torch, but no GPU."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -32,6 +35,18 @@ def test_build_without_cuda_says_how_to_get_another():
 def test_folder_without_a_model_is_refused():
     with pytest.raises(FileNotFoundError, match="no model.py in nowhere: name the folder of another version"):
         compile_for_card("--against nowhere")
+
+
+def test_process_that_compiles_gets_the_folder_and_all_options(monkeypatch):
+    script = "import json, sys; print(json.dumps({'folder': sys.argv[1], **json.loads(sys.argv[2])}))"
+    Path("echo.py").write_text(script)
+    monkeypatch.setattr(absent_gpu, "__file__", "echo.py")
+    monkeypatch.setattr(bench, "cuda_python", lambda: sys.executable)
+    args = bench.parse_args("compile --card t4 --what decoding --n_layer 1 --dropout 0.1 --recompute".split())
+    got = bench.count_kernels(Path("other"), args)
+    assert Path(got["folder"]) == Path("other").absolute()
+    assert (got["card"], got["what"], got["n_layer"], got["n_embd"]) == ("t4", "decoding", 1, 768)
+    assert (got["dropout"], got["recompute"], got["block_size"]) == (0.1, True, 1024)
 
 
 @needs_cuda_build

@@ -4,7 +4,6 @@ import math
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -31,10 +30,10 @@ def test_ratios_are_taken_round_by_round():
             f"generate {TINY} --max_new_tokens 9 --prompt_tokens 4 --rounds 1",
             [
                 *("transformers", "sample.generate", "memory", "transformers, top-k"),
-                *("sample.generate, top-k", "sample.generate, all", "no cache"),
+                *("sample.generate, top-k", "sample.generate, all"),
             ],
         ),
-        (f"hellaswag {TINY} --limit 46 --batch_tokens 999 --rounds 1 --alone", ["hellaswag"]),  # of 44
+        (f"hellaswag {TINY} --limit 46 --rounds 1 --alone", ["hellaswag"]),  # of 44
     ],
 )
 def test_subcommand_writes_its_figures(command, ways, tmp_path, capsys):
@@ -49,11 +48,20 @@ def test_subcommand_writes_its_figures(command, ways, tmp_path, capsys):
 def test_steps_to_a_loss_are_interpolated_between_validations():
     log = {
         "val": [{"step": s, "loss": loss} for s, loss in ((0, 5.0), (10, 4.0), (20, 3.0), (30, 3.5))],
-        "train": [{"step": s, "dt_ms": dt_ms} for s, dt_ms in ((0, 9000), (1, 200), (2, 200))],
     }
-    assert bench.seconds_to(3.25, log) == (pytest.approx(17.5), pytest.approx(3.5))
-    assert bench.seconds_to(4.0, log)[0] == 10
-    assert bench.seconds_to(2.9, log) == (float("inf"), float("inf"))
+    assert bench.steps_to(3.25, log) == pytest.approx(17.5)
+    assert bench.steps_to(4.0, log) == 10
+    assert bench.steps_to(2.9, log) == float("inf")
+
+
+def test_p_of_two_settings_is_that_of_students_tables():
+    three = [-1.0, 0.0, 1.0]
+    for t, p in ((2.776445, 0.05), (4.604095, 0.01), (8.610302, 0.001)):  # 4 degrees of freedom
+        lower = [each - t * (2 / 3) ** 0.5 for each in three]
+        assert bench.welch_p(three, lower) == pytest.approx(p, rel=1e-4)
+    assert bench.welch_p([0.0, 2.0], [2.0, 2.0]) == pytest.approx(0.5)  # 1 degree: Cauchy's distribution
+    assert bench.welch_p([0.0, 0.2, 0.1], [0.1, 0.1, 0.1]) == pytest.approx(1)
+    assert math.isnan(bench.welch_p([1.0], three)) and math.isnan(bench.welch_p([1.0, 1.0], [1.0, 1.0]))
 
 
 def test_sweep_runs_what_is_missing_and_compares_all_runs(monkeypatch, tmp_path, capsys):
@@ -89,7 +97,7 @@ def test_sweep_runs_what_is_missing_and_compares_all_runs(monkeypatch, tmp_path,
     assert rows.keys() == {"a,learning_rate=0.5", "b,learning_rate=0.5", "b,learning_rate=1"}
     base, better = rows["a,learning_rate=0.5"], rows["b,learning_rate=1"]
     assert base["seeds"] == 2 and base["val loss"] == pytest.approx(2.7)
-    assert base["spread"] == pytest.approx(0.2 / 2**0.5) and (base["to target"], base["s"]) == (10, 5)
+    assert base["spread"] == pytest.approx(0.2 / 2**0.5) and base["to target"] == 10 and base["p"] == 1
     assert better["to target"] == pytest.approx(10 * (5 - 2.7) / (5 - 2.1))
     with pytest.raises(ValueError, match="b,learning_rate=1,seed=1 was run with --shuffle True: use"):
         sweep("--name b --seeds 1 -- --no-shuffle --learning_rate 1 0.5")
@@ -196,13 +204,3 @@ def test_patched_training_reports_its_error():
     assert 0 < seconds < 60 and 0 <= compile_s < 60 and peak > 1e8
     with pytest.raises(RuntimeError, match="train.py: error: --n_embd 17 is not divisible by --n_head 2"):
         bench.run_train({**options, "n_embd": 17}, torch.device("cpu"))
-
-
-def test_stages_of_data_preparation_are_those_of_fineweb(monkeypatch):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    table = pytest.importorskip("pyarrow").table({"text": ["one", None, "two"]})
-    parquet.write_table(table, "a.parquet")
-    saved, save = [], np.save
-    monkeypatch.setattr(np, "save", lambda file, tokens: saved.append(tokens) or save(file, tokens))
-    bench.data_stages(bench.Fetcher(bench.local_inputs(["a.parquet"]), Path(), keep=True), "byte")
-    assert saved[0].tolist() == [256, *b"one", 256, *b"two"]

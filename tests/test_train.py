@@ -24,7 +24,7 @@ from model import GPT, GPTConfig
 from runtime.cli import shell_word
 from runtime.distributed import Distributed
 from train import DataLoaderLite
-from training import prepare
+from training import overfit, prepare
 from training.checkpoints import CheckpointWriter
 
 
@@ -476,7 +476,7 @@ def test_overfit_batch_reaches_near_zero_or_fails_and_leaves_a_run_alone(run_tra
     options = "--overfit_batch --total_batch_size 32 --schedule wsd --decay_share 0 --max_steps"
     run_train(f"{options} 300")
     passed = re.search(r"overfit check passed: loss ([\d.]+) after (\d+) steps", capsys.readouterr().out)
-    assert float(passed[1]) < train.OVERFIT_LOSS and 3 < int(passed[2]) < 300
+    assert float(passed[1]) < overfit.ENOUGH and 3 < int(passed[2]) < 300
     with pytest.raises(ValueError, match=r"one batch still has loss 5\.\d+ after 3 steps"):
         run_train(f"{options} 3")
     after = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path("log").iterdir()}

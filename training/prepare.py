@@ -22,12 +22,13 @@ from model import GPT, GPTConfig
 from runtime import hardware
 from runtime.cli import check_options
 from runtime.distributed import Distributed, Problems
-from training.checkpoints import load_training_state
+from training.checkpoints import check_step, load_training_state
 from training.folder import RunFolder
 
 DATA_DIR, DEMO_DATA_DIR = "edu_fineweb10B", "demo_data"
 # The options that say what a model is; without a value, they come from the preset or the weights.
 ARCHITECTURE = tuple(each.name for each in fields(GPTConfig) if each.name != "dropout")
+TokensAt = Callable[[int, argparse.Namespace], int]  # tokens of a step, as in train.py
 
 
 @dataclass
@@ -145,15 +146,34 @@ def fit_batch_size(args: argparse.Namespace, dist: Distributed, model: GPT, dtyp
 
 
 def limit_steps(
-    args: argparse.Namespace, tokens: float, tokens_at: Callable[[int, argparse.Namespace], int]
+    args: argparse.Namespace, tokens: float, tokens_at: TokensAt, resumed: dict | None = None
 ) -> None:
-    """Lower --max_steps to the steps that this many tokens take; the warm-up shrinks in proportion."""
+    """Lower --max_steps to the steps that this many tokens take; the warm-up shrinks in proportion.
+
+    Raises ValueError if the resumed checkpoint is past them.
+    """
     steps, before = 0, args.max_steps
     while steps < before and tokens >= tokens_at(steps, args) / 2:
         tokens -= tokens_at(steps, args)
         steps += 1
     args.max_steps, args.epochs = max(steps, 1), None  # a resumed run may be extended
     args.warmup_steps = min(round(args.warmup_steps * args.max_steps / before), args.max_steps - 1)
+    if resumed:
+        check_step(resumed["step"], args)
+
+
+def planned_tokens(args: argparse.Namespace, world_size: int, tokens_at: TokensAt) -> int:
+    """Return the tokens of a whole run. Raises ValueError for a step that is no number of micro-steps."""
+    micro_batch, tokens = args.batch_size * args.block_size * world_size, 0
+    for step in range(args.max_steps):
+        step_tokens = tokens_at(step, args)
+        tokens += step_tokens
+        if step_tokens % micro_batch and not args.eval_only:
+            raise ValueError(
+                f"step {step} takes {step_tokens} tokens, which are no multiple of a micro-step's "
+                f"{micro_batch}: use another --batch_size"
+            )
+    return tokens
 
 
 def first_words(tokens: np.ndarray, tokenizer) -> str:

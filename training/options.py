@@ -1,0 +1,60 @@
+"""How the options of a run come together: its preset, the run that it resumes, and the command line."""
+
+import argparse
+import copy
+from collections.abc import Callable
+
+from runtime.cli import as_words
+from runtime.files import parsing
+from training.checkpoints import read_options
+from training.prepare import ARCHITECTURE
+
+Derive = Callable[[argparse.Namespace], dict[str, float]]
+
+
+def parse_options(
+    parser: argparse.ArgumentParser, argv: list[str] | None, presets: dict[str, dict], derive: Derive
+) -> argparse.Namespace:
+    """Parse a command line, whose options override those of the run that it resumes or of its preset.
+
+    `derive` returns options that follow from others where they are not given. Raises ValueError for an
+    unknown preset, and for one that is not that of the resumed run.
+    """
+    given = parser.parse_known_args(argv)[0]
+    before = read_run(parser, given.out_dir, presets, derive) if given.resume else {}
+    preset = given.preset or before.get("preset") or "gpt2"
+    if before.get("preset") not in (None, preset):
+        raise ValueError(
+            f"--preset is {preset}, but {given.out_dir} was started with {before['preset']}: leave it out to "
+            "resume that run, or leave out --resume to start another one"
+        )
+    if preset not in presets:
+        raise ValueError(f"unknown --preset {preset!r}: choose from {', '.join(presets)}")
+    later = (*ARCHITECTURE, "warmup_steps")  # filled in below or by --init_from
+    # What a resumed run has not recorded, or as None, must not come from its preset, which may have changed.
+    defaults = before or {name: v for name, v in presets[preset].items() if name not in later}
+    parser.set_defaults(**{**defaults, "preset": preset})
+    args = parser.parse_args(argv)
+    values = derive(args)
+    if args.init_from is None:
+        values |= {"block_size": 1024} | {k: v for k, v in presets[preset].items() if k in ARCHITECTURE}
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def read_run(parser: argparse.ArgumentParser, out_dir: str, presets: dict, derive: Derive) -> dict:
+    """Return the options of the run in a folder, or an empty dict if it has none.
+
+    Values that followed from others are None: they will follow again. Raises ValueError for options that this
+    version does not have.
+    """
+    if not (options := read_options(out_dir)):
+        return {}
+    parser = copy.copy(parser)
+    parser.exit_on_error = False
+    with parsing(out_dir, "the folder of a run", "delete the broken lines of its log.jsonl"):
+        args = parser.parse_args(as_words(parser, options))
+        derived = derive(args) if args.preset in presets else {}
+    return vars(args) | {name: None for name, value in derived.items() if options.get(name) == value}
