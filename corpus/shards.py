@@ -28,6 +28,7 @@ CONTENT_TYPES = {"size": int, "modified_ns": int, "sha256": str}  # of `corpus.i
 SHARD_TYPES = ({"name": str, "tokens": int}, {"documents": int, "sha256": str, "next": list | None})
 NEWER_SHARD_TYPES = {"skipped": int}  # documents before its end; older versions lack it
 SINGLE_TASK = {"task_index": 0, "task_count": 1}
+MOST_OPEN = 256  # shards of a split, at a time
 RETRY_S = (1, 5, 25, 125)  # delays after which a shard that cannot be read is tried again
 
 
@@ -161,7 +162,7 @@ class Shards:
         self.paths = find_shards(Path(data_dir), split, manifest)
         listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
         # Each holds a file descriptor, through which the shard stays readable if it is deleted.
-        self.files = lru_cache(maxsize=256)(open_shard)
+        self.files = lru_cache(MOST_OPEN)(open_shard)
         self.lengths, digest = [], hashlib.sha256()
         for path in self.paths:
             tokens = self.files(path)
