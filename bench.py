@@ -180,7 +180,7 @@ def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
 
 
 def bench_generate(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Tokens per second, greedy and drawn: sample.generate, transformers, bandwidth limit."""
+    """Tokens per second, greedy and drawn: sample.generate and transformers."""
     from transformers import GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -191,7 +191,6 @@ def bench_generate(args: argparse.Namespace, device: torch.device) -> list[dict]
         theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).eval().to(device)
     model.to(device=device, dtype=dtype)
     prompt = torch.randint(config.vocab_size, (args.batch_size, args.prompt_tokens), device=device)
-    weights = torch.ones(model.num_params() * dtype.itemsize // 4, device=device)
 
     def transformers(**sampling) -> torch.Tensor:
         options = {"attention_mask": torch.ones_like(prompt), "eos_token_id": None, **sampling}
@@ -200,7 +199,6 @@ def bench_generate(args: argparse.Namespace, device: torch.device) -> list[dict]
     ways = {
         "transformers": lambda: transformers(do_sample=False),
         "sample.generate": lambda: generate(model, prompt, n, temperature=0),
-        "memory: weights once a token": lambda: [weights.sum() for _ in range(n)],
         "transformers, top-k 50": lambda: transformers(do_sample=True, top_k=50, temperature=0.8),
         "sample.generate, top-k 50": lambda: generate(model, prompt, n, top_k=50, temperature=0.8),
         "sample.generate, all ids": lambda: generate(model, prompt, n, temperature=0.8),
@@ -210,9 +208,6 @@ def bench_generate(args: argparse.Namespace, device: torch.device) -> list[dict]
     rows, results = alternate(ways, args.rounds, device, args.batch_size * n, "tokens")
     same = (results[0] == results[1])[:, args.prompt_tokens :].float().mean()
     print(f"transformers and sample.generate choose the same token {same:.1%} of the time")
-    best = max(row["tokens/s"] for row in rows if "sample" in row["way"])
-    print(f"the best way reaches {best / rows[2]['tokens/s']:.0%} of what the memory bandwidth allows:")
-    print(f"torch.sum reads {4e-9 * weights.numel() * rows[2]['tokens/s'] / args.batch_size:.1f} GB/s")
     return rows
 
 
@@ -446,25 +441,14 @@ def usual_steps(options: dict, device: torch.device) -> tuple[float, float, floa
     return *step_times(seconds), used[0] if used else math.nan
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of a large matrix product on this machine, the best of twenty tries."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in "ab")
-    (row,), _ = alternate({"product": lambda: a @ b}, 20, device, 2 * n**3, "FLOP")
-    return row["max"]
-
-
-def add_shares(
+def add_mfu(
     rows: list[dict], config: GPTConfig, device: torch.device, dtype: torch.dtype, ranks: int = 1
 ) -> None:
-    """Add to rows of training their share of a matrix product's FLOP/s and, if it is known, of the peak's."""
+    """Add to rows of training their share of the peak FLOP/s, if that is known."""
     with torch.device("meta"):
         flops = GPT(config).flops_per_token()
-    rate, peak = matmul_rate(device, dtype), hardware.peak_flops(device, dtype)
-    print(f"{str(dtype).removeprefix('torch.')} matrix product: {rate / 1e12:.2f} TFLOP/s")
-    for row in rows:
-        row["of matmul"] = row["tokens/s"] * flops / ranks / rate
-        if peak:
+    if peak := hardware.peak_flops(device, dtype):
+        for row in rows:
             row["mfu"] = row["tokens/s"] * flops / ranks / peak
 
 
@@ -499,7 +483,7 @@ def bench_train(args: argparse.Namespace, device: torch.device) -> list[dict]:
         ways["train.py, no optimize_ddp"] = lambda: ours(options, patch=patch)
     tokens = args.batch_size * args.block_size * ranks
     rows = train_in_turn(ways, args.rounds, device, tokens)
-    add_shares(rows, config_of(args, vocab_size=PADDED_VOCAB_SIZE), device, getattr(torch, args.dtype), ranks)
+    add_mfu(rows, config_of(args, vocab_size=PADDED_VOCAB_SIZE), device, getattr(torch, args.dtype), ranks)
     return rows
 
 

@@ -29,7 +29,7 @@ def test_ratios_are_taken_round_by_round():
         (
             f"generate {TINY} --max_new_tokens 9 --prompt_tokens 4 --rounds 1",
             [
-                *("transformers", "sample.generate", "memory", "transformers, top-k"),
+                *("transformers", "sample.generate", "transformers, top-k"),
                 *("sample.generate, top-k", "sample.generate, all"),
             ],
         ),
@@ -163,15 +163,14 @@ def test_seconds_to_compile_are_what_the_first_steps_take_more():
     assert bench.step_times([1.0, 1.0, 1.0, 2.0]) == (2.0, 0.0)
 
 
-def test_training_is_compared_with_the_rate_of_the_machine(monkeypatch):
+def test_training_is_compared_with_the_peak_of_the_machine(monkeypatch):
     options = argparse.Namespace(**{"n_layer": 1, "n_head": 1, "n_embd": 4, "batch_size": 2, "block_size": 8})
     config = bench.config_of(options, vocab_size=6)
     rows = [{"way": "train.py", "tokens/s": 1000.0}]
     flops = GPT(config).flops_per_token()
-    monkeypatch.setattr(bench, "matmul_rate", lambda device, dtype: 1000 * flops)
     monkeypatch.setattr(bench.hardware, "peak_flops", lambda device, dtype: 2000 * flops)
-    bench.add_shares(rows, config, torch.device("cpu"), torch.bfloat16, ranks=2)
-    assert (rows[0]["of matmul"], rows[0]["mfu"]) == (0.5, 0.25)
+    bench.add_mfu(rows, config, torch.device("cpu"), torch.bfloat16, ranks=2)
+    assert rows[0]["mfu"] == 0.25
 
 
 def test_gpu_parts_exist_at_full_size():
