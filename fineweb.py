@@ -517,7 +517,7 @@ def prepare_demo(out_dir: str | Path) -> None:
 def unescaped(text: str) -> str:
     """Return a text in which \\n, \\r and \\t, which are hard to type, are what they stand for."""
     if not text:
-        raise argparse.ArgumentTypeError("it is empty")
+        raise argparse.ArgumentTypeError("it is empty: leave it out, and every file is one document")
     return text.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
 
 

@@ -29,7 +29,7 @@ from formats.hugging_face import export
 from model import GPT, KVCache
 from runtime.cli import SEED, Range, check_options, command_line, run, summary, user_path
 from runtime.files import check_new_folder
-from runtime.hardware import choose_device, masked_attention
+from runtime.hardware import can_compile, choose_device, masked_attention
 
 SEPARATOR = "\n\n---\n\n"  # between texts
 NOT_FINITE = "the model's logits are not finite: its weights are damaged or diverged"
@@ -322,6 +322,8 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = tokenizer_for(model)
     model.to(device=device, dtype=getattr(torch, args.dtype))
     generator = torch.Generator(device).manual_seed(args.seed)
+    warn = functools.partial(print, file=sys.stderr, flush=True)
+    compiled = args.compile and can_compile(device, warn, "leave out --compile")
 
     def say(text: str) -> None:
         print(text, end="", flush=True)
@@ -337,7 +339,7 @@ def main(args: argparse.Namespace) -> None:
             top_k=args.top_k,
             top_p=args.top_p,
             generator=generator,
-            compiled=args.compile,
+            compiled=compiled,
             on_text=say,
         )
         print("".join(SEPARATOR + text for text in others), flush=True)

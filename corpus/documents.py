@@ -1,6 +1,7 @@
 """Documents of any format, in chunks that threads read, and token files."""
 
 import codecs
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ ROWS_PER_CHUNK = 1000  # of parquet files, whose row groups typically have as ma
 # begun with one size cannot be continued with another.
 BLOCK_BYTES = 4_000_000
 MOST_UNCUT = 16_000_000  # characters; to tokenize them takes 6 s and some hundred MB
-MARKERS = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # that other tools write between documents
+MARKER = re.compile(r"<\|endoftext\|>|<\|end_of_text\|>|</s>")  # other tools write one between documents
 TOKEN_FILE_HEADER, TOKEN_FILE_MAGIC, TOKEN_FILE_VERSION = 256, 20240520, 1  # int32 numbers
 
 
@@ -68,7 +69,7 @@ def read_chunks(fetcher: Fetcher, form: Format, start: tuple[int, int]) -> Itera
             yield None
         path, row = fetcher.path(index), first_row if index == first else 0
         if path.suffix == ".parquet":
-            for first_of_chunk, share, read in _parquet_rows(path, form.text_column, row):
+            for first_of_chunk, share, read in _parquet_chunks(path, form.text_column, row):
                 yield Chunk(index, first_of_chunk, share, read)
             continue
         if path.suffix in (".txt", ".py"):
@@ -98,26 +99,30 @@ def batches_of(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 def _plain_texts(path: Path, form: Format) -> Iterator[Row]:
     """Yield the documents of a .txt or .py file; what is not UTF-8 in a .py file is replaced."""
-    size, said = max(path.stat().st_size, 1), form.separator is not None or path.suffix != ".txt"
-    decoder = codecs.getincrementaldecoder("utf-8")("strict" if path.suffix == ".txt" else "replace")
+    size, is_txt = max(path.stat().st_size, 1), path.suffix == ".txt"
+    separator = form.separator if is_txt else None
+    said = separator is not None or not is_txt
+    decoder = codecs.getincrementaldecoder("utf-8")("strict" if is_txt else "replace")
     with open(path, "rb") as file:
 
         def blocks() -> Iterator[str]:
             nonlocal said
-            while data := file.read(BLOCK_BYTES):
+            # Python allocates all that it is asked to read, which takes longer than to read a small file.
+            while data := file.read(min(BLOCK_BYTES, size)):
                 start = file.tell() - len(data) - len(decoder.getstate()[0])
                 try:
                     block = decoder.decode(data, final=file.tell() >= size)
                 except UnicodeDecodeError as error:
                     what = f"byte {start + error.start:,}: {error.reason}"
                     raise ValueError(f"{path} is not UTF-8 ({what}): convert it with iconv") from error
-                if not said and (marker := next((each for each in MARKERS if each in block), None)):
+                if not said and (found := MARKER.search(block)):
+                    marker = found[0]
                     tqdm.write(f"{path} holds {marker} as text: --separator {marker!r} ends documents there")
                     said = True
                 yield block if start else block.removeprefix("\ufeff")  # a byte order mark
 
         try:
-            for text, continues in parts_of(blocks(), form.separator, form.is_bytes):
+            for text, continues in parts_of(blocks(), separator, form.is_bytes):
                 yield text, file.tell() / size, continues
         except UncutError as error:
             raise ValueError(f"{path}, byte {file.tell() - BLOCK_BYTES:,}: {error}") from error
@@ -147,7 +152,7 @@ def parts_of(blocks: Iterator[str], separator: str | None, is_bytes: bool) -> It
         for text in whole:
             yield text, continues
             continues = False
-    if not separator or rest.strip():  # nothing follows a separator at the end
+    if not separator or continues or rest.strip():  # nothing follows a separator at the end
         yield rest, continues
 
 
@@ -218,7 +223,7 @@ def is_text(kind: "pyarrow.DataType") -> bool:
     )
 
 
-def _parquet_rows(path: Path, text_column: str, skip: int) -> Iterator[tuple[int, float, Callable]]:
+def _parquet_chunks(path: Path, text_column: str, skip: int) -> Iterator[tuple[int, float, Callable]]:
     import pyarrow.parquet
 
     try:
@@ -258,7 +263,8 @@ def not_empty(texts: "pyarrow.LargeStringArray") -> "pyarrow.LargeStringArray":
     """Return the texts that are neither null nor empty."""
     import pyarrow.compute as compute
 
-    return texts.filter(compute.greater(compute.binary_length(texts), 0))
+    is_kept = compute.greater(compute.binary_length(texts), 0)
+    return texts if is_kept.true_count == len(texts) else texts.filter(is_kept)  # without a copy
 
 
 def read_token_file(path: Path) -> np.ndarray:

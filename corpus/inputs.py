@@ -7,7 +7,7 @@ import re
 import sysconfig
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PATIENCE_S = 900  # of trying and waiting: a set may be made overnight
 CONVERTED = "refs/convert/parquet"  # the branch for which the Hub converts datasets itself
 SUFFIXES = (".txt", ".py", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+SMALL_FILE = 1_000_000  # bytes, which are hashed sooner than a thread starts
 TOKEN_FILES = ".bin"  # of GPT-2's tokens, in llm.c's format
 
 
@@ -218,14 +219,13 @@ def check_content(path: str, before: dict) -> None:
 class Fetcher:
     """The inputs as local files; the next one can be downloaded while one is being read.
 
-    A file of this machine is also hashed when it is read, in the background. Downloads are daemon threads, so
-    that no command waits for the end of one that it does not need.
+    A file of this machine is also hashed when it is read. Downloads and the hashes of large files are made by
+    daemon threads, so that no command waits for the end of one that it does not need.
     """
 
     def __init__(self, inputs: list[Input], folder: Path, keep: bool):
         self.inputs, self.folder, self.keep = inputs, folder, keep
         self.pending: dict[int, Future] = {}
-        self.hasher = ThreadPoolExecutor(1, thread_name_prefix="hasher")
         self.hashes: dict[int, Future] = {}
 
     def path(self, index: int) -> Path:
@@ -237,7 +237,13 @@ class Fetcher:
 
     def _hash(self, index: int) -> Future:
         if index not in self.hashes:
-            self.hashes[index] = self.hasher.submit(content_of, self.inputs[index].path)
+            each = self.inputs[index]
+            call = partial(content_of, each.path)
+            if each.size > SMALL_FILE:
+                self.hashes[index] = hub.started(call)
+            else:
+                self.hashes[index] = Future()
+                self.hashes[index].set_result(call())
         return self.hashes[index]
 
     def contents(self, known: list[dict]) -> list[dict]:

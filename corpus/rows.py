@@ -10,7 +10,8 @@ from typing import IO
 from runtime.files import damage
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-UNREADABLE = (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile)
+UNREADABLE = (ValueError, RecursionError)
+DAMAGED_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
 def lines_of(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -33,6 +34,8 @@ def json_rows(path: Path, what: str, advice: str) -> Iterator[tuple[str, object,
             for number, line in lines_of(gzip.open(file) if path.suffix == ".gz" else file):
                 where = f"{path}, line {number}"
                 yield where, json.loads(line), file.tell() / size
+    except DAMAGED_GZIP as error:
+        raise damage(path, "a gzip file", error, "copy or download it again") from error
     except UNREADABLE as error:
         raise damage(where, what, error, advice) from error
 
@@ -46,13 +49,13 @@ def rows_of(path: Path, what: str, advice: str) -> Iterator[tuple[str, object]]:
         yield from ((where, row) for where, row, _ in json_rows(path, what, advice))
         return
     try:
-        rows = _parquet_rows(path)
+        rows = _read_parquet(path)
     except UNREADABLE as error:
         raise damage(path, what, error, advice) from error
     yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _parquet_rows(path: Path) -> list[dict]:
+def _read_parquet(path: Path) -> list[dict]:
     import pyarrow.parquet
 
     try:

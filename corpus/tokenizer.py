@@ -199,8 +199,12 @@ class BatchTokenizer:
         return _encode_fast(fast, texts)
 
     def _encode_plainly(self, texts: "pyarrow.LargeStringArray") -> tuple[np.ndarray, np.ndarray]:
-        ids = [encode(self.encoding, text) for text in texts.to_pylist()]
-        return np.concatenate([[], *ids]).astype(np.uint16), np.cumsum([0, *map(len, ids)])
+        if self.encoding.name == "byte":
+            ids = [np.frombuffer(text.encode(), np.uint8) for text in texts.to_pylist()]
+        else:
+            ids = [encode(self.encoding, text) for text in texts.to_pylist()]
+        joined = np.concatenate([[], *ids], dtype=np.uint16, casting="unsafe")
+        return joined, np.cumsum([0, *map(len, ids)])
 
     def _check(self, fast, texts: "pyarrow.LargeStringArray") -> None:
         import pyarrow

@@ -39,7 +39,9 @@ PEAK_FLOPS = {
 # The oldest driver for any minor version of a CUDA version: CUDA Toolkit release notes, table "Minimum
 # Required Driver Version for CUDA Minor Version Compatibility".
 OLDEST_DRIVERS = {12: 525, 13: 580}
-OLDER_CUDA = "cu126"  # the build of PyTorch 2.11 to 2.14 for older drivers (pytorch/pytorch#190355)
+# The builds of PyTorch 2.11 to 2.14 for newer and for older drivers; the latter knows no Blackwell GPUs
+# (pytorch/pytorch#190355).
+NEWER_CUDA, OLDER_CUDA = "cu130", "cu126"
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -80,12 +82,17 @@ def unusable_gpu() -> str | None:
         return None
     gpu, driver = found
     version, cuda = torch.__version__.split("+")[0], torch.version.cuda
-    advice = f"`pip install torch=={version}+{OLDER_CUDA} --index-url https://download.pytorch.org/whl/{OLDER_CUDA}`"
     oldest = OLDEST_DRIVERS.get(int(cuda.split(".")[0]), 0) if cuda else 0
+    release = int(driver.split(".")[0]) if driver[0].isdigit() else OLDEST_DRIVERS[12]
+    build = NEWER_CUDA if release >= OLDEST_DRIVERS[13] else OLDER_CUDA
+    # Without the build in its version, pip would take the torch that is installed for the one that is wanted.
+    advice = f"`pip install torch=={version}+{build} --index-url https://download.pytorch.org/whl/{build}`"
     if cuda is None:
         reason = "is built for CPUs"
-    elif int(driver.split(".")[0]) < oldest:
+    elif driver[0].isdigit() and release < oldest:
         reason = f"is built for CUDA {cuda}, which needs driver {oldest} or newer"
+        older = f", {advice} (not for Blackwell GPUs)" if release >= OLDEST_DRIVERS[12] else ""
+        advice = f"an image with a newer driver{older}"
     else:
         try:
             torch.cuda.init()
@@ -203,32 +210,37 @@ def describe_compute(
     return f"{how}, attention {SDPBackend(choice).name.lower().replace('_attention', '')}"
 
 
-def can_compile(device: torch.device, say: Callable[[str], None]) -> bool:
+def can_compile(
+    device: torch.device, say: Callable[[str], None], otherwise: str = "use train.py --no-compile"
+) -> bool:
     """Try torch.compile on a trivial function: CPUs need a C++ compiler, GPUs Triton and a C compiler.
 
     Returns False with a warning on a CPU, and raises ValueError on a GPU, where eager training would cost
-    more than it takes to install a compiler.
+    more than it takes to install a compiler. `otherwise` says how to do without.
     """
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-    except RuntimeError as error:
+    except Exception as error:  # the C compiler that Triton calls does not raise RuntimeError
         reason = " ".join(str(error).split("\n\n")[0].split())
         if device.type == "cuda":
-            raise ValueError(f"torch.compile does not work here: {what_compiling_lacks(reason)}") from error
-        say(f"warning: torch.compile does not work here, training continues without it ({reason})")
+            reason = what_compiling_lacks() or reason
+            raise ValueError(f"torch.compile does not work here: {reason}, or {otherwise}") from error
+        say(f"warning: torch.compile does not work here, continuing without it ({reason})")
         return False
     torch._dynamo.utils.counters.clear()  # so that `compilations` counts only those of the model
     return True
 
 
-def what_compiling_lacks(reason: str) -> str:
-    """Return what Triton lacks to build its launchers, or else the reason, and what helps."""
-    header = Path(sysconfig.get_paths()["include"], "Python.h")
+def what_compiling_lacks() -> str:
+    """Return what Triton lacks to build its launchers and how to install it, or "" if nothing is missing."""
+    lacks = {}
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        reason = "there is no C compiler: `apt install build-essential`"
-    elif not header.exists():
-        reason = f"{header} is missing: `apt install python3-dev`"
-    return f"{reason}, or use --no-compile"
+        lacks["a C compiler"] = "build-essential"
+    if not Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").exists():
+        lacks["Python.h"] = f"python3.{sys.version_info.minor}-dev"
+    if not lacks:
+        return ""
+    return f"Triton needs {' and '.join(lacks)}: `apt install {' '.join(lacks.values())}`"
 
 
 def compilations() -> int:

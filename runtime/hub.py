@@ -83,19 +83,17 @@ def raise_temporary_errors() -> None:
 
     By itself it waits as long as the Hub asks, which may be hours, in some of its requests only.
     """
-    from huggingface_hub import hf_raise_for_status, set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
+    from huggingface_hub import get_session, hf_raise_for_status, set_client_factory
 
     def check(response) -> None:
         if is_temporary(response.status_code):
             hf_raise_for_status(response)
 
-    def factory():
-        client = default_client_factory()
-        client.event_hooks["response"].append(check)
-        return client
-
-    set_client_factory(factory)
+    usual = get_session()
+    hooks = {**usual.event_hooks, "response": [check]}
+    like_usual = dict(follow_redirects=usual.follow_redirects, timeout=usual.timeout)
+    # The library closes its client after some errors, and makes a new one.
+    set_client_factory(lambda: type(usual)(event_hooks=hooks, **like_usual))
 
 
 def is_temporary(status: int) -> bool:

@@ -1,17 +1,18 @@
 """The cores and the memory that this process may use, for scripts with and without torch."""
 
+import contextlib
 import ctypes
 import math
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 PROC = Path("/proc/self")  # proc(5), on Linux only
+DEVICES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
 
 
 def usable_cores() -> int:
@@ -90,18 +91,23 @@ def resident_bytes() -> int | None:
 def nvidia_gpu() -> tuple[str, str] | None:
     """Return the name of an NVIDIA GPU that this process should be able to use, and the driver's version.
 
-    Only nvidia-smi is asked, which talks to the driver, also in containers and in WSL: the files of a driver
-    may be there without a GPU. A GPU that CUDA_VISIBLE_DEVICES hides does not count.
+    nvidia-smi talks to the driver, also in containers and in WSL. Where it is missing or fails, as after an
+    update of the driver, the device files of GPUs decide: other files of a driver may be there without a GPU.
+    A GPU that CUDA_VISIBLE_DEVICES hides does not count.
     """
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1") or not shutil.which("nvidia-smi"):
-        return None
+    if not re.match(r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0")):
+        return None  # "", "-1" or Slurm's NoDevFiles
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
+        if found := re.match(r"(.+), (\d[\d.]+)$", answer.stdout, re.MULTILINE):
+            return found[1], found[2]
+    if not any(DEVICES.glob("nvidia[0-9]*")):
         return None
-    found = re.match(r"(.+), (\d[\d.]+)$", answer.stdout, re.MULTILINE)
-    return (found[1], found[2]) if found and answer.returncode == 0 else None
+    with contextlib.suppress(OSError):
+        if found := re.search(r"Kernel Module.*?  (\d[\d.]+)  ", DRIVER.read_text()):
+            return "NVIDIA GPU", found[1]
+    return "NVIDIA GPU", "unknown"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -387,6 +387,31 @@ def test_refused_command_is_reported_once_and_ends_all_ranks(shards, two_ranks):
     assert output.count("not divisible by --batch_size 3") == 1 and "rank 1: 1\n" in output
 
 
+NO_COMPILER_SCRIPT = """
+import os, torch, train
+from runtime import hardware
+
+def fails(function):
+    raise RuntimeError(f"no compiler on rank {{rank}}")
+
+rank, check = os.environ["RANK"], hardware.can_compile
+torch.compile = fails
+os.environ.update(PATH="", CC="")
+hardware.can_compile = lambda device, say: check(torch.device("cuda"), say)
+try:
+    train.main(train.parse_args({options!r}.split()))
+except (SystemExit, ValueError) as error:
+    print(f"rank {{rank}}: {{error}}\\n", end="", flush=True)
+"""
+
+
+def test_missing_compiler_is_reported_once_and_ends_all_ranks_before_the_first_step(shards, two_ranks):
+    Path("two.py").write_text(NO_COMPILER_SCRIPT.format(options=f"{TINY} --batch_size 1 --compile"))
+    output = two_ranks("two.py")
+    assert "rank 0: torch.compile does not work here: Triton needs a C compiler" in output
+    assert "rank 1: 1\n" in output and output.count("build-essential") == 1 and not Path("log").exists()
+
+
 def test_end_of_the_terminal_is_a_signal_to_stop_unless_it_is_ignored():
     before = signal.getsignal(signal.SIGHUP)
     try:

@@ -278,7 +278,7 @@ def test_suggestions(monkeypatch):
     run.dist = Distributed(0, 1, torch.device("cuda:0"))
     monkeypatch.setattr(dry_run.hardware, "memory", lambda device: (30e9, 50e9))
     eager, larger = dry_run.suggest(run, 0.0)
-    assert "leave out --no-compile" in eager and larger.startswith("--batch_size 128 fits")
+    assert "use --compile" in eager and larger.startswith("--batch_size 128 fits")
     monkeypatch.setattr(dry_run.hardware, "memory", lambda device: (50e9, 30e9))
     run.is_compiled = True
     assert dry_run.suggest(run, 0.0) == []

@@ -699,6 +699,9 @@ def test_separators_end_documents_and_are_no_text(capsys):
     arguments = ("--files", "c.txt", "--tokenizer", "byte", "--shard_size", 1, "--out_dir")
     cli(*arguments, "lines", "--separator", r"\n\n\n")
     assert token_stream("lines") == expected_tokens(["one", "two", "\nthree"])
+    Path("d.py").write_text("x = 1\n\n\ny = 2\n")
+    cli(*arguments[:2], "d.py", *arguments[2:], "code", "--separator", r"\n\n\n")
+    assert token_stream("code") == expected_tokens(["one", "two", "\nthree", "x = 1\n\n\ny = 2\n"])
     with pytest.raises(ValueError, match="--separator is for .txt files, of which there are none"):
         cli("--files", __file__, "--tokenizer", "byte", "--out_dir", "none", "--separator", "x")
 
@@ -773,7 +776,7 @@ def test_bad_input_names_a_fix_and_leaves_nothing_behind(files, tmp_path):
             r"one of \['text'\]",
         ),
         (("--files", "cut.parquet"), ValueError, "cut.parquet: "),
-        (("--files", "cut.jsonl.gz"), ValueError, "cut.jsonl.gz.* is damaged"),
+        (("--files", "cut.jsonl.gz"), ValueError, "cut.jsonl.gz is damaged .*: copy or download it again"),
         (("--files", "damaged.jsonl.gz"), ValueError, "damaged.jsonl.gz.*Error -3"),
         (("--files", "deep.jsonl"), ValueError, "deep.jsonl, line 1 is damaged or not a JSON object"),
         (("--files", "number.jsonl"), ValueError, "number.jsonl, line 3: 'text' is of type int, not text"),

@@ -1,6 +1,8 @@
 """Kernels, compilers, cores and memory."""
 
 import os
+import subprocess
+import sys
 import termios
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,10 @@ import torch
 from conftest import TINY, begin, read_losses
 from torch.nn import functional as F
 
+import bench
 import fineweb
+import hellaswag
+import sample
 from model import GPT, GPTConfig
 from runtime import hardware, machine
 from runtime.launcher import Launcher
@@ -53,52 +58,129 @@ def test_chosen_gpu_becomes_the_current_one(monkeypatch):
         hardware.choose_device("cuda")
 
 
+WHEELS = "--index-url https://download.pytorch.org/whl"
+SMI_FAILS = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
+DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n"
+OPEN_DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\n"
+
+
+@pytest.fixture
+def smi(monkeypatch, tmp_path):
+    """Write a stand-in for nvidia-smi, on a machine without files of a GPU, whose torch finds none."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch, "__version__", "2.13.0+local")
+    for backend in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(backend, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "DEVICES", tmp_path)
+    monkeypatch.setattr(machine, "DRIVER", tmp_path / "version")
+
+    def write(text: str, status: int = 0) -> None:
+        Path("nvidia-smi").write_text(f'#!/bin/sh\necho "{text}"\nexit {status}\n')
+        Path("nvidia-smi").chmod(0o755)
+
+    return write
+
+
 @pytest.mark.parametrize(
     ("cuda", "driver", "message"),
     [
-        ("13.0", "550.54.15", "is built for CUDA 13.0, which needs driver 580 or newer. Use `pip install"),
-        ("12.6", "470.82.01", "is built for CUDA 12.6, which needs driver 525 or newer. Use `pip install"),
-        (None, "580.65.06", r"is built for CPUs. Use `pip install torch==\d+.\d+.\d+\+cu126 --index-url "),
-        ("13.0", "580.65.06", r"cannot use it \(.+\). Use another CUDA_VISIBLE_DEVICES, restart"),
+        (
+            "13.0",
+            "550.54.15",
+            "is built for CUDA 13.0, which needs driver 580 or newer. Use an image with a newer driver, `pip "
+            f"install torch==2.13.0+cu126 {WHEELS}/cu126` (not for Blackwell GPUs), or --device cpu",
+        ),
+        (
+            "12.6",
+            "470.82.01",
+            "is built for CUDA 12.6, which needs driver 525 or newer. Use an image with a newer driver, or "
+            "--device cpu",
+        ),
+        (
+            None,
+            "580.65.06",
+            f"is built for CPUs. Use `pip install torch==2.13.0+cu130 {WHEELS}/cu130`, or --device cpu",
+        ),
+        (
+            None,
+            "570.86.15",
+            f"is built for CPUs. Use `pip install torch==2.13.0+cu126 {WHEELS}/cu126`, or --device cpu",
+        ),
+        (
+            "13.0",
+            "580.65.06",
+            "cannot use it (system not yet initialized). Use another CUDA_VISIBLE_DEVICES, restart the "
+            "machine or container, or --device cpu",
+        ),
     ],
 )
-def test_gpu_that_torch_cannot_use_is_an_error(cuda, driver, message, monkeypatch, tmp_path):
-    def smi(text, status=0):
-        Path("nvidia-smi").write_text(f"#!/bin/sh\necho '{text}'\nexit {status}\n")
-        Path("nvidia-smi").chmod(0o755)
-
+def test_gpu_that_torch_cannot_use_is_an_error(cuda, driver, message, monkeypatch, smi):
     def init():
         raise RuntimeError("system not yet initialized\nmore")
 
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "init", init)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    smi(f"NVIDIA H100 80GB HBM3, {driver}")
-    with pytest.raises(ValueError, match=f"^NVIDIA H100 80GB HBM3, driver {driver}: torch .* {message}"):
+    smi(f"NVIDIA H100 80GB HBM3, {driver}\nNVIDIA H100 80GB HBM3, {driver}")
+    with pytest.raises(ValueError) as caught:
         hardware.choose_device("auto")
+    assert str(caught.value) == f"NVIDIA H100 80GB HBM3, driver {driver}: torch 2.13.0 {message}"
     assert hardware.choose_device("cpu").type == "cpu"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert hardware.choose_device("auto").type == "cpu"
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    smi("NVIDIA-SMI has failed because it couldn\"t communicate with the NVIDIA driver.", status=9)
-    assert hardware.choose_device("auto").type == "cpu"
-    smi("No devices were found")
-    assert hardware.choose_device("auto").type == "cpu"
+    for hidden in ("", "-1", "NoDevFiles"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert hardware.choose_device("auto").type == "cpu"
+
+
+def test_every_command_refuses_a_gpu_that_torch_cannot_use(smi, run_train):
+    smi("NVIDIA H100 80GB HBM3, 550.54.15")
+    commands = {sample: "--model x", hellaswag: f"--model x --data {hellaswag.DEMO_ITEMS}", bench: "memory"}
+    calls = [lambda: run_train("--device auto")]
+    calls += [lambda m=m, words=words: m.main(m.parse_args(words.split())) for m, words in commands.items()]
+    for call in calls:
+        with pytest.raises(ValueError, match="^NVIDIA H100 80GB HBM3, driver 550.54.15: "):
+            call()
+    assert not Path("log").exists()
+
+
+@pytest.mark.parametrize(
+    ("smi_text", "files", "driver"),
+    [
+        (None, {}, None),
+        (None, {"version": DRIVER, "nvidiactl": "", "nvidia-uvm": ""}, None),  # no GPU
+        (SMI_FAILS, {"version": DRIVER}, None),
+        ("No devices were found", {"version": DRIVER}, None),
+        (None, {"version": DRIVER, "nvidia3": ""}, "550.54.15"),  # a container without nvidia-smi
+        (SMI_FAILS, {"version": OPEN_DRIVER, "nvidia0": ""}, "570.86.15"),
+        (SMI_FAILS, {"nvidia0": ""}, "unknown"),
+    ],
+)
+def test_files_of_a_driver_do_not_make_a_gpu_but_device_files_do(smi, smi_text, files, driver):
+    for name, text in files.items():
+        Path(name).write_text(text)
+    if smi_text:
+        smi(smi_text, status=9)
+    if driver is None:
+        assert hardware.choose_device("auto").type == "cpu"
+    else:
+        with pytest.raises(ValueError, match=f"^NVIDIA GPU, driver {driver}: torch 2.13.0 .*--device cpu$"):
+            hardware.choose_device("auto")
+
+
+HEADERS = f"python3.{sys.version_info.minor}-dev"
 
 
 @pytest.mark.parametrize(
     ("programs", "header", "message"),
     [
-        ([], True, "there is no C compiler: `apt install build-essential`, or use --no-compile"),
-        (["gcc"], False, "Python.h is missing: `apt install python3-dev`, or use --no-compile"),
-        (["gcc"], True, "Triton is broken, or use --no-compile"),
+        ([], True, "Triton needs a C compiler: `apt install build-essential`"),
+        (["gcc"], False, f"Triton needs Python.h: `apt install {HEADERS}`"),
+        ([], False, f"Triton needs a C compiler and Python.h: `apt install build-essential {HEADERS}`"),
+        (["gcc"], True, r"Command 'cc' returned non-zero exit status 1\."),
     ],
 )
 def test_missing_compiler_is_an_error_on_a_gpu(programs, header, message, monkeypatch, tmp_path):
     def compiled(function):
-        raise RuntimeError("Triton is\nbroken\n\nand more")
+        raise subprocess.CalledProcessError(1, "cc")
 
     for name in programs:
         Path(name).touch(0o755)
@@ -106,11 +188,14 @@ def test_missing_compiler_is_an_error_on_a_gpu(programs, header, message, monkey
         Path("Python.h").touch()
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(hardware.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(hardware.sysconfig, "get_config_var", lambda name: str(tmp_path))
     monkeypatch.setattr(torch, "compile", lambda function: compiled)
     monkeypatch.setattr(torch, "zeros", lambda size, device: size)
-    with pytest.raises(ValueError, match=f"^torch.compile does not work here: .*{message}$"):
+    message = f"^torch.compile does not work here: {message}"
+    with pytest.raises(ValueError, match=f"{message}, or use train.py --no-compile$"):
         hardware.can_compile(torch.device("cuda", 0), print)
+    with pytest.raises(ValueError, match=f"{message}, or leave out --compile$"):
+        hardware.can_compile(torch.device("cuda", 0), print, "leave out --compile")
 
 
 def test_the_chosen_gpu_is_synchronized_and_asked_for_its_memory(monkeypatch):

@@ -254,7 +254,7 @@ def test_bad_row_of_a_parquet_file_is_named():
     with pytest.raises(ValueError, match="items.parquet is damaged or not a HellaSwag item"):
         hellaswag.load_items("items.parquet")
     Path("items.jsonl.gz").write_bytes(gzip.compress(ITEMS.read_bytes())[:900])
-    with pytest.raises(ValueError, match=r"items.jsonl.gz.* is damaged or not a HellaSwag item \(Compressed"):
+    with pytest.raises(ValueError, match=r"items.jsonl.gz is damaged or not a gzip file \(Compressed"):
         hellaswag.load_items("items.jsonl.gz")
 
 

@@ -35,6 +35,7 @@ import train
 from model import GPT
 from runtime import cli
 from runtime.distributed import Distributed
+from runtime.launcher import Launcher
 from training import describe, dry_run, prepare, records
 from training.checkpoints import CheckpointWriter
 from training.folder import RunFolder
@@ -501,8 +502,11 @@ def test_gpus_that_a_run_leaves_idle_are_named_with_the_command_that_uses_them(r
     described: list[str] = []
     run_train("--max_steps 3 --val_every 0 --seed 1")
     run_train("--max_steps 3 --val_every 0 --seed 8")
-    command = 'torchrun --standalone --nproc_per_node=8 train.py --out_dir "my run"'
-    assert described == [f"8 GPUs, this run uses 1: {command}", ""]
+    monkeypatch.setattr(describe, "read_launcher", lambda: Launcher(local_world_size=2))
+    run_train("--max_steps 3 --val_every 0 --seed 4")  # two nodes
+    run_train("--max_steps 3 --val_every 0 --seed 2")
+    line = 'GPUs, this run uses {}: torchrun --standalone --nproc_per_node=8 train.py --out_dir "my run"'
+    assert described == [f"8 {line.format(1)}", "", "", f"8 {line.format(2)}"]
 
 
 def test_numbers_in_nested_records_have_curves():

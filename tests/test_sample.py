@@ -341,6 +341,15 @@ def command(monkeypatch, capsys):
     return call
 
 
+def test_texts_do_without_a_compiler_on_cpus(command, monkeypatch):
+    def fails(*_, **options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    options = ["--model", "tiny.pt", "--max_new_tokens", "4"]
+    assert command([*options, "--compile"]) == command(options)
+
+
 def test_command_tells_which_checkpoint_it_took_and_of_a_better_one(run_train, capsys):
     run_train("--max_steps 3")
     newest = torch.load("log/model_00003.pt", weights_only=True)
@@ -381,6 +390,21 @@ def test_prompts_come_from_options_files_and_standard_input(command):
     assert both[:-1].split(sample.SEPARATOR)[:2] == [text[:-1]] * 2
     assert [each[0] for each in both[:-1].split(sample.SEPARATOR)[2:]] == ["b", "b"]
     assert command([*short, "--interactive"], "import \n\nimport ")[0].count(text) == 2
+
+
+def test_special_tokens_are_neither_read_from_a_prompt_nor_shown(command, monkeypatch):
+    seen = []
+
+    def drawn(model, idx, *args, **options):
+        seen.append(idx.tolist())
+        return map(torch.tensor, [[ord("x")], [256]])
+
+    monkeypatch.setattr(sample, "stream", drawn)
+    text = "say <|endoftext|> now"
+    Path("prompt.txt").write_text(text)
+    for options in (["--prompt", text], ["--prompt_file", "prompt.txt"]):
+        assert command(["--model", "tiny.pt", *options]) == (text + "x\n", None)
+    assert seen == [[list(text.encode())]] * 2
 
 
 def test_interrupt_ends_the_text_but_not_the_session(command, monkeypatch):

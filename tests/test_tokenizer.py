@@ -24,6 +24,7 @@ def test_byte_ids_are_the_bytes(text):
     tokenizer = get_tokenizer("byte")
     assert tokenizer.encode_ordinary(text) == list(text.encode())
     assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+    assert encode(BatchTokenizer("byte"), [text, "", text]) == [list(text.encode()), [], list(text.encode())]
 
 
 def test_end_of_text_is_the_last_id():
@@ -132,6 +133,13 @@ def test_parts_of_a_text_have_the_tokens_of_the_whole(small_gpt2, separator):
         expected = text.split(separator) if separator else [text]
         expected = expected if not separator or expected[-1].strip() else expected[:-1]
         assert found == [small_gpt2.encode_ordinary(each) for each in expected]
+
+
+@pytest.mark.parametrize("separator", [None, "<|endoftext|>"])
+def test_white_space_at_the_end_of_a_text_in_parts_is_kept(separator):
+    blocks = ["one word" + "\n" * 20, "\n", "\n"]
+    parts = list(documents.parts_of(iter(blocks), separator, is_bytes=False))
+    assert "".join(part for part, _ in parts) == "".join(blocks) and len(parts) > 1
 
 
 def test_long_runs_of_white_space_are_tokenized(small_gpt2, monkeypatch):

@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from runtime import hardware
 from runtime.cli import command_line
+from runtime.launcher import read_launcher
 from training.checkpoints import disk_usage
 
 FEW_EPOCHS, MANY_EPOCHS = 0.1, 10.0
@@ -63,7 +64,8 @@ def what_disappoints(run, epochs: float) -> list[str]:
     if args.overfit_batch:
         return []
     lines = []
-    if run.dist.device.type == "cuda" and ranks < (gpus := torch.cuda.device_count()):
+    gpus = torch.cuda.device_count() if run.dist.device.type == "cuda" and ":" not in args.device else 0
+    if ranks < gpus and ranks == read_launcher().local_world_size:  # on a single node
         lines.append(f"{gpus} GPUs, this run uses {ranks}: {command_line(*sys.argv, ranks=gpus)}")
     if epochs < FEW_EPOCHS:
         lines.append(f"only {epochs:.1%} of the training data will be read: raise --max_steps if you can")

@@ -223,7 +223,7 @@ def suggest(run, waiting: float) -> list[str]:
     """Return what would obviously help. `waiting` is the share of a step that waits for data."""
     args, found, device = run.args, [], run.dist.device
     if device.type == "cuda" and not run.is_compiled:
-        found.append("eager code is slow on GPUs: leave out --no-compile")
+        found.append("eager code is slow on GPUs: use --compile")
     if device.type == "cpu" and run.dtype != torch.float32 and not hardware.computes_in(run.dtype, device):
         found.append(f"this CPU only emulates {args.dtype}: use --dtype float32")
     if waiting > SLOW_DATA:
