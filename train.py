@@ -38,6 +38,7 @@ from runtime.distributed import (
     Interrupted,
     OnOtherRanks,
     StopSignal,
+    no_hangs,
     setup_distributed,
     together,
 )
@@ -666,7 +667,8 @@ def main(args: argparse.Namespace) -> None:
         # Loop
         records = Records(run, folder, EVALUATIONS, is_new, recent) if dist.is_main else OnOtherRanks()
         with run.stop, records:
-            train(run, records)
+            with no_hangs(dist, run.progress):
+                train(run, records)
 
             # End
             records.finish()

@@ -1,11 +1,16 @@
 """Ranks: joining and leaving torchrun's process group, and agreeing on sums, errors and signals."""
 
 import contextlib
-import datetime
+import os
 import signal
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -13,8 +18,9 @@ from tqdm import tqdm
 from runtime.cli import USER_ERRORS, error_lines
 from runtime.launcher import Launcher, read_launcher
 
-# Ranks wait for rank 0: for a download, for a large checkpoint on a slow disk. NCCL's default is ten minutes.
-TIMEOUT = datetime.timedelta(hours=2)
+# Around the loop, ranks wait for rank 0: for a download, for the last checkpoint on a slow disk. In the loop,
+# all of them work at the same pace, and a rank that hangs is paid for until this time has passed.
+TIMEOUT, STEP_TIMEOUT = timedelta(hours=2), timedelta(minutes=10)
 SECOND_THREAD_S = 0.3  # far more than it takes to free a tensor, also on a machine that is busy
 SAME_SIGNAL_S = 1.0  # torchrun repeats a signal that a terminal or Slurm has already sent to every process
 
@@ -108,6 +114,59 @@ def setup_distributed(device: torch.device) -> Distributed:
         device_id=device if on_gpu else None,
     )
     return Distributed(launcher.rank, launcher.world_size, device if on_gpu else torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def no_hangs(dist: Distributed, progress) -> Iterator[None]:
+    """In a block of training steps, end this rank if it waits for the others for longer than STEP_TIMEOUT.
+
+    HANG_TIMEOUT_S, in seconds, replaces that time. A line names `progress.step` and the collective. gloo
+    raises an error. NCCL aborts the process instead, so there a thread prints the line.
+    """
+    if dist.world_size == 1:
+        yield
+        return
+    limit = timedelta(seconds=float(os.environ.get("HANG_TIMEOUT_S", STEP_TIMEOUT.total_seconds())))
+    torch.distributed.distributed_c10d._set_pg_timeout(limit)
+    ended = threading.Event()
+    if dist.device.type == "cuda":
+        words = dist.rank, progress, limit.total_seconds(), threading.get_ident(), ended
+        threading.Thread(target=name_hang, args=words, daemon=True).start()
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        where = innermost(traceback.extract_tb(error.__traceback__))
+        reason = str(error).split("]")[-1].strip()
+        raise ConnectionError(
+            f"rank {dist.rank}: step {progress.step} failed in {where}, because another rank hangs or has "
+            f"ended ({reason}): see what the others say, then repeat the command with --resume"
+        ) from error
+    finally:
+        ended.set()
+    torch.distributed.distributed_c10d._set_pg_timeout(TIMEOUT)
+
+
+def name_hang(rank: int, progress, limit_s: float, thread: int, ended: threading.Event) -> None:
+    """Print a line when `progress.step` has not changed for `limit_s`, with what that thread is doing."""
+    step, since = progress.step, time.monotonic()
+    while not ended.wait(min(limit_s / 10, 1.0)):
+        if progress.step != step:
+            step, since = progress.step, time.monotonic()
+        elif time.monotonic() - since > limit_s:
+            where = innermost(traceback.extract_stack(sys._current_frames()[thread]))
+            tqdm.write(f"rank {rank}: step {step} has taken {limit_s:.0f} s so far, in {where}: a rank hangs")
+            return
+
+
+def innermost(stack: traceback.StackSummary) -> str:
+    """Return the collective that a stack is in, if there is one, and the innermost line of this project."""
+    calls = [each.name for each in stack if Path(each.filename).name == "distributed_c10d.py"]
+    collective = next((f"{name}, " for name in reversed(calls) if name != "wrapper"), "")
+    folders = Path(__file__).parent.parent, Path(__file__).parent
+    ours = [each for each in stack if Path(each.filename).parent in folders]
+    return f"{collective}{Path(ours[-1].filename).name}, line {ours[-1].lineno}: {ours[-1].line}"
 
 
 def fresh_store(launcher: Launcher) -> torch.distributed.Store | None:

@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -316,6 +318,45 @@ def test_closed_terminal_stops_torchrun_under_nohup_unless_it_leaves_the_signal_
         for process in (stops, goes_on):
             process.terminate()
             process.wait(60)
+
+
+def test_rank_that_hangs_ends_the_others_with_step_and_collective(shards):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    about |= {"LOCAL_WORLD_SIZE": "2", "HANG_TIMEOUT_S": "2"}
+    options = f"{TINY} --batch_size 1 --max_steps 100000 --val_every 0 --checkpoint_every 0 --log_every 1"
+    ranks = []
+    for rank in ("0", "1"):
+        environment = {**about, "RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(begin(options, f"rank{rank}.txt", environment=environment))
+    wait_until(lambda: count_lines("log") > 20)
+    os.kill(ranks[1].pid, signal.SIGSTOP)
+    ranks[0].join(60)
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    assert ranks[0].exitcode == 1
+    printed = Path("rank0.txt").read_text().splitlines()
+    last_step = re.match(r"step +(\d+)", [line for line in printed if line.startswith("step")][-1])[1]
+    where = r"(all_reduce, )?\S+, line \d+: .+"
+    found = re.search(rf"rank 0: step (\d+) failed in ({where}), because", printed[-1])
+    assert int(found[1]) == int(last_step) + 1 and ("backward" in found[2] or "all_reduce" in found[2])
+    assert "Timed out waiting 2000ms" in printed[-1] and "Traceback" not in "".join(printed)
+
+
+def test_hang_on_gpus_is_named_before_nccl_aborts_the_process(capsys, monkeypatch):
+    ended, inside = threading.Event(), threading.Event()
+    wait = {"wait": lambda: (inside.set(), ended.wait(20))}
+    exec(compile("def all_reduce(total):\n    wait()", "torch/distributed_c10d.py", "exec"), wait)
+    monkeypatch.setattr(torch.distributed, "all_reduce", wait["all_reduce"])
+    dist = distributed.Distributed(3, 8, torch.device("cpu"))
+    hanging = threading.Thread(target=dist.sum, args=[1.0])
+    hanging.start()
+    inside.wait(20)
+    distributed.name_hang(dist.rank, SimpleNamespace(step=12), 0.1, hanging.ident, ended)
+    ended.set()
+    hanging.join()
+    line = "rank 3: step 12 has taken 0 s so far, in all_reduce, distributed.py, line "
+    assert capsys.readouterr().out.startswith(line)
 
 
 def test_two_nodes_match_one_process(shards, run_train):
