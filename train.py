@@ -613,11 +613,11 @@ def main(args: argparse.Namespace) -> None:
             if args.sample_prompt is None:
                 args.sample_prompt = first_words(val_data.read(0), found.tokenizer)
         with together(dist):
+            hint = f"the ranks see different shards; {args.data_dir} has to be the same on every node"
+            dist.check_same([val_data.description, train_data.description], hint)  # or one alone may fail
             if args.epochs:
                 tokens = args.epochs * train_data.windows * args.block_size
                 limit_steps(args, tokens, tokens_at, found.resumed)
-            hint = f"the ranks see different shards; {args.data_dir} has to be the same on every node"
-            dist.check_same([val_data.description, train_data.description], hint)
             planned = planned_tokens(args, dist.world_size, tokens_at)
 
         # Optimizer, scaler, autocast
