@@ -63,6 +63,7 @@ from runtime.files import (
 from runtime.machine import keep_freed_memory, usable_cores
 
 SMALL_TEXT = 100_000_000  # tokens; `train.py --preset text` is meant for fewer
+MOST_WORKERS = 8  # by default: one thread collects, hashes and writes 500 MB/s of text, and one tokenizes 190
 MOST_VALIDATION = 0.2  # share of a set; where the first shard is more, a tenth of the set is validation
 
 
@@ -162,7 +163,8 @@ class ShardSet:
         chunks = read_chunks(self.fetcher, form, start[:2])
         stream = encode_chunks(chunks, self.tokenizer, self.workers)
         buffer, filled, drop = np.empty(size, dtype=np.uint16), 0, start[2]
-        unlimited = left > sys.maxsize // 2
+        if left + done == sys.maxsize:  # no limit
+            self.fetcher.prefetch(start[0], len(self.sizes))
         with tqdm(
             unit="tok", unit_scale=True, desc="tokenizing", initial=done, disable=None, leave=False
         ) as bar:
@@ -171,11 +173,13 @@ class ShardSet:
                 drop -= taken
                 tokens = tokens[: taken + left]
                 left -= len(tokens) - taken
-                if left and (unlimited or chunk.share > 0.5):  # a limited set may end within this input
-                    self.fetcher.prefetch(chunk.input + 1)
+                done += len(tokens) - taken  # a bar that is not shown does not count
                 bar.update(len(tokens) - taken)
                 done_bytes = self.sizes[chunk.input] + chunk.share * self.fetcher.inputs[chunk.input].size
-                bar.total = min(int(bar.n * self.sizes[-1] / max(done_bytes, 1)), total)
+                bar.total = min(int(done * self.sizes[-1] / max(done_bytes, 1)), total)
+                # A limited set ends about here, with as many tokens per byte as before.
+                last_byte = done_bytes * (1 + left / max(done, 1))
+                self.fetcher.prefetch(chunk.input, np.searchsorted(self.sizes, last_byte))
                 while taken < len(tokens):
                     if filled == size:
                         yield buffer, (chunk.input, chunk.row, taken), skipped
@@ -217,10 +221,10 @@ class ShardSet:
 
         Its last shard and the rest of its first one, which went to training, will be made again.
         """
-        records = self.manifest["shards"]
+        records, total = self.manifest["shards"], limit_of(self.manifest)
         regular = [record for record in records if record["next"]]
         if regular and regular[0]["tokens"] < self.manifest["shard_size"]:
-            tokens, following, _ = next(self.shards((0, 0, 0), self.manifest["shard_size"], sys.maxsize))
+            tokens, following, _ = next(self.shards((0, 0, 0), self.manifest["shard_size"], total))
             regular[0] |= self.write(0, tokens)
         skipped = regular[-1].get("skipped", self.manifest["skipped_documents"]) if regular else 0
         self.manifest |= {"shards": regular, "skipped_documents": skipped, "complete": False}
@@ -287,7 +291,8 @@ class ShardSet:
     def repair(self, number: int) -> None:
         """Rebuild one shard. Raises ValueError if the inputs no longer give the same tokens."""
         record = self.manifest["shards"][number]
-        tokens, _, _ = next(self.shards(self.start(number), record["tokens"], record["tokens"]))
+        start, done = self.start(number), sum(r["tokens"] for r in self.manifest["shards"][:number])
+        tokens, _, _ = next(self.shards(start, record["tokens"], record["tokens"], done))
         self.write(number, tokens, record["sha256"])
 
 
@@ -310,11 +315,11 @@ class TokenShardSet(ShardSet):
         with tqdm(total=len(inputs), initial=len(records), unit="file", disable=None, leave=False) as bar:
             while not self.manifest["complete"]:
                 number = len(records)
+                done = sum(record["tokens"] for record in records)
+                last_byte = self.sizes[number] + 2.0 * (total - done)
+                self.fetcher.prefetch(number, np.searchsorted(self.sizes, last_byte))
                 tokens = self.tokens_of(number)
-                done = sum(record["tokens"] for record in records) + len(tokens)
-                is_last = number + 1 == len(inputs) or done >= total
-                if not is_last:
-                    self.fetcher.prefetch(number + 1)
+                is_last = number + 1 == len(inputs) or done + len(tokens) >= total
                 following = None if is_last else (number + 1, 0, 0)
                 records.append({**self.write(number, tokens), "next": following})
                 self.manifest["complete"] = is_last
@@ -457,7 +462,9 @@ def prepare(
     if names:
         shards = TokenShardSet(out_dir, manifest, fetcher, lock=lock)
     else:
-        shards = ShardSet(out_dir, manifest, fetcher, BatchTokenizer(recipe.tokenizer), workers, lock)
+        shards = ShardSet(
+            out_dir, manifest, fetcher, BatchTokenizer(recipe.tokenizer, workers), workers, lock
+        )
     if reopens:
         shards.reopen()
         bad = [number for number in bad if number < len(manifest["shards"])]
@@ -535,11 +542,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     separator = "'<|endoftext|>' or '\\n\\n\\n'"
     add("--separator", type=unescaped, help=f"what ends documents in .txt files: {separator} (None: nothing)")
     add = parser.add_argument_group("shards").add_argument
+    workers = f"threads that tokenize; {MOST_WORKERS} keep the one that writes busy, each takes about 90 MB"
     add("--tokenizer", choices=NAMES, default="gpt2", help="gpt2, or byte, which needs no download")
     add("--out_dir", type=user_path, default="edu_fineweb10B", help="folder for the shards")
     add("--shard_size", type=at_least_1, default=100_000_000, help="tokens per shard")
     add("--max_tokens", type=at_least_1, help="stop after this many tokens per task (None: no limit)")
-    add("--workers", type=at_least_1, default=usable_cores(), help="threads that tokenize")
+    add("--workers", type=at_least_1, default=min(usable_cores(), MOST_WORKERS), help=workers)
     add("--task_index", type=Range(int, 0), default=0, help="index of this machine, from 0")
     add("--task_count", type=at_least_1, default=1, help="machines that share the inputs, file by file")
     add("--keep_downloads", action="store_true", help="keep the Hub's files in --out_dir/downloads")

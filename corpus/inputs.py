@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 PATIENCE_S = 900  # of trying and waiting: a set may be made overnight
 CONVERTED = "refs/convert/parquet"  # the branch for which the Hub converts datasets itself
 SUFFIXES = (".txt", ".py", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+# Downloads that are made while one is read: a connection may be slower than the network, and a file of
+# FineWeb-Edu takes 2 GB of disk.
+AHEAD = 3
 SMALL_FILE = 1_000_000  # bytes, which are hashed sooner than a thread starts
 TOKEN_FILES = ".bin"  # of GPT-2's tokens, in llm.c's format
 
@@ -217,7 +220,7 @@ def check_content(path: str, before: dict) -> None:
 
 
 class Fetcher:
-    """The inputs as local files; the next one can be downloaded while one is being read.
+    """The inputs as local files; the next ones can be downloaded while one is being read.
 
     A file of this machine is also hashed when it is read. Downloads and the hashes of large files are made by
     daemon threads, so that no command waits for the end of one that it does not need.
@@ -232,7 +235,7 @@ class Fetcher:
         if self.inputs[index].repo is None:
             self._hash(index)
             return Path(self.inputs[index].path)
-        self.prefetch(index)
+        self._download(index)
         return self.pending[index].result()
 
     def _hash(self, index: int) -> Future:
@@ -251,9 +254,14 @@ class Fetcher:
         number = max(self.hashes, default=-1) + 1
         return known + [self._hash(index).result() for index in range(len(known), number)]
 
-    def prefetch(self, index: int) -> None:
-        """Start to download an input of the Hub, unless that has been done."""
-        if index < len(self.inputs) and self.inputs[index].repo and index not in self.pending:
+    def prefetch(self, index: int, end: int) -> None:
+        """Start to download this input of the Hub and the AHEAD that follow it, except from `end` on."""
+        for each in range(index, min(index + AHEAD + 1, end, len(self.inputs))):
+            if self.inputs[each].repo:
+                self._download(each)
+
+    def _download(self, index: int) -> None:
+        if index not in self.pending:
             self.pending[index] = hub.started(partial(download, self.inputs[index], self.folder))
 
     def release(self, before: int) -> None:

@@ -24,7 +24,7 @@ import tiktoken
 
 from runtime import hub
 from runtime.files import parsing
-from runtime.machine import resident_bytes
+from runtime.machine import resident_bytes, return_freed_memory
 
 if TYPE_CHECKING:
     import gigatoken
@@ -42,9 +42,10 @@ WHITE_SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]
 WHITE_RUN, IS_WHITE = re.compile(f"{WHITE_SPACE}+"), re.compile(WHITE_SPACE).match
 LONGER_RUN = re.compile(WHITE_SPACE + "{100}")  # rare, so that others need not be looked at one by one
 SHORT_TEXT = 100_000  # characters, of which tiktoken can have any
-# gigatoken remembers every word that it has seen. A tokenizer is replaced when this process has grown by so
-# much since it was made or, where that is not known (not Linux), after so much text.
-MOST_GROWTH, MOST_TEXT = 600_000_000, 256_000_000  # bytes
+# gigatoken remembers every word that it has seen: 0.2 MB for each MB of prose, 10 MB where all words are new.
+# A tokenizer is replaced when this process has grown by MOST_GROWTH per thread, but not before LEAST_TEXT, as
+# to make one takes 0.3 s. Where the growth is not known (not Linux), it is replaced after MOST_TEXT.
+MOST_GROWTH, LEAST_TEXT, MOST_TEXT = 600_000_000, 32_000_000, 256_000_000  # bytes
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
@@ -149,14 +150,15 @@ def tiktoken_file(ranks: dict[bytes, int]) -> bytes:
 
 
 class BatchTokenizer:
-    """Tokenizes many texts at a time, in any number of threads; `<|endoftext|>` in a text is ordinary text.
+    """Tokenizes many texts at a time, in up to `threads` threads; `<|endoftext|>` in a text is ordinary text.
 
     GPT-2's ids come from gigatoken, with tiktoken's vocabulary. Those of the first texts are compared with
     tiktoken's. Without gigatoken, and for the other tokenizer, all ids come from tiktoken.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, threads: int = 1):
         self.encoding, self.has_gigatoken = get_tokenizer(name), False
+        self.threads, self.first_size = threads, resident_bytes()
         self.of_thread, self.is_checked = threading.local(), False
         if name == "gpt2":
             try:
@@ -171,20 +173,28 @@ class BatchTokenizer:
 
         Threads do not share one, because they would wait for each other.
         """
-        mine, now = self.of_thread, resident_bytes()
+        mine = self.of_thread
         if hasattr(mine, "fast"):
             mine.text += new_text
-            if not (mine.text > MOST_TEXT if now is None else now - mine.size > MOST_GROWTH):
+            if not self._is_full(mine.text):
                 return mine.fast
             del mine.fast
+            return_freed_memory()
         import gigatoken
 
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "gpt2.tiktoken")
             file.write_bytes(tiktoken_file(self.encoding._mergeable_ranks))
             mine.fast = gigatoken.Tokenizer.from_tiktoken(file, pretokenizer="gpt2")
-        mine.size, mine.text = resident_bytes(), new_text
+        mine.text = new_text
         return mine.fast
+
+    def _is_full(self, text: int) -> bool:
+        """Return whether a tokenizer that has seen so many bytes of text is to be replaced."""
+        now = resident_bytes()
+        if now is None:
+            return text > MOST_TEXT
+        return text > LEAST_TEXT and now - self.first_size > MOST_GROWTH * self.threads
 
     def encode(self, texts: "pyarrow.LargeStringArray") -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of all texts in uint16, and where each text begins and the last one ends in them.

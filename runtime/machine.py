@@ -164,3 +164,9 @@ def keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_max = -1, -4  # names and numbers of mallopt(3)
         ctypes.CDLL(None).mallopt(m_mmap_max, 0)
         ctypes.CDLL(None).mallopt(m_trim_threshold, -1)
+
+
+def return_freed_memory() -> None:
+    """Make glibc return freed memory to the system, so that `resident_bytes` no longer counts it."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, token_stream
+from conftest import REPOSITORY, token_stream, wait_until
 
 pyarrow = pytest.importorskip("pyarrow")  # a machine for the GPU tests may lack it
 pytest.importorskip("pyarrow.parquet")
@@ -76,6 +77,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         files, path = self.server.files, urllib.parse.unquote(self.path.split("?")[0])
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.server.seen.append((self.command, path, headers))
+        self.server.before_get(path)
         for (command, part), faults in self.server.faults.items():
             if command == self.command and part in path and faults:
                 fault = faults.pop(0) if len(faults) > 1 or faults[0] != "always" else 503
@@ -127,14 +129,14 @@ def hub():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files = {f"sample/{number}.parquet": parquet(texts) for number, texts in enumerate(TEXTS)}
     server.files |= {"data/0.parquet": parquet(["not asked for"]), "README.md": CARD.encode()}
-    server.faults, server.seen, server.converted = {}, [], {}
+    server.faults, server.seen, server.converted, server.before_get = {}, [], {}, lambda path: None
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
 
 
-def prepare(hub, *options: str, **environment: str) -> subprocess.CompletedProcess:
+def begin(hub, *options: str, **environment: str) -> subprocess.Popen:
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
         **{"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": "home", "HF_TOKEN": "hf_secret"},
@@ -143,9 +145,20 @@ def prepare(hub, *options: str, **environment: str) -> subprocess.CompletedProce
     }
     arguments = ["--dataset", "org/name", "--name", "small", "--tokenizer", "byte", "--shard_size", "9000"]
     arguments += ["--out_dir", "out", "--workers", "1", *options]
-    return subprocess.run(
-        [sys.executable, "-c", CLIENT, *arguments], env=environment, capture_output=True, text=True
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", CLIENT, *arguments], env=environment, **pipes)
+
+
+def prepare(hub, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    with begin(hub, *options, **environment) as process:
+        output, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def token_file(tokens: np.ndarray) -> bytes:
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = 20240520, 1, len(tokens)
+    return header.tobytes() + tokens.astype(np.uint16).tobytes()
 
 
 def test_temporary_hub_errors_are_retried(hub):
@@ -198,10 +211,8 @@ def test_offline_and_unknown_name_print_one_line(hub):
 
 
 def test_token_files_of_the_hub_need_no_tokenizer_and_continue(hub):
-    header = np.zeros(256, dtype=np.int32)
     for name, size in (("val_000000", 500), ("train_000001", 900), ("train_000002", 700)):
-        header[:3] = 20240520, 1, size
-        hub.files[f"fineweb_{name}.bin"] = header.tobytes() + np.arange(size, dtype=np.uint16).tobytes()
+        hub.files[f"fineweb_{name}.bin"] = token_file(np.arange(size))
     hub.faults = {("GET", "train_000002"): ["always"]}
     options = ("--tokenizer", "gpt2", "--shard_size", "100000000")
     offline = {"TIKTOKEN_CACHE_DIR": "empty", "ALL_PROXY": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
@@ -219,6 +230,54 @@ def test_token_files_of_the_hub_need_no_tokenizer_and_continue(hub):
         f"/datasets/org/name/resolve/{REVISION}/fineweb_train_000002.bin"
     }
     assert not Path("out/downloads").exists() and not Path("empty").exists()
+
+
+@pytest.mark.parametrize("kind, behind", [("bin", 4), ("parquet", 5)])
+def test_four_files_are_downloaded_at_once_and_earlier_ones_are_deleted_before(hub, kind, behind):
+    """Before file i is asked for, file i - `behind` has been deleted: a shard of documents is written when
+    the next file has begun, that of a token file before."""
+    names = [f"sample/{number}_{'train' if number else 'val'}.{kind}" for number in range(8)]
+    tokens = [np.array([256, *f"file {number}, ".encode() * 50]) for number in range(8)]
+    texts = [[bytes(each[1:].tolist()).decode()] for each in tokens]
+    make = {"bin": lambda number: token_file(tokens[number]), "parquet": lambda number: parquet(texts[number])}
+    hub.files = {name: data for name, data in hub.files.items() if "sample" not in name}
+    hub.files |= {name: make[kind](number) for number, name in enumerate(names)}
+    together, too_many, asked = threading.Barrier(4), [], set()
+
+    def before_get(path):
+        number = next((number for number, name in enumerate(names) if path.endswith(name)), None)
+        if number is None or number in asked:
+            return
+        asked.add(number)
+        if number < 4:
+            together.wait(30)
+        elif number >= behind and Path("out/downloads", names[number - behind]).exists():
+            too_many.append(number)
+
+    hub.before_get = before_get
+    options = ("--tokenizer", "gpt2") if kind == "bin" else ("--shard_size", str(len(tokens[0])))
+    result = prepare(hub, *options)
+    assert result.returncode == 0 and not together.broken, result.stderr
+    assert asked == set(range(8)) and too_many == []
+    assert token_stream("out") == np.concatenate(tokens).tolist()
+    assert not Path("out/downloads").exists()
+
+
+def test_ctrl_c_does_not_wait_for_downloads(hub):
+    held, end = [], threading.Event()
+
+    def before_get(path):
+        if "sample/" in path and hub.seen[-1][0] == "GET":
+            held.append(path)
+            end.wait(60)
+
+    hub.before_get = before_get
+    with begin(hub) as process:
+        wait_until(lambda: len(held) == 3)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    end.set()
+    assert process.returncode == 130 and errors == ""
 
 
 def test_dataset_in_another_format_is_read_from_the_hubs_parquet_files(hub):

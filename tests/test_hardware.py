@@ -361,6 +361,12 @@ def test_everything_uses_the_limits_of_a_container(cgroups, monkeypatch, run_tra
         torch.set_num_threads(threads)
 
 
+def test_many_cores_do_not_start_as_many_tokenizers(monkeypatch):
+    monkeypatch.setattr(fineweb, "usable_cores", lambda: 208)
+    assert fineweb.parse_args([]).workers == fineweb.MOST_WORKERS < 208
+    assert fineweb.parse_args(["--workers", "64"]).workers == 64
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs an affinity")
 def test_cores_outside_the_affinity_are_not_counted():
     allowed = os.sched_getaffinity(0)

@@ -2,6 +2,8 @@ import builtins
 import functools
 import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+from conftest import REPOSITORY
 from tiktoken_ext.openai_public import r50k_pat_str as GPT2_PATTERN
 
 from corpus import documents, tokenizer
 from corpus.tokenizer import BatchTokenizer, get_tokenizer
+from runtime import machine
 
 pyarrow = pytest.importorskip("pyarrow")  # a machine for the GPU tests may lack it
 
@@ -181,14 +185,57 @@ def test_wrong_ids_in_the_first_texts_end_the_command(small_gpt2, monkeypatch):
         encode(batch, ["some words, and some more"])
 
 
+@pytest.fixture
+def made(monkeypatch):
+    """The tokenizers of gigatoken that are made, each with the text that it has seen."""
+    import gigatoken
+
+    made, make = [], gigatoken.Tokenizer.from_tiktoken
+
+    def noted(*args, **options):
+        made.append(make(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(gigatoken.Tokenizer, "from_tiktoken", noted)
+    return made
+
+
 @pytest.mark.parametrize("system_says", [True, False])
-def test_memory_for_words_is_given_back(small_gpt2, monkeypatch, system_says):
+def test_memory_for_words_is_given_back(small_gpt2, monkeypatch, made, system_says):
     memory = iter(range(0, 10_000_000_000, 150_000_000))
     monkeypatch.setattr(tokenizer, "resident_bytes", lambda: next(memory) if system_says else None)
     monkeypatch.setattr(tokenizer, "MOST_TEXT", 4000)
-    batch, seen, texts = BatchTokenizer("gpt2"), [], ["word " * 200]
+    monkeypatch.setattr(tokenizer, "LEAST_TEXT", 2500)
+    batch, texts, numbers = BatchTokenizer("gpt2"), ["word " * 200], []
     for _ in range(12):
         assert encode(batch, texts) == small_gpt2.encode_ordinary_batch(texts)
-        seen.append(batch.of_thread.fast)
-    assert 2 <= len({id(fast) for fast in seen}) <= 5
-    assert seen[0] is seen[1] is seen[2]
+        numbers.append(len(made))
+    # From the sixth on the process has grown by more than 600 MB.
+    expected = [1, 1, 1, 1, 1, 2, 2, 3, 3, 4, 4, 5] if system_says else [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    assert numbers == expected
+
+
+def test_each_thread_has_its_share_of_the_memory_for_words(small_gpt2, monkeypatch, made):
+    size = [0]
+    monkeypatch.setattr(tokenizer, "resident_bytes", lambda: size[0])
+    monkeypatch.setattr(tokenizer, "LEAST_TEXT", 1)
+    batch, texts = BatchTokenizer("gpt2", threads=4), ["some words"]
+    for size[0], number in ((0, 1), (4 * tokenizer.MOST_GROWTH, 1), (4 * tokenizer.MOST_GROWTH + 1, 2)):
+        encode(batch, texts)
+        assert len(made) == number
+
+
+@pytest.mark.skipif(machine.resident_bytes() is None, reason="needs Linux")
+def test_freed_memory_is_returned():
+    """Blocks below the last one stay with glibc, as the memory of words does."""
+    script = """
+from runtime.machine import keep_freed_memory, resident_bytes, return_freed_memory
+keep_freed_memory()
+blocks = [b"x" * (1_000_000 + i) for i in range(300)] + [b"x" * 1000]
+del blocks[:-1]
+before = resident_bytes()
+return_freed_memory()
+print(before - resident_bytes())
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, check=True)
+    assert int(result.stdout) > 200_000_000
