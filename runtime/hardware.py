@@ -42,7 +42,6 @@ OLDEST_DRIVERS = {12: 525, 13: 580}
 # The builds of PyTorch 2.11 to 2.14 for newer and for older drivers; the latter knows no Blackwell GPUs
 # (pytorch/pytorch#190355).
 NEWER_CUDA, OLDER_CUDA = "cu130", "cu126"
-MOST_COMPILE_THREADS = 32  # as Inductor has it, but for each rank, on cores that they share
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -203,7 +202,7 @@ def describe_compute(
 ) -> str:
     """Return dtype, compiler, and the kernel that PyTorch picks for attention in the current context."""
     how = f"{str(dtype).removeprefix('torch.')}, {'compiled' if compiled else 'eager'}"
-    if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+    if device.type == "cuda" and uses_tf32(device):
         how += ", fp32 products in TF32"
     if device.type not in ("cpu", "cuda"):
         return how
@@ -211,6 +210,12 @@ def describe_compute(
     q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
     choice = torch._fused_sdp_choice(q, q, q, dropout_p=args.dropout, is_causal=True)
     return f"{how}, attention {SDPBackend(choice).name.lower().replace('_attention', '')}"
+
+
+def uses_tf32(device: torch.device) -> bool:
+    """Return whether a GPU multiplies fp32 matrices in TF32, which it can since Ampere."""
+    is_new = torch.cuda.get_device_capability(device) >= (8, 0)
+    return is_new and torch.get_float32_matmul_precision() != "highest"
 
 
 def can_compile(
@@ -221,9 +226,12 @@ def can_compile(
     Returns False with a warning on a CPU, and raises ValueError on a GPU, where eager training would cost
     more than it takes to install a compiler. `otherwise` says how to do without.
     """
-    if sys.platform != "win32":  # where Inductor compiles in one thread
-        cores = min(usable_cores() // read_launcher().local_world_size, MOST_COMPILE_THREADS)
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(cores, 1)))
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        # Set here, because torch's optimizers have already imported this module, which reads the variable.
+        from torch._inductor import config
+
+        cores = max(usable_cores() // read_launcher().local_world_size, 1)
+        config.compile_threads = min(config.compile_threads, cores)
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # the C compiler that Triton calls does not raise RuntimeError

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 PROC = Path("/proc/self")  # proc(5), on Linux only
 IMPORTED = time.monotonic()
+MOST_FILES = 4096  # that a run may open: up to 256 shards of each split, and the sockets of NCCL
 DEVICES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
 
 
@@ -108,6 +109,17 @@ def open_file_limit() -> float:
         return math.inf
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return math.inf if limit == resource.RLIM_INFINITY else limit
+
+
+def allow_open_files() -> None:
+    """Raise the limit of open files to MOST_FILES, or as far as the system allows."""
+    if (soft := open_file_limit()) < MOST_FILES:
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        most = MOST_FILES if hard == resource.RLIM_INFINITY else min(MOST_FILES, hard)
+        if most > soft:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def process_age() -> float:

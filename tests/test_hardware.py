@@ -1,6 +1,8 @@
 """Kernels, compilers, cores and memory."""
 
 import os
+import resource
+import shutil
 import subprocess
 import sys
 import termios
@@ -11,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import REPOSITORY, TINY, begin, read_losses
+from torch._inductor import config as inductor_config
+from torch._inductor.async_compile import get_compile_threads
 from torch.nn import functional as F
 
 import bench
@@ -302,15 +306,57 @@ def cgroups(monkeypatch, tmp_path):
 
 def test_ranks_share_the_cores_that_compile(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    cases = [(96, 8, None, "12"), (208, 1, None, "32"), (2, 8, None, "1"), (96, 8, "5", "5")]
-    for cores, ranks, before, threads in cases:
+    # By then, an optimizer has imported Inductor, which has read the cores of the machine or the variable.
+    cases = [(96, 8, None, 32, 12), (208, 1, None, 32, 32), (2, 8, None, 2, 1), (96, 8, "20", 20, 20)]
+    for cores, ranks, before, default, threads in cases:
         monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
         if before:
             monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", before)
+        monkeypatch.setattr(inductor_config, "compile_threads", default)
         monkeypatch.setattr(hardware, "usable_cores", lambda cores=cores: cores)
         monkeypatch.setattr(hardware, "read_launcher", lambda ranks=ranks: Launcher(local_world_size=ranks))
         assert hardware.can_compile(torch.device("cpu"), print)
-        assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == threads
+        assert get_compile_threads() == threads
+
+
+def test_open_files_are_allowed_as_far_as_the_system_does(monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = machine.MOST_FILES if limits[1] < 0 else min(machine.MOST_FILES, limits[1])  # below 0: no limit
+    try:
+        for soft in (300, most, limits[0]):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
+            machine.allow_open_files()
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (max(soft, most), limits[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    changed, endless = [], resource.RLIM_INFINITY
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: changed.append(limits))
+    for found in [(256, 1024), (256, endless), (1024, 1024), (endless, endless)]:
+        monkeypatch.setattr(resource, "getrlimit", lambda _, found=found: found)
+        machine.allow_open_files()
+    assert changed == [(1024, 1024), (4096, endless)]
+
+
+def test_run_with_more_shards_than_files_that_may_be_open(shards, run_train):
+    for number in range(100):
+        shutil.copy(shards / "edufineweb_train_000001.npy", shards / f"edufineweb_train_{number + 9:06d}.npy")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (80, limits[1]))
+        run_train("--max_steps 3")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_tf32_is_named_where_a_gpu_uses_it(monkeypatch):
+    before, gpu = torch.get_float32_matmul_precision(), torch.device("cuda", 0)
+    try:
+        for capability, precision, used in [((9, 0), "high", 1), ((9, 0), "highest", 0), ((7, 5), "high", 0)]:
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+            torch.set_float32_matmul_precision(precision)
+            assert hardware.uses_tf32(gpu) == bool(used)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_file_system_of_a_path_is_that_of_the_innermost_mount(monkeypatch, tmp_path):

@@ -22,6 +22,7 @@ from model import GPT, GPTConfig
 from runtime import hardware
 from runtime.cli import check_options
 from runtime.distributed import Distributed, Problems
+from runtime.machine import allow_open_files
 from training.checkpoints import check_step, load_training_state
 from training.folder import RunFolder
 
@@ -197,6 +198,7 @@ def check_everything(
     with a line for each problem, on the main rank and SystemExit on the others. Every rank has to call this.
     """
     problems = Problems(dist)
+    allow_open_files()  # before the shards are opened
     is_demo = args.preset == "demo" and args.data_dir in (None, DEMO_DATA_DIR)
     args.data_dir = args.data_dir or (DEMO_DATA_DIR if is_demo else DATA_DIR)
     problems.call(check_args, args, dist.world_size, parser)
