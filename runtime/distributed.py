@@ -17,10 +17,12 @@ from tqdm import tqdm
 
 from runtime.cli import USER_ERRORS, error_lines
 from runtime.launcher import Launcher, read_launcher
+from runtime.machine import shared_memory
 
 # Around the loop, ranks wait for rank 0: for a download, for the last checkpoint on a slow disk. In the loop,
 # all of them work at the same pace, and a rank that hangs is paid for until this time has passed.
 TIMEOUT, STEP_TIMEOUT = timedelta(hours=2), timedelta(minutes=10)
+NCCL_SHARED_BYTES = 1e9  # NCCL's documentation, Troubleshooting, "Docker"
 SECOND_THREAD_S = 0.3  # far more than it takes to free a tensor, also on a machine that is busy
 SAME_SIGNAL_S = 1.0  # torchrun repeats a signal that a terminal or Slurm has already sent to every process
 
@@ -97,7 +99,8 @@ def setup_distributed(device: torch.device) -> Distributed:
     """Join torchrun's process group if there is one: with nccl on GPUs, gloo on CPUs.
 
     `device` is that of this rank (`hardware.choose_device`); ranks that have no GPU use the CPU. Raises
-    ValueError if the launcher's variables contradict each other, and prints a line about one without effect.
+    ValueError if the launcher's variables contradict each other. Prints a line about one without effect, and
+    on each node one about too little shared memory.
     """
     launcher = read_launcher()
     if launcher.address is None:
@@ -105,6 +108,10 @@ def setup_distributed(device: torch.device) -> Distributed:
             tqdm.write(launcher.ignored)
         return Distributed(rank=0, world_size=1, device=device)
     on_gpu = device.type == "cuda"
+    if on_gpu and launcher.local_world_size > 1 and not launcher.local_rank:
+        if (shared := shared_memory()) < NCCL_SHARED_BYTES:  # without enough, NCCL fails to start
+            size, options = tqdm.format_sizeof(shared, "B"), "--ipc=host or --shm-size=1g"
+            tqdm.write(f"warning: /dev/shm has {size}, and NCCL may need 1 GB: start docker with {options}")
     torch.distributed.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=fresh_store(launcher),

@@ -198,12 +198,23 @@ def test_variables_of_launchers_are_read_in_one_file():
 
 
 @pytest.mark.parametrize("device, backend", [("cuda:1", "nccl"), ("cpu", "gloo"), ("mps", "gloo")])
-def test_ranks_join_with_their_device_and_wait_for_hours(monkeypatch, device, backend):
+def test_ranks_join_with_their_device_and_wait_for_hours(monkeypatch, capsys, device, backend):
     seen = {}
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda name, **o: seen.update(o, name=name))
     for name, value in {**WHOLE, "RANK": "1", "LOCAL_WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    dist = distributed.setup_distributed(torch.device(device))
+    order: list[bool] = []
+    monkeypatch.setattr(distributed, "shared_memory", lambda: order.append("name" in seen) or 64e6)
+    monkeypatch.setattr(distributed, "fresh_store", lambda launcher: None)
+    advice = "start docker with --ipc=host or --shm-size=1g"
+    line = f"warning: /dev/shm has 64.0MB, and NCCL may need 1 GB: {advice}\n"
+    for ranks, local_rank, expected in [("2", "1", ""), ("1", "0", ""), ("2", "0", line)]:
+        seen.clear()
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        dist = distributed.setup_distributed(torch.device(device))
+        assert capsys.readouterr().out == (expected if backend == "nccl" else "")
+    assert order == [False] * (backend == "nccl")  # before NCCL needs the memory
     assert seen["name"] == backend and (seen["rank"], seen["world_size"], seen["store"]) == (1, 2, None)
     assert seen["device_id"] == (torch.device(device) if backend == "nccl" else None)
     assert seen["timeout"].total_seconds() >= 3600

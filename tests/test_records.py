@@ -522,18 +522,15 @@ def test_what_first_runs_fail_on_is_said_before_the_first_step(run_train, monkey
     gpu = SimpleNamespace(name="NVIDIA H100", total_memory=80 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(train, "describe_run", lambda run: described.append(warnings(run)) or "")
-    monkeypatch.setattr(describe, "shared_memory", lambda: 64e6)
     monkeypatch.setattr(describe, "open_file_limit", lambda: 66)
     monkeypatch.setattr(describe, "filesystem_of", lambda path: "overlay")
     described: list[str] = []
     run_train("--max_steps 3 --val_every 0")
     assert described[0].splitlines() == [
         "the GPUs differ, and all wait for the slowest: NVIDIA H100 with 80 GiB, NVIDIA A100 with 40 GiB",
-        "/dev/shm has 64.0MB, and NCCL may need 1 GB: start docker with --shm-size=1g",
         "up to 67 files will be open, but only 66 may: `ulimit -n 4096`",
         "log is on the container's own disk, and goes with the container",
     ]
-    monkeypatch.setattr(describe, "shared_memory", lambda: 1e9)
     monkeypatch.setattr(describe, "open_file_limit", lambda: 67)
     monkeypatch.setattr(describe, "filesystem_of", lambda path: "ext4")
     monkeypatch.setattr(TwoGpus, "union", lambda dist, lines: lines)

@@ -11,11 +11,10 @@ from runtime import hardware
 from runtime.cli import command_line
 from runtime.files import existing_folder
 from runtime.launcher import read_launcher
-from runtime.machine import filesystem_of, open_file_limit, shared_memory
+from runtime.machine import filesystem_of, open_file_limit
 from training.checkpoints import disk_usage
 
 FEW_EPOCHS, MANY_EPOCHS = 0.1, 10.0
-NCCL_SHARED_BYTES = 1e9  # NCCL's documentation, Troubleshooting, "Docker"
 OTHER_FILES = 64  # besides shards: sockets, libraries, log, checkpoints
 
 
@@ -75,9 +74,6 @@ def what_fails_later(run) -> list[str]:
         gpus = run.dist.union([f"{gpu.name} with {gpu.total_memory / 2**30:.0f} GiB"])
         if len(gpus) > 1:
             lines.append(f"the GPUs differ, and all wait for the slowest: {', '.join(gpus)}")
-        if run.dist.world_size > 1 and shared_memory() < NCCL_SHARED_BYTES:
-            size = tqdm.format_sizeof(shared_memory(), "B")
-            lines.append(f"/dev/shm has {size}, and NCCL may need 1 GB: start docker with --shm-size=1g")
     shards = [min(len(data.shards.paths), MOST_OPEN) for data in (run.train_data, run.val_data)]
     if (files := sum(shards) + OTHER_FILES) > (allowed := open_file_limit()):
         lines.append(f"up to {files} files will be open, but only {allowed:.0f} may: `ulimit -n 4096`")
