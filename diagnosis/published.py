@@ -59,6 +59,7 @@ STEP_TOKENS_ALLOWED = STEP_TOKENS // 2, STEP_TOKENS
 # The norms of the published run are 0.24 to 0.30 from step 2,500 on, so that --grad_clip 1 clips none. With
 # fp16, GradScaler tries a larger scale every 2,000 steps, which costs a step: this is ten times as many.
 CLIPPED, SKIPPED = 0.1, 1 / 200
+UNEXPLAINED = "Neither options nor shards nor steps explain it: what has changed in the code?"
 
 
 def dataset_of(source: dict, folder: str) -> str | None:
@@ -175,16 +176,15 @@ def verdict(history: History, comparison: Comparison) -> str | None:
         return f"no validation loss at step {last.step:,}"
     if reason := too_early(history, last):
         return f"too early to say: {reason}; {beside(comparison, distance)} at step {last.step:,}"
+    where = f"validation loss {last.val_loss:.2f} is {beside(comparison, distance)} at step {last.step:,}"
     begun = since(history, comparison)
     if begun is not None:
-        return (
-            f"validation loss {last.val_loss:.2f} is {beside(comparison, distance)} at step {last.step:,}, "
-            f"since step {begun:,}"
-        )
+        found = causes(history) or [UNEXPLAINED]
+        return f"{where}, since step {begun:,}. {'; '.join(found)}"
     if abs(distance) <= comparison.limit / 2:
         within = max(math.ceil(100 * abs(distance)), 1) / 100
         return f"validation loss within {within:.2f} of {comparison.curve} at step {last.step:,}"
-    return f"validation loss {last.val_loss:.2f} is {beside(comparison, distance)} at step {last.step:,}"
+    return where
 
 
 def beside(comparison: Comparison, distance: float) -> str:
@@ -195,11 +195,7 @@ def beside(comparison: Comparison, distance: float) -> str:
 def above_published(history: History) -> str | None:
     """The sign that needs a reference: the validation loss is too far above the published curve."""
     comparison = compare(history)
-    if since(history, comparison) is None:
-        return None
-    found = causes(history)
-    none = "neither options nor shards, skipped or clipped steps explain it: what has changed in the code?"
-    return f"{verdict(history, comparison)}. {'; '.join(found) or none}"
+    return None if since(history, comparison) is None else verdict(history, comparison)
 
 
 def causes(history: History) -> list[str]:
@@ -209,7 +205,9 @@ def causes(history: History) -> list[str]:
     if option("optimizer") == "adamw" and rate and not 2 / 3 <= rate / LEARNING_RATE <= 1.5:
         found.append(f"--learning_rate is {rate:g}, in the published run {LEARNING_RATE:g}")
     if option("total_batch_size") != STEP_TOKENS:
-        found.append(f"a step has {option('total_batch_size'):,} tokens, not {STEP_TOKENS:,}")
+        found.append(
+            f"--total_batch_size is {option('total_batch_size'):,}, in the published run {STEP_TOKENS:,}"
+        )
     if last.step and history.skipped / last.step > SKIPPED:
         scale = (
             ", and --dtype float16 halves its scale each time"

@@ -70,5 +70,5 @@ def expectations(run) -> list[tuple[str, str]]:
     """Return lines, each with a name: what a run should reach, if known, and what is wrong with the data."""
     history = History()
     history.run = {"args": vars(run.args), "data": data_facts(run)}
-    found = [("warning", line) for sign in DATA_SIGNS if (line := sign(history))]
-    return [("expect", line)] * bool(line := expectation(history)) + found
+    lines = [("expect", expectation(history)), *(("warning", sign(history)) for sign in DATA_SIGNS)]
+    return [(name, line) for name, line in lines if line]
