@@ -44,7 +44,8 @@ LONGER_RUN = re.compile(WHITE_SPACE + "{100}")  # rare, so that others need not 
 SHORT_TEXT = 100_000  # characters, of which tiktoken can have any
 # gigatoken remembers every word that it has seen: 0.2 MB for each MB of prose, 10 MB where all words are new.
 # A tokenizer is replaced when this process has grown by MOST_GROWTH per thread and what the caller needs, but
-# not before LEAST_TEXT, as to make one takes 0.3 s. Where the growth is not known (not Linux), it is replaced after MOST_TEXT.
+# not before LEAST_TEXT, as to make one takes 0.3 s. Where the growth is not known (not Linux), it is replaced
+# after MOST_TEXT.
 MOST_GROWTH, LEAST_TEXT, MOST_TEXT = 600_000_000, 32_000_000, 256_000_000  # bytes
 
 
