@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from corpus.documents import Chunk, Format, Position, not_empty, read_chunks, read_token_file
 from corpus.inputs import (
+    AHEAD,
     SUFFIXES,
     TOKEN_FILES,
     Fetcher,
@@ -122,6 +123,17 @@ def expected_bytes(inputs: list[Input], tokenizer: str, max_tokens: int | None) 
         text = 1.0 if each.path.endswith(TOKEN_FILES) else (0.8 if packed else 0.47)
         per_byte += each.size * text * (4.3 if tokenizer == "byte" else 1.0)
     return min(int(per_byte), 2 * (max_tokens or sys.maxsize))
+
+
+def expected_downloads(inputs: list[Input], recipe: "Recipe", keep: bool) -> int:
+    """Return about how many bytes of downloads are on the disk at a time, at most."""
+    sizes, left = [], 2.0 * (recipe.max_tokens or sys.maxsize)
+    for each in inputs:
+        if each.repo and left > 0:
+            sizes.append(each.size)
+        left -= expected_bytes([each], recipe.tokenizer, None)
+    # Beside the one being read and those ahead, the one before stays until its last tokens are in a shard.
+    return sum(sizes if keep else sorted(sizes)[-AHEAD - 2 :])
 
 
 def limit_of(manifest: dict) -> int:
@@ -454,6 +466,7 @@ def prepare(
     reopens = manifest["complete"] and is_raised and before <= done
     if reopens or not manifest["complete"]:
         needed = max(expected_bytes(inputs, recipe.tokenizer, recipe.max_tokens) - 2 * done, 0)
+        needed += expected_downloads(inputs, recipe, keep_downloads)
         free = shutil.disk_usage(existing_folder(out_dir)).free
         sizes = f"about {needed / 1e9:,.2f} GB to {out_dir}, where {free / 1e9:,.2f} GB are free"
         print(f"{'warning: ' if needed > free else ''}writing {sizes}")
@@ -462,9 +475,8 @@ def prepare(
     if names:
         shards = TokenShardSet(out_dir, manifest, fetcher, lock=lock)
     else:
-        shards = ShardSet(
-            out_dir, manifest, fetcher, BatchTokenizer(recipe.tokenizer, workers), workers, lock
-        )
+        tokenizer = BatchTokenizer(recipe.tokenizer, workers, others=2 * recipe.shard_size)
+        shards = ShardSet(out_dir, manifest, fetcher, tokenizer, workers, lock)
     if reopens:
         shards.reopen()
         bad = [number for number in bad if number < len(manifest["shards"])]

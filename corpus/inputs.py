@@ -267,8 +267,9 @@ class Fetcher:
     def release(self, before: int) -> None:
         """Delete the downloads before this input, whose tokens have been written."""
         for index in [index for index in self.pending if index < before and not self.keep]:
-            if self.pending[index].done():
-                self.pending.pop(index).result().unlink(missing_ok=True)
+            # One that has failed was not needed after all.
+            if self.pending[index].done() and not (future := self.pending.pop(index)).exception():
+                future.result().unlink(missing_ok=True)
 
 
 def stdlib_inputs() -> list[Input]:

@@ -43,8 +43,9 @@ WHITE_RUN, IS_WHITE = re.compile(f"{WHITE_SPACE}+"), re.compile(WHITE_SPACE).mat
 LONGER_RUN = re.compile(WHITE_SPACE + "{100}")  # rare, so that others need not be looked at one by one
 SHORT_TEXT = 100_000  # characters, of which tiktoken can have any
 # gigatoken remembers every word that it has seen: 0.2 MB for each MB of prose, 10 MB where all words are new.
-# A tokenizer is replaced when this process has grown by MOST_GROWTH per thread, but not before LEAST_TEXT, as
-# to make one takes 0.3 s. Where the growth is not known (not Linux), it is replaced after MOST_TEXT.
+# A tokenizer is replaced when this process has grown by MOST_GROWTH per thread and what the caller needs, but
+# not before LEAST_TEXT, as to make one takes 0.3 s. Where the growth is not known (not Linux), it is replaced
+# after MOST_TEXT.
 MOST_GROWTH, LEAST_TEXT, MOST_TEXT = 600_000_000, 32_000_000, 256_000_000  # bytes
 
 
@@ -153,12 +154,13 @@ class BatchTokenizer:
     """Tokenizes many texts at a time, in up to `threads` threads; `<|endoftext|>` in a text is ordinary text.
 
     GPT-2's ids come from gigatoken, with tiktoken's vocabulary. Those of the first texts are compared with
-    tiktoken's. Without gigatoken, and for the other tokenizer, all ids come from tiktoken.
+    tiktoken's. Without gigatoken, and for the other tokenizer, all ids come from tiktoken. The caller needs
+    about `others` bytes of memory itself.
     """
 
-    def __init__(self, name: str, threads: int = 1):
+    def __init__(self, name: str, threads: int = 1, others: int = 0):
         self.encoding, self.has_gigatoken = get_tokenizer(name), False
-        self.threads, self.first_size = threads, resident_bytes()
+        self.most_growth, self.first_size = MOST_GROWTH * threads + others, resident_bytes()
         self.of_thread, self.is_checked = threading.local(), False
         if name == "gpt2":
             try:
@@ -194,7 +196,7 @@ class BatchTokenizer:
         now = resident_bytes()
         if now is None:
             return text > MOST_TEXT
-        return text > LEAST_TEXT and now - self.first_size > MOST_GROWTH * self.threads
+        return text > LEAST_TEXT and now - self.first_size > self.most_growth
 
     def encode(self, texts: "pyarrow.LargeStringArray") -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of all texts in uint16, and where each text begins and the last one ends in them.

@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
 
 import train
 from corpus import shards as shards_module
+from diagnosis import published
 from runtime import hardware
 from runtime.distributed import Distributed
 from training import dry_run
@@ -190,6 +192,19 @@ def test_run_that_is_finished_has_nothing_to_forecast(rehearse, run_train, capsy
     printed = capsys.readouterr().out
     assert "the run in log is at its last step: use a larger --max_steps" in printed
     assert "with the same options" in printed and "forecast" not in printed
+
+
+def test_what_to_expect_is_said_where_it_is_known(rehearse, shards, monkeypatch, capsys):
+    rehearse()
+    assert "\nexpect " not in capsys.readouterr().out
+    np.save(shards / "edufineweb_train_000003.npy", np.load(shards / "edufineweb_train_000002.npy"))
+    shards.rename("fineweb")
+    monkeypatch.setattr(published, "why_not", lambda *_: None)  # as for GPT-2 (124M)
+    rehearse("--data_dir fineweb")
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    values = "11.01 at the end"
+    assert ["expect", f"comparable with the published run, which it should not be above: {values}"] in lines
+    assert any(line[0] == "warning" and "hold the same tokens" in line[1] for line in lines)
 
 
 def test_diverging_run_is_refused(rehearse, monkeypatch):

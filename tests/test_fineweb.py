@@ -420,6 +420,35 @@ def test_next_input_is_downloaded_only_when_it_may_be_needed(monkeypatch):
     never.set()
 
 
+def test_failed_download_that_was_not_needed_is_no_error(monkeypatch):
+    def download(source, folder):
+        if source.path == "1":
+            raise ConnectionError
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "0.txt").write_text("text " * 50)
+        return folder / "0.txt"
+
+    monkeypatch.setattr(corpus_inputs, "download", download)
+    inputs = [corpus_inputs.Input(str(i), 250, None, "repo", "main") for i in range(2)]
+    fetcher = corpus_inputs.Fetcher(inputs, Path("downloads"), keep=False)
+    fetcher.prefetch(0, 2)
+    assert fetcher.path(0).exists() and fetcher.pending[1].exception()
+    fetcher.release(2)
+    assert not Path("downloads/0.txt").exists()
+
+
+def test_disk_for_downloads_is_counted():
+    def expected(files, keep=False, **limits):
+        return fineweb.expected_downloads(files, fineweb.Recipe({}, **limits), keep)
+
+    size, where = 2_000_000, (None, "repo", "main")
+    hub = [corpus_inputs.Input(f"{i}.parquet", size, *where) for i in range(10)]
+    assert expected(hub, keep=True) == 10 * size
+    assert expected(hub) == (corpus_inputs.AHEAD + 2) * size
+    assert expected(hub, max_tokens=1_000_000) == 2 * size  # a file has about 800,000
+    assert expected([corpus_inputs.Input("0.parquet", size)]) == 0
+
+
 def test_each_task_deletes_only_its_own_downloads(monkeypatch):
     def download(source, folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -219,8 +219,9 @@ def test_each_thread_has_its_share_of_the_memory_for_words(small_gpt2, monkeypat
     size = [0]
     monkeypatch.setattr(tokenizer, "resident_bytes", lambda: size[0])
     monkeypatch.setattr(tokenizer, "LEAST_TEXT", 1)
-    batch, texts = BatchTokenizer("gpt2", threads=4), ["some words"]
-    for size[0], number in ((0, 1), (4 * tokenizer.MOST_GROWTH, 1), (4 * tokenizer.MOST_GROWTH + 1, 2)):
+    batch, texts = BatchTokenizer("gpt2", threads=4, others=1000), ["some words"]  # others: a shard
+    most = 4 * tokenizer.MOST_GROWTH + 1000
+    for size[0], number in ((0, 1), (most, 1), (most + 1, 2)):
         encode(batch, texts)
         assert len(made) == number
 

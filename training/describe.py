@@ -13,6 +13,7 @@ from runtime.files import existing_folder
 from runtime.launcher import read_launcher
 from runtime.machine import filesystem_of, open_file_limit
 from training.checkpoints import disk_usage
+from training.facts import data_facts
 
 FEW_EPOCHS, MANY_EPOCHS = 0.1, 10.0
 OTHER_FILES = 64  # besides shards: sockets, libraries, log, checkpoints
@@ -115,7 +116,12 @@ def about_run(run, evaluations: list) -> dict:
     """Return the record of what a run is about to do. It names the number of each evaluation to draw."""
     curves = {each.kind: each.curve for each in evaluations if each.curve}
     about = dict(args=vars(run.args), world_size=run.dist.world_size, params=run.raw_model.num_params())
-    about |= {"groups": describe_groups(run), "curves": curves}
+    about |= {
+        "groups": describe_groups(run),
+        "curves": curves,
+        "dtype": str(run.dtype).removeprefix("torch."),
+    }
+    about["data"] = data_facts(run)
     return about | hardware.describe_machine(run.dist.device)
 
 

@@ -18,6 +18,7 @@ from runtime import hardware
 from runtime.distributed import Distributed, together
 from runtime.machine import process_age
 from training.checkpoints import to_host, training_state
+from training.facts import expectations
 from training.records import speed_of
 
 # What rounding may do to the gradient of a tensor, relative to its norm. On CPUs it was at most 0.8 % (bf16)
@@ -264,6 +265,9 @@ def rehearse(run, train_step: Callable, evaluations: list, tokens_at: Callable) 
         parts.append(f"mfu {speed['mfu']:.1%}")
     dist.say(f"{'speed':12} {', '.join(parts)}{cut}")
     report_losses(dist, records, args.vocab_size)
+    with together(dist):
+        for name, line in expectations(run) if dist.is_main else ():
+            dist.say(f"{name:12} {line}")
 
     costs = [("steps", args.max_steps - step, tokens_left / speed["tokens_per_s"] / (args.max_steps - step))]
     for evaluation in evaluations:
