@@ -133,7 +133,11 @@ def no_hangs(dist: Distributed, progress) -> Iterator[None]:
     if dist.world_size == 1:
         yield
         return
-    limit = timedelta(seconds=float(os.environ.get("HANG_TIMEOUT_S", STEP_TIMEOUT.total_seconds())))
+    limit = STEP_TIMEOUT
+    if seconds := os.environ.get("HANG_TIMEOUT_S"):
+        if not seconds.isdecimal() or int(seconds) == 0:
+            raise ValueError(f"HANG_TIMEOUT_S is {seconds}: set it to seconds, such as 600")
+        limit = timedelta(seconds=int(seconds))
     torch.distributed.distributed_c10d._set_pg_timeout(limit)
     ended = threading.Event()
     if dist.device.type == "cuda":
@@ -163,7 +167,9 @@ def name_hang(rank: int, progress, limit_s: float, thread: int, ended: threading
             step, since = progress.step, time.monotonic()
         elif time.monotonic() - since > limit_s:
             where = innermost(traceback.extract_stack(sys._current_frames()[thread]))
-            tqdm.write(f"rank {rank}: step {step} has taken {limit_s:.0f} s so far, in {where}: a rank hangs")
+            tqdm.write(
+                f"rank {rank}: step {step} has taken {limit_s:.0f} s so far, in {where}: a rank may hang"
+            )
             return
 
 

@@ -92,7 +92,8 @@ def filesystem_of(path: Path) -> str | None:
         return None
     # Of mounts at the same place, the last one is on top.
     types = dict(re.findall(r"^\S+ \S+ \S+ \S+ (\S+) .*- (\S+) ", mounts, re.MULTILINE))
-    return next((types[str(each)] for each in (path, *path.parents) if str(each) in types), None)
+    names = [str(each).replace(" ", r"\040") for each in (path, *path.parents)]  # as proc(5) writes them
+    return next((types[name] for name in names if name in types), None)
 
 
 def shared_memory() -> float:

@@ -354,6 +354,14 @@ def test_rank_that_hangs_ends_the_others_with_step_and_collective(shards):
     assert "Timed out waiting 2000ms" in printed[-1] and "Traceback" not in "".join(printed)
 
 
+def test_time_until_a_hang_is_checked(monkeypatch):
+    monkeypatch.setenv("HANG_TIMEOUT_S", "ten")
+    dist = distributed.Distributed(0, 2, torch.device("cpu"))
+    with pytest.raises(ValueError, match="^HANG_TIMEOUT_S is ten: set it to seconds, such as 600$"):
+        with distributed.no_hangs(dist, SimpleNamespace(step=0)):
+            pass
+
+
 def test_hang_on_gpus_is_named_before_nccl_aborts_the_process(capsys, monkeypatch):
     ended, inside = threading.Event(), threading.Event()
     wait = {"wait": lambda: (inside.set(), ended.wait(20))}

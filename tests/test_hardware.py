@@ -361,10 +361,10 @@ def test_tf32_is_named_where_a_gpu_uses_it(monkeypatch):
 
 def test_file_system_of_a_path_is_that_of_the_innermost_mount(monkeypatch, tmp_path):
     mounts = "1 0 0:1 / / rw - overlay overlay rw\n2 1 8:1 / /data rw,x shared:1 - ext4 /dev/sda rw\n"
-    (tmp_path / "mountinfo").write_text(f"{mounts}3 1 0:2 / /data/fast rw - tmpfs tmpfs rw\n")
+    (tmp_path / "mountinfo").write_text(f"{mounts}3 1 0:2 / /data/my\\040disk rw - tmpfs tmpfs rw\n")
     monkeypatch.setattr(machine, "PROC", tmp_path)
     found = {"/": "overlay", "/database": "overlay", "/data": "ext4", "/data/log": "ext4"}
-    found["/data/fast/a/b"] = "tmpfs"
+    found["/data/my disk/a"] = "tmpfs"
     assert {path: machine.filesystem_of(Path(path)) for path in found} == found
 
 
