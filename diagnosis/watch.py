@@ -3,7 +3,7 @@
     watch = Watch()
     for record in records:
         for sign, line in watch.feed(record): ...     # new warnings
-    watch.lines()                                    # all in all
+    watch.lines()                                     # all in all
 
 The loop of train.py feeds each record that it writes, and plot.py those that it reads: both say the same.
 """
@@ -38,7 +38,7 @@ class Watch:
         if not is_record(record) or record["kind"] not in ORDER or self.history.options.get("overfit_batch"):
             return []
         if record["kind"] == "warning":
-            self.said.setdefault(record.get("sign"), str(record.get("text")))
+            self.said.setdefault(str(record.get("sign")), str(record.get("text")))
             return []
         is_first, new = self.history.first is None, []
         self.history.add(record)
@@ -77,6 +77,8 @@ class Watch:
 
     def lines(self) -> list[str]:
         """Return whether the run is normal: how it compares with the published one, and what was said."""
-        found = verdict(self.history, compare(self.history, self.dataset))
-        said = [line for sign, line in self.said.items() if not (found and sign == above_published.__name__)]
-        return [found] * bool(found) + (said or [NORMAL] * (found is None))
+        newest = verdict(self.history, compare(self.history, self.dataset))
+        said = [line for sign, line in self.said.items() if sign != above_published.__name__]
+        if newest:
+            return [newest, *said]
+        return list(self.said.values()) or [NORMAL]
