@@ -3,11 +3,14 @@
     python plot.py log                                            # writes log/loss.png
     python plot.py log --output report.html                       # interactive curves, samples, options
     python plot.py log --follow 30 --references                   # again every 30 s until the run has ended
+    python plot.py log --references fineweb                       # with the published curve on FineWeb
     python plot.py log log.1 --against minutes --output runs.png  # compares runs
 
-Panels: training and validation loss, learning rate, gradient norm, tokens/s, and HellaSwag if a run has
-scored it. The loss panel cuts off the high losses of the first tenth of a run. A report is one file of 5 MB
-that needs no network, because plotly's code is in it.
+Prints what each run is, how far it is, and whether it is normal: how its validation loss compares with the
+published curve of GPT-2 (124M), if it does, and every warning. For runs that can be compared, --references
+draws that curve. Panels: training and validation loss, learning rate, gradient norm, tokens/s, and HellaSwag
+if a run has scored it. The loss panel cuts off the high losses of the first tenth of a run. A report is one
+file of 5 MB that needs no network, because plotly's code is in it.
 """
 
 import argparse
@@ -20,6 +23,8 @@ from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
+from diagnosis.published import REFERENCES, compare, curve_points
+from diagnosis.watch import Watch
 from runtime.cli import Range, check_options, run, summary, user_path
 from runtime.files import check_output, write_atomically
 from runtime.log import curves_of, is_number, read_log
@@ -31,20 +36,6 @@ AXES = {
     "step": lambda record: 1,
     "tokens": lambda record: record["tokens_per_s"] * record["dt_ms"] / 1000,
     "minutes": lambda record: record["dt_ms"] / 60000,
-}
-# Published for 124M weights, by the data that they were trained and measured on: losses on one set say
-# nothing about the other. FineWeb-Edu: build-nanogpt's log, and OpenAI's GPT-2 as measured there
-# (play.ipynb). FineWeb: the loss at which modded-nanogpt's runs end, and llm.c's discussion 481. HellaSwag is
-# acc_norm.
-REFERENCES = {
-    "fineweb-edu": {
-        "loss": {"build-nanogpt": 3.05, "GPT-2": 3.2924},
-        "HellaSwag": {"GPT-2": 0.2955, "build-nanogpt": 0.304, "GPT-3": 0.337},
-    },
-    "fineweb": {
-        "loss": {"modded-nanogpt": 3.28},
-        "HellaSwag": {"GPT-2": 0.2955, "llm.c": 0.299, "GPT-3": 0.337},
-    },
 }
 
 
@@ -122,6 +113,43 @@ def limits(lines: list[tuple[list[float], list[float]]], published: list[float])
     return min(late) - room, max(late) + room
 
 
+def published_lines(
+    logs: dict[str, dict[str, list[dict]]], against: str, references: str | None
+) -> Iterator[tuple[str, list[float], list[float]]]:
+    """Yield label and points of the published curve, as far as the runs that it can be compared with.
+
+    It is one line for several runs, except on an axis of minutes, where each needs its own.
+    """
+    drawn = set()
+    for log in logs.values() if references else ():
+        watch = Watch.of_log(log, references)
+        comparison = compare(watch.history, references)
+        step_tokens = watch.history.options.get("total_batch_size")
+        if comparison.reason or not log.get("train"):
+            continue
+        last = log["train"][-1]["step"] + 1
+        tokens, losses = zip(*curve_points(comparison, last * step_tokens), strict=True)
+        steps = [each / step_tokens for each in tokens]
+        x = list(tokens) if against == "tokens" else steps
+        if against == "minutes":
+            x = positions([int(step) for step in steps], log, against)
+        if (line := (tuple(x), losses)) not in drawn:
+            drawn.add(line)
+            yield f"published: {comparison.source}", x, list(losses)
+
+
+def what_runs_are(logs: dict[str, dict[str, list[dict]]], references: str | None) -> Iterator[str]:
+    """Yield lines that say of each run what it is, how far it is, and whether it is normal."""
+    for name, log in logs.items():
+        watch = Watch.of_log(log, references)
+        yield f"{name}: {watch.about(has_ended(log))}"
+        for line in watch.lines():
+            yield f"{name}: {line}"
+        reason = compare(watch.history, references).reason
+        if references and reason:
+            yield f"{name}: not compared with the published curve: {reason}"
+
+
 def short_name(folder: str | Path) -> str:
     """Return a path as seen from here; on Windows, another drive cannot be."""
     try:
@@ -141,7 +169,7 @@ def read_logs(folders: list[str | Path]) -> dict[str, dict[str, list[dict]]]:
 def plot(
     folders: list[str | Path], output: str | Path, against: str = "step", references: str | None = None
 ) -> None:
-    """Write one PNG with the curves of all runs and, for a set in REFERENCES, the published values.
+    """Write one PNG with the curves of all runs and, for a set in REFERENCES, what is published for it.
 
     Raises ValueError if no run has a training step.
     """
@@ -166,6 +194,9 @@ def plot(
             else:
                 label = f"{label}, last {values[-1]:.4f}"
                 axes.plot(x, values, color=f"C{i}", marker="o", ms=4, ls="--", label=label)
+        for label, x, values in published_lines(logs, against, references) if title == "loss" else ():
+            style = "-." if "estimated" in label else "-"
+            axes.plot(x, values, color="black", lw=1, ls=style, label=label)
         published = REFERENCES.get(references, {}).get(title, {})
         for name, value in published.items():
             axes.axhline(value, color="black", lw=1, ls=":")
@@ -200,12 +231,13 @@ COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e3
 def report(
     folders: list[str | Path], output: str | Path, against: str = "step", references: str | None = None
 ) -> None:
-    """Write one HTML file that works offline: the curves of all runs, results, samples and options.
+    """Write one HTML file that works offline: what the runs are, their curves, results, samples and options.
 
     Raises ValueError if no run has a training step.
     """
     logs = read_logs(folders)
-    body = [curves_html(logs, against, references)]
+    body = [f"<p>{html.escape(line)}</p>" for line in what_runs_are(logs, references)]
+    body += [curves_html(logs, against, references)]
     body += ["<h2>Results</h2>", table_html(results(logs, references))]
     for name, log in logs.items():
         body += [f"<h2>Samples of {html.escape(name)}</h2>", samples_html(log)] if log.get("sample") else []
@@ -234,6 +266,9 @@ def curves_html(logs: dict[str, dict[str, list[dict]]], against: str, references
             style = dict(color=COLORS[i % len(COLORS)], dash="solid" if mode == "lines" else "dash")
             line = Scatter(x=x, y=values, name=html.escape(label), mode=mode, line=style)
             figure.add_trace(line.update(showlegend=title == "loss"), row, column)
+        for label, x, values in published_lines(logs, against, references) if title == "loss" else ():
+            style = dict(color="black", dash="dashdot" if "estimated" in label else "solid")
+            figure.add_trace(Scatter(x=x, y=values, name=label, mode="lines", line=style), row, column)
         published = REFERENCES.get(references, {}).get(title, {})
         for name, value in published.items():
             label = f"published: {name} {value:.4g}"
@@ -329,8 +364,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("runs", type=user_path, nargs="+", help="run folders or log.jsonl files")
     add("--output", type=user_path, help="PNG or report.html (default: loss.png in the first folder)")
     add("--against", choices=AXES, default="step", help="horizontal axis; minutes exclude evaluations")
-    help = "draw published values of the 124M model: on FineWeb-Edu, or on fineweb (None: no losses)"
-    add("--references", nargs="?", choices=REFERENCES, const="fineweb-edu", help=help)
+    help = "draw what is published for the 124M model: on FineWeb-Edu (edu), or on fineweb (None: no losses)"
+    name = {"edu": "fineweb-edu"}.get
+    known = dict(type=lambda text: name(text, text), choices=REFERENCES, const="fineweb-edu")
+    add("--references", nargs="?", **known, help=help)
     add("--follow", type=Range(float, 0), default=0, help="redraw every N seconds until all end (0: once)")
     args = parser.parse_args(argv)
     check_options(parser, args)
@@ -341,6 +378,7 @@ def main(args: argparse.Namespace) -> None:
     first = Path(args.runs[0])
     output = args.output or (first if first.is_dir() else first.parent) / "loss.png"
     check_output(output)
+    said: list[str] = []
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             begun = [folder for folder in args.runs if not args.follow or has_begun(folder)]
@@ -348,6 +386,8 @@ def main(args: argparse.Namespace) -> None:
             if begun:
                 draw = report if str(output).endswith(".html") else plot
                 draw(begun, output, args.against, args.references)
+                before, said = said, list(what_runs_are(read_logs(begun), args.references))
+                print(*(f"{line}\n" for line in said if line not in before), sep="", end="")
             print(f"wrote {output}" if begun else "waiting for the first step", flush=True)
             if all_ended or not args.follow:
                 break

@@ -385,13 +385,14 @@ def train_step(run: Run, step: int, micro_steps: int | None = None) -> dict:
     If the norm of the gradient is not finite, the weights stay the same. A dry run takes fewer `micro_steps`.
     """
     args, dist, data, optimizer = run.args, run.dist, run.train_data, run.optimizer
-    started = time.perf_counter()
+    started, waited_s = time.perf_counter(), data.waited_s
     micro_batch = data.batch_size * data.block_size * dist.world_size
     micro_steps = micro_steps or tokens_at(step, args) // micro_batch
     if args.overfit_batch:
         data.seek(0, micro_steps)
     with data.reading():
         batches = data.next_batches(micro_steps)
+    waited_ms = 1000 * (data.waited_s - waited_s)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step, args) * group["lr_scale"]
     # Dropout draws the same numbers when a resumed run repeats this step.
@@ -427,8 +428,8 @@ def train_step(run: Run, step: int, micro_steps: int | None = None) -> dict:
     hardware.synchronize(dist.device)
     speed = speed_of(run, micro_steps * micro_batch, time.perf_counter() - started)
     lrs = {group["name"]: group["lr"] for group in optimizer.param_groups}
-    lr = learning_rate_at(step, args)
-    return {"loss": run.loss, "lr": lr, "norm": norm, **speed, "skipped": run.skipped, "lrs": lrs}
+    about = {"loss": run.loss, "lr": learning_rate_at(step, args), "norm": norm, **speed}
+    return about | {"waited_ms": waited_ms, "skipped": run.skipped, "lrs": lrs}
 
 
 def train(run: Run, records: Records) -> None:
@@ -613,11 +614,11 @@ def main(args: argparse.Namespace) -> None:
             if args.sample_prompt is None:
                 args.sample_prompt = first_words(val_data.read(0), found.tokenizer)
         with together(dist):
+            hint = f"the ranks see different shards; {args.data_dir} has to be the same on every node"
+            dist.check_same([val_data.description, train_data.description], hint)  # or one alone may fail
             if args.epochs:
                 tokens = args.epochs * train_data.windows * args.block_size
                 limit_steps(args, tokens, tokens_at, found.resumed)
-            hint = f"the ranks see different shards; {args.data_dir} has to be the same on every node"
-            dist.check_same([val_data.description, train_data.description], hint)
             planned = planned_tokens(args, dist.world_size, tokens_at)
 
         # Optimizer, scaler, autocast

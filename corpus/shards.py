@@ -28,6 +28,7 @@ CONTENT_TYPES = {"size": int, "modified_ns": int, "sha256": str}  # of `corpus.i
 SHARD_TYPES = ({"name": str, "tokens": int}, {"documents": int, "sha256": str, "next": list | None})
 NEWER_SHARD_TYPES = {"skipped": int}  # documents before its end; older versions lack it
 SINGLE_TASK = {"task_index": 0, "task_count": 1}
+MOST_OPEN = 256  # shards of a split, at a time
 RETRY_S = (1, 5, 25, 125)  # delays after which a shard that cannot be read is tried again
 
 
@@ -152,8 +153,9 @@ class Shards:
     """The shards of one split, whose tokens are read from their files when they are asked for.
 
     They are not mapped into memory, where a file that is cut short or a network drive that fails would kill
-    the process without a word. `lengths` are their numbers of tokens, and `digest` tells sets apart. Warnings
-    go to `say`. Raises FileNotFoundError if there are no shards, and ValueError for one that is damaged.
+    the process without a word. `lengths` are their numbers of tokens, `fingerprints` tell them apart, and
+    `digest` tells sets apart. `source` is that of the manifest. Warnings go to `say`. Raises
+    FileNotFoundError if there are no shards, and ValueError for one that is damaged.
     """
 
     def __init__(self, data_dir: str | Path, split: str, say: Callable[[str], None] = print):
@@ -161,15 +163,17 @@ class Shards:
         self.paths = find_shards(Path(data_dir), split, manifest)
         listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"]}
         # Each holds a file descriptor, through which the shard stays readable if it is deleted.
-        self.files = lru_cache(maxsize=256)(open_shard)
-        self.lengths, digest = [], hashlib.sha256()
+        self.files = lru_cache(MOST_OPEN)(open_shard)
+        self.source = manifest.get("source", {})
+        self.lengths, self.fingerprints, digest = [], [], hashlib.sha256()
         for path in self.paths:
             tokens = self.files(path)
             if len(tokens) != listed.get(path.name, len(tokens)):
                 expected = f"its manifest says {listed[path.name]}"
                 raise ValueError(f"{path} has {len(tokens)} tokens, but {expected}: make it again")
             self.lengths.append(len(tokens))
-            digest.update(path.name.encode() + fingerprint(tokens))
+            self.fingerprints.append(fingerprint(tokens))
+            digest.update(path.name.encode() + self.fingerprints[-1])
         self.digest = digest.hexdigest()
         self.stamps = list(map(stamp, self.paths))
 

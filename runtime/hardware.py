@@ -42,6 +42,7 @@ OLDEST_DRIVERS = {12: 525, 13: 580}
 # The builds of PyTorch 2.11 to 2.14 for newer and for older drivers; the latter knows no Blackwell GPUs
 # (pytorch/pytorch#190355).
 NEWER_CUDA, OLDER_CUDA = "cu130", "cu126"
+MOST_COMPILE_THREADS = 32  # as Inductor has it, but for each rank, on cores that they share
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -202,6 +203,8 @@ def describe_compute(
 ) -> str:
     """Return dtype, compiler, and the kernel that PyTorch picks for attention in the current context."""
     how = f"{str(dtype).removeprefix('torch.')}, {'compiled' if compiled else 'eager'}"
+    if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        how += ", fp32 products in TF32"
     if device.type not in ("cpu", "cuda"):
         return how
     shape = (1, args.n_head, args.block_size, args.n_embd // args.n_head)  # the batch size does not matter
@@ -218,6 +221,9 @@ def can_compile(
     Returns False with a warning on a CPU, and raises ValueError on a GPU, where eager training would cost
     more than it takes to install a compiler. `otherwise` says how to do without.
     """
+    if sys.platform != "win32":  # where Inductor compiles in one thread
+        cores = min(usable_cores() // read_launcher().local_world_size, MOST_COMPILE_THREADS)
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(cores, 1)))
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # the C compiler that Triton calls does not raise RuntimeError
@@ -246,6 +252,11 @@ def what_compiling_lacks() -> str:
 def compilations() -> int:
     """Return the number of graphs that torch.compile has compiled since `can_compile`."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def compilation_seconds() -> float:
+    """Return the seconds that torch.compile has worked in this process."""
+    return torch._dynamo.utils.calculate_time_spent()["total_wall_time"]
 
 
 def masked_attention() -> contextlib.AbstractContextManager:

@@ -6,12 +6,15 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 PROC = Path("/proc/self")  # proc(5), on Linux only
+IMPORTED = time.monotonic()
 DEVICES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
 
 
@@ -78,6 +81,41 @@ def cgroup_folders(controller: str) -> Iterator[Path]:
             below = ()  # a container sees its own cgroup as the root, or a path of the host
         for depth in range(len(below) + 1):
             yield Path(mount, *below[:depth])
+
+
+def filesystem_of(path: Path) -> str | None:
+    """Return the type of the file system that a path is on, such as ext4, or None if that is not known."""
+    try:
+        mounts = (PROC / "mountinfo").read_text()
+    except OSError:
+        return None
+    # Of mounts at the same place, the last one is on top.
+    types = dict(re.findall(r"^\S+ \S+ \S+ \S+ (\S+) .*- (\S+) ", mounts, re.MULTILINE))
+    return next((types[str(each)] for each in (path, *path.parents) if str(each) in types), None)
+
+
+def shared_memory() -> float:
+    """Return the bytes of memory that processes may share in /dev/shm, of which containers have little."""
+    shared = Path("/dev/shm")
+    return shutil.disk_usage(shared).total if shared.exists() else math.inf
+
+
+def open_file_limit() -> float:
+    """Return how many files this process may open."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.inf
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return math.inf if limit == resource.RLIM_INFINITY else limit
+
+
+def process_age() -> float:
+    """Return the seconds since this process started or, on other systems than Linux, since this import."""
+    if not (PROC / "stat").exists():
+        return time.monotonic() - IMPORTED
+    ticks = int((PROC / "stat").read_text().rpartition(")")[2].split()[19])  # since the machine started
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def resident_bytes() -> int | None:

@@ -12,6 +12,7 @@ from conftest import TINY
 
 import train
 from corpus import shards as shards_module
+from runtime import hardware
 from runtime.distributed import Distributed
 from training import dry_run
 
@@ -121,7 +122,7 @@ def test_ranks_are_compared_with_one(shards, two_ranks):
     assert float(good) < 0.01 and float(bad) > 50
     assert "ValueError: wrong gradients: 2 ranks and one differ by 100.00%" in printed
     assert "SystemExit: 1" in printed  # the other rank ends too, without a second message
-    assert "at 3 per GPU-hour" in printed and not Path("log").exists()
+    assert "for 2 rank(s) at 3 per GPU-hour" in printed and not Path("log").exists()
 
 
 def snapshot(folder):
@@ -141,7 +142,8 @@ def test_nothing_is_written_and_a_run_is_left_as_it_is(rehearse, run_train):
 
 
 @pytest.mark.parametrize("resume", ["", "--resume"])
-def test_forecast_counts_what_the_run_does(rehearse, run_train, capsys, resume):
+def test_forecast_counts_what_the_run_does(rehearse, run_train, capsys, monkeypatch, resume):
+    monkeypatch.setattr(dry_run, "process_age", lambda: 5.0 + hardware.compilation_seconds())
     options = "--max_steps 10 --sample_every 4 --hellaswag_every 5 --hellaswag_data demo "
     options += "--checkpoint_every 2 --val_every 3"
     if resume:
@@ -157,9 +159,13 @@ def test_forecast_counts_what_the_run_does(rehearse, run_train, capsys, resume):
         assert counts[name] == sum(record["step"] >= first for record in records[kind]), name
     # Had every validation been the best so far: at 0, 2, 3, 4, 6, 8, 9 and 10.
     assert counts["checkpoints"] == (6 if resume else 8)
-    total, unit, cost = re.findall(r"([\d.]+) (m?s) in all.*, ([\d,.]+) at 1e\+06 per GPU-hour", printed)[0]
-    seconds = float(total) / (1000 if unit == "ms" else 1)
-    assert float(cost.replace(",", "")) == pytest.approx(1e6 * seconds / 3600, rel=0.1) and seconds > 0
+    line = r"([\d.]+) s in all, (\d+)% of it training.*, ([\d,.]+) for 1 rank\(s\) at 1e\+06 per GPU-hour"
+    total, share, cost = (float(text.replace(",", "")) for text in re.findall(line, printed)[0])
+    assert cost == pytest.approx(1e6 * total / 3600, rel=0.1)
+    found = re.findall(r"([a-zA-Z]+) +[\d,]+ x [\d.]+ m?s = ([\d.]+) (m?s)", printed)
+    parts = {name: float(n) / (1000 if unit == "ms" else 1) for name, n, unit in found}
+    assert parts["start"] == 5 and total == pytest.approx(sum(parts.values()), abs=0.2)
+    assert share == pytest.approx(100 * parts["steps"] / total, abs=2)
 
 
 def test_checkpoints_without_validation_start_later(rehearse, run_train, capsys):

@@ -239,9 +239,9 @@ def test_four_files_are_downloaded_at_once_and_earlier_ones_are_deleted_before(h
     names = [f"sample/{number}_{'train' if number else 'val'}.{kind}" for number in range(8)]
     tokens = [np.array([256, *f"file {number}, ".encode() * 50]) for number in range(8)]
     texts = [[bytes(each[1:].tolist()).decode()] for each in tokens]
-    files = map(token_file, tokens) if kind == "bin" else map(parquet, texts)
+    make = {"bin": lambda i: token_file(tokens[i]), "parquet": lambda i: parquet(texts[i])}
     hub.files = {name: data for name, data in hub.files.items() if "sample" not in name}
-    hub.files |= zip(names, files, strict=True)
+    hub.files |= {name: make[kind](number) for number, name in enumerate(names)}
     together, too_many, asked = threading.Barrier(4), [], set()
 
     def before_get(path):

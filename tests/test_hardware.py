@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, begin, read_losses
+from conftest import REPOSITORY, TINY, begin, read_losses
 from torch.nn import functional as F
 
 import bench
@@ -297,6 +298,38 @@ def cgroups(monkeypatch, tmp_path):
             (tmp_path / path).write_text(f"{text}\n", errors="surrogateescape")
 
     return setup
+
+
+def test_ranks_share_the_cores_that_compile(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    cases = [(96, 8, None, "12"), (208, 1, None, "32"), (2, 8, None, "1"), (96, 8, "5", "5")]
+    for cores, ranks, before, threads in cases:
+        monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+        if before:
+            monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", before)
+        monkeypatch.setattr(hardware, "usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(hardware, "read_launcher", lambda ranks=ranks: Launcher(local_world_size=ranks))
+        assert hardware.can_compile(torch.device("cpu"), print)
+        assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == threads
+
+
+def test_file_system_of_a_path_is_that_of_the_innermost_mount(monkeypatch, tmp_path):
+    mounts = "1 0 0:1 / / rw - overlay overlay rw\n2 1 8:1 / /data rw,x shared:1 - ext4 /dev/sda rw\n"
+    (tmp_path / "mountinfo").write_text(f"{mounts}3 1 0:2 / /data/fast rw - tmpfs tmpfs rw\n")
+    monkeypatch.setattr(machine, "PROC", tmp_path)
+    found = {"/": "overlay", "/database": "overlay", "/data": "ext4", "/data/log": "ext4"}
+    found["/data/fast/a/b"] = "tmpfs"
+    assert {path: machine.filesystem_of(Path(path)) for path in found} == found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_age_of_a_process_counts_from_its_start():
+    code = "from runtime.machine import process_age as age; print(age(), age())"
+    started = time.monotonic()
+    ran = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    first, second = map(float, ran.stdout.split())
+    assert 0 < first <= second < time.monotonic() - started + 0.02  # the kernel counts in ticks of 10 ms
+    assert machine.process_age() > time.monotonic() - machine.IMPORTED
 
 
 @pytest.mark.parametrize("name", CGROUPS)

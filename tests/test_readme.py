@@ -20,13 +20,13 @@ from model import GPT, GPTConfig
 from training import prepare
 
 SCRIPTS = ("train", "fineweb", "hellaswag", "sample", "plot", "bench")
-NO_COMMANDS = ("#", "export ", "trap ", "wait ")
+NO_COMMANDS = ("#", "export ", "trap ", "wait ", "apt ", "mkdir ", "while ", "python3 ")  # of this project
 
 
 def shell_lines(text):
     blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
-    lines = [line.removeprefix("srun ").removesuffix(" &") for line in lines]
+    lines = [line.strip().removeprefix("srun ").removesuffix(" &") for line in lines]
     lines += [" ".join(line.split()) for line in re.findall(r"(?<!`)`(python [^`]+)`", text)]
     return [line for line in lines if line.strip() and not line.startswith(NO_COMMANDS)]
 

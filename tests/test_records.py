@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -507,6 +508,37 @@ def test_gpus_that_a_run_leaves_idle_are_named_with_the_command_that_uses_them(r
     run_train("--max_steps 3 --val_every 0 --seed 2")
     line = 'GPUs, this run uses {}: torchrun --standalone --nproc_per_node=8 train.py --out_dir "my run"'
     assert described == [f"8 {line.format(1)}", "", "", f"8 {line.format(2)}"]
+
+
+def test_what_first_runs_fail_on_is_said_before_the_first_step(run_train, monkeypatch):
+    class TwoGpus(Distributed):
+        def union(self, lines):
+            return [*lines, "NVIDIA A100 with 40 GiB"]
+
+    def warnings(run) -> str:
+        run = dataclasses.replace(run, dist=TwoGpus(rank=0, world_size=2, device=torch.device("cuda")))
+        return "\n".join(describe.what_fails_later(run))
+
+    gpu = SimpleNamespace(name="NVIDIA H100", total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(train, "describe_run", lambda run: described.append(warnings(run)) or "")
+    monkeypatch.setattr(describe, "shared_memory", lambda: 64e6)
+    monkeypatch.setattr(describe, "open_file_limit", lambda: 66)
+    monkeypatch.setattr(describe, "filesystem_of", lambda path: "overlay")
+    described: list[str] = []
+    run_train("--max_steps 3 --val_every 0")
+    assert described[0].splitlines() == [
+        "the GPUs differ, and all wait for the slowest: NVIDIA H100 with 80 GiB, NVIDIA A100 with 40 GiB",
+        "/dev/shm has 64.0MB, and NCCL may need 1 GB: start docker with --shm-size=1g",
+        "up to 67 files will be open, but only 66 may: `ulimit -n 4096`",
+        "log is on the container's own disk, and goes with the container",
+    ]
+    monkeypatch.setattr(describe, "shared_memory", lambda: 1e9)
+    monkeypatch.setattr(describe, "open_file_limit", lambda: 67)
+    monkeypatch.setattr(describe, "filesystem_of", lambda path: "ext4")
+    monkeypatch.setattr(TwoGpus, "union", lambda dist, lines: lines)
+    run_train("--max_steps 3 --val_every 0")
+    assert described[1] == ""
 
 
 def test_numbers_in_nested_records_have_curves():

@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 FLOORS = [
     ("runtime",),
     ("model", "muon", "corpus"),
-    ("formats",),
+    ("formats", "diagnosis"),
     ("fineweb", "hellaswag", "sample", "plot"),
     ("training",),
     ("train",),

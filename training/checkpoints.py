@@ -22,7 +22,6 @@ from formats.checkpoint import (
     checkpoints_in,
     is_plain,
     load_newest,
-    read_value,
     step_of,
 )
 from runtime.files import (
@@ -32,7 +31,6 @@ from runtime.files import (
     write_atomically,
 )
 from runtime.hardware import synchronize
-from runtime.log import read_records
 from training.folder import RunFolder
 
 TRAINING_STATE = {
@@ -41,23 +39,6 @@ TRAINING_STATE = {
 }
 NEWER_STATE = {"windows": int, "epoch_windows": int, "data": dict, "recent": dict}  # older versions lack it
 SAVED_OPTIONS = {"optimizer": str, "total_batch_size": int, "block_size": int, "val_tokens": int}
-
-
-def read_options(out_dir: str | Path) -> dict[str, object]:
-    """Return the options with which the run in a folder was last started, or an empty dict.
-
-    They are in its log or else, because a checkpoint may be copied alone, in its newest checkpoint.
-    """
-    folder = Path(out_dir)
-    log = folder / "log.jsonl"
-    records = read_records(log) if log.exists() else []
-    found = [record["args"] for record in records if isinstance(record.get("args"), dict)]
-    if found:
-        return found[-1]
-    for path in reversed(checkpoints_in(folder)) if folder.is_dir() else ():
-        if isinstance(options := read_value(path, "args"), dict):
-            return options
-    return {}
 
 
 def numbered(step: int) -> str:

@@ -1,16 +1,23 @@
 """What a run is about to do, in lines for the console and as a record. `run` is the Run of train.py."""
 
 import sys
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from corpus.shards import MOST_OPEN
 from runtime import hardware
 from runtime.cli import command_line
+from runtime.files import existing_folder
 from runtime.launcher import read_launcher
+from runtime.machine import filesystem_of, open_file_limit, shared_memory
 from training.checkpoints import disk_usage
+from training.facts import data_facts
 
 FEW_EPOCHS, MANY_EPOCHS = 0.1, 10.0
+NCCL_SHARED_BYTES = 1e9  # NCCL's documentation, Troubleshooting, "Docker"
+OTHER_FILES = 64  # besides shards: sockets, libraries, log, checkpoints
 
 
 def describe_run(run) -> str:
@@ -51,11 +58,33 @@ def describe_run(run) -> str:
     for group in describe_groups(run):
         what = f"{group['params']:,} {group['name']}, learning rate up to {group['lr']:.2e}"
         lines.append((group["optimizer"], f"{what}, weight decay {group['weight_decay']:g}"))
-    warnings = what_disappoints(run, run.planned_tokens / epoch_tokens)
+    warnings = what_fails_later(run) + what_disappoints(run, run.planned_tokens / epoch_tokens)
     lines += [("warning", text) for text in warnings]
     if args.eval_only:
         lines = [line for line in lines if line[0] in ("device", "compute", "model")]
     return "\n".join(f"{name:12} {text}" for name, text in lines)
+
+
+def what_fails_later(run) -> list[str]:
+    """Return a line for each thing about this machine that a first run on it often fails on.
+
+    Every rank has to call this.
+    """
+    args, device, lines = run.args, run.dist.device, []
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        gpus = run.dist.union([f"{gpu.name} with {gpu.total_memory / 2**30:.0f} GiB"])
+        if len(gpus) > 1:
+            lines.append(f"the GPUs differ, and all wait for the slowest: {', '.join(gpus)}")
+        if run.dist.world_size > 1 and shared_memory() < NCCL_SHARED_BYTES:
+            size = tqdm.format_sizeof(shared_memory(), "B")
+            lines.append(f"/dev/shm has {size}, and NCCL may need 1 GB: start docker with --shm-size=1g")
+    shards = [min(len(data.shards.paths), MOST_OPEN) for data in (run.train_data, run.val_data)]
+    if (files := sum(shards) + OTHER_FILES) > (allowed := open_file_limit()):
+        lines.append(f"up to {files} files will be open, but only {allowed:.0f} may: `ulimit -n 4096`")
+    if filesystem_of(existing_folder(Path(args.out_dir).resolve())) == "overlay":
+        lines.append(f"{args.out_dir} is on the container's own disk, and goes with the container")
+    return lines
 
 
 def what_disappoints(run, epochs: float) -> list[str]:
@@ -91,7 +120,12 @@ def about_run(run, evaluations: list) -> dict:
     """Return the record of what a run is about to do. It names the number of each evaluation to draw."""
     curves = {each.kind: each.curve for each in evaluations if each.curve}
     about = dict(args=vars(run.args), world_size=run.dist.world_size, params=run.raw_model.num_params())
-    about |= {"groups": describe_groups(run), "curves": curves}
+    about |= {
+        "groups": describe_groups(run),
+        "curves": curves,
+        "dtype": str(run.dtype).removeprefix("torch."),
+    }
+    about["data"] = data_facts(run)
     return about | hardware.describe_machine(run.dist.device)
 
 

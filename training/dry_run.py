@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 from runtime import hardware
 from runtime.distributed import Distributed, together
+from runtime.machine import process_age
 from training.checkpoints import to_host, training_state
+from training.facts import expectations
 from training.records import speed_of
 
 # What rounding may do to the gradient of a tensor, relative to its norm. On CPUs it was at most 0.8 % (bf16)
@@ -244,6 +246,7 @@ def rehearse(run, train_step: Callable, evaluations: list, tokens_at: Callable) 
     args, dist, stopwatch, step = run.args, run.dist, Stopwatch(run.dist), run.progress.step
     if step == args.max_steps:
         return dist.say(f"the run in {args.out_dir} is at its last step: use a larger --max_steps")
+    start_s = process_age() - hardware.compilation_seconds()
     batch_size, cut = cut_batch_size(run, stopwatch), ""
     if batch_size < args.batch_size:
         cut = f", measured with --batch_size {batch_size}: {args.batch_size} would take long here"
@@ -262,6 +265,9 @@ def rehearse(run, train_step: Callable, evaluations: list, tokens_at: Callable) 
         parts.append(f"mfu {speed['mfu']:.1%}")
     dist.say(f"{'speed':12} {', '.join(parts)}{cut}")
     report_losses(dist, records, args.vocab_size)
+    with together(dist):
+        for name, line in expectations(run) if dist.is_main else ():
+            dist.say(f"{name:12} {line}")
 
     costs = [("steps", args.max_steps - step, tokens_left / speed["tokens_per_s"] / (args.max_steps - step))]
     for evaluation in evaluations:
@@ -282,7 +288,10 @@ def rehearse(run, train_step: Callable, evaluations: list, tokens_at: Callable) 
         used, left = (tqdm.format_sizeof(n, "B") for n in memory)
         each = f" on rank {dist.rank} of {dist.world_size}" if dist.world_size > 1 else ""
         dist.say(f"{'memory':12} {used} at the peak{each}, {left} left{cut}")
-    forecast(run, costs)
+    compilation_s = hardware.compilation_seconds()
+    forecast(
+        run, [*costs, ("start", 1, start_s), ("compilation", 1, compilation_s if run.is_compiled else 0)]
+    )
     slowest = sorted(step_seconds)[int(0.9 * len(step_seconds))]
     if slowest > UNSTEADY * min(step_seconds):
         seconds = f"{duration(min(step_seconds))} to {duration(slowest)}"
@@ -292,8 +301,12 @@ def rehearse(run, train_step: Callable, evaluations: list, tokens_at: Callable) 
 
 
 def forecast(run, costs: list[tuple[str, int, float]]) -> None:
-    """Print the parts of a run, each with its name, how often it is due and what it takes, and their sum."""
+    """Print the parts of a run, each with its name, how often it is due and what it takes, and their sum.
+
+    The first part is the training.
+    """
     total = sum(times * seconds for _, times, seconds in costs)
+    share = costs[0][1] * costs[0][2] / total
     for i, (name, times, seconds) in enumerate(costs):
         of = f"{times:,} x {duration(seconds)}"
         run.dist.say(f"{'' if i else 'forecast':12} {name:12} {of:>22} = {duration(times * seconds)}")
@@ -301,9 +314,9 @@ def forecast(run, costs: list[tuple[str, int, float]]) -> None:
     end = time.strftime(", until %Y-%m-%d %H:%M if started now", time.localtime(end)) if end < 1e11 else ""
     if run.args.price:
         price = total / 3600 * run.dist.world_size * run.args.price
-        cost = f", {price:,.2f} at {run.args.price:g} per GPU-hour"
-    run.dist.say(f"{'':12} {duration(total)} in all{end}{cost}")
-    run.dist.say(f"{'':12} not counted: start and compilation; checkpoints are written in the background")
+        cost = f", {price:,.2f} for {run.dist.world_size} rank(s) at {run.args.price:g} per GPU-hour"
+    run.dist.say(f"{'':12} {duration(total)} in all, {share:.0%} of it training{end}{cost}")
+    run.dist.say(f"{'':12} not counted: checkpoints are written in the background")
 
 
 def report_losses(dist: Distributed, records: list[dict], vocab_size: int) -> None:

@@ -3,10 +3,12 @@
 import argparse
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
+from formats.checkpoint import checkpoints_in, read_value
 from runtime.cli import as_words
 from runtime.files import parsing
-from training.checkpoints import read_options
+from runtime.log import read_records
 from training.prepare import ARCHITECTURE
 
 Derive = Callable[[argparse.Namespace], dict[str, float]]
@@ -58,3 +60,20 @@ def read_run(parser: argparse.ArgumentParser, out_dir: str, presets: dict, deriv
         args = parser.parse_args(as_words(parser, options))
         derived = derive(args) if args.preset in presets else {}
     return vars(args) | {name: None for name, value in derived.items() if options.get(name) == value}
+
+
+def read_options(out_dir: str | Path) -> dict[str, object]:
+    """Return the options with which the run in a folder was last started, or an empty dict.
+
+    They are in its log or else, because a checkpoint may be copied alone, in its newest checkpoint.
+    """
+    folder = Path(out_dir)
+    log = folder / "log.jsonl"
+    records = read_records(log) if log.exists() else []
+    found = [record["args"] for record in records if isinstance(record.get("args"), dict)]
+    if found:
+        return found[-1]
+    for path in reversed(checkpoints_in(folder)) if folder.is_dir() else ():
+        if isinstance(options := read_value(path, "args"), dict):
+            return options
+    return {}

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from diagnosis.watch import Watch
 from runtime import hardware
 from runtime.cli import command_line, with_these_ranks
 from runtime.files import is_same_file, write_atomically
@@ -52,12 +53,13 @@ class Log:
         self.evaluations = {evaluation.kind: evaluation for evaluation in evaluations}
         self.lock, self.unwritten, self.is_failing = threading.Lock(), b"", False
         path = folder.path / "log.jsonl"
-        kept, wandb_id = [], None
+        kept, wandb_id, self.watch = [], None, Watch()
         for record in read_records(path) if path.exists() else ():
             with contextlib.suppress(KeyError, TypeError):
                 if not self._is_measured_again(record, is_last_step(args, run.progress)):
                     kept.append(record)
                     wandb_id = record.get("wandb") or wandb_id
+                    self.watch.feed(record)  # what it has said before is not said again
         lines = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(path, lambda file: file.write(lines.encode()))
         self.file = open(path, "ab+", buffering=0)
@@ -103,8 +105,22 @@ class Log:
         return every > 0 and (step % every == 0 or last_step)
 
     def __call__(self, step: int, kind: str, **values) -> None:
-        """Add a record and print its line. Numbers that are not finite become null: JSON has none."""
-        self._record(step, kind, values)
+        """Add a record and print its line, and warnings that follow from it.
+
+        Numbers that are not finite become null: JSON has none.
+        """
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        warnings = self.watch.feed({"step": step, "kind": kind, **finite})
+        if kind == "val" and (distance := self.watch.distance()) is not None:
+            finite["above_published"] = values["above_published"] = distance
+        self._record(step, kind, finite)
+        self._show(step, kind, values)
+        for sign, text in warnings:
+            tqdm.write(f"warning: {text}")
+            self._record(step, "warning", {"sign": sign, "text": text})
+
+    def _show(self, step: int, kind: str, values: dict) -> None:
+        """Print the line of a record."""
         if kind == "train":
             now = time.perf_counter()
             if self.first_step_began is None:
@@ -123,10 +139,10 @@ class Log:
             self.bar.update()
             self.bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
         elif kind in self.evaluations:
-            tqdm.write(f"step {step:5d} | {self.evaluations[kind].line(values)}")
+            beside = f", {self.watch.beside()}" if "above_published" in values else ""
+            tqdm.write(f"step {step:5d} | {self.evaluations[kind].line(values)}{beside}")
 
     def _record(self, step: int, kind: str, values: dict) -> None:
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         if kind == "run" and self.wandb:
             values["wandb"] = self.wandb.id
             self.wandb.config.update(values["args"], allow_val_change=True)
@@ -242,6 +258,8 @@ class Log:
         elif overfit_loss is not None:
             tqdm.write(f"overfit check passed: loss {overfit_loss:.4f} after {step} steps")
         else:
+            for line in self.watch.lines():
+                tqdm.write(f"verdict:    {line}")
             model, prompt = self.folder.name, self.args.sample_prompt
             tqdm.write(f"loss curve: {self.draw()}")
             report = command_line("plot.py", model, "--output", f"{model}/report.html")

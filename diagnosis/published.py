@@ -1,0 +1,254 @@
+"""What others have published for GPT-2 (124M), and how far a run is from it."""
+
+import math
+import re
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import takewhile
+
+from diagnosis.history import History, Interval, number
+from diagnosis.signs import another_tokenizer, equal_shards
+
+# Published for 124M weights, by the data that they were trained and measured on: losses on one set say
+# nothing about the other. FineWeb-Edu: build-nanogpt's log, and OpenAI's GPT-2 as measured there
+# (play.ipynb). FineWeb: the loss at which modded-nanogpt's runs end, and llm.c's discussion 481. HellaSwag is
+# acc_norm.
+REFERENCES = {
+    "fineweb-edu": {
+        "loss": {"build-nanogpt": 3.05, "GPT-2": 3.2924},
+        "HellaSwag": {"GPT-2": 0.2955, "build-nanogpt": 0.304, "GPT-3": 0.337},
+    },
+    "fineweb": {
+        "loss": {"modded-nanogpt": 3.28},
+        "HellaSwag": {"GPT-2": 0.2955, "llm.c": 0.299, "GPT-3": 0.337},
+    },
+}
+NAMES = {"fineweb": "FineWeb", "fineweb-edu": "FineWeb-Edu"}
+# Validation losses of llm.c's run on FineWeb, every EVERY steps from step 0 on, over the first 10,485,760
+# tokens of the validation shard. Source: modded-nanogpt, records/track_1_short/2024-10-13_llmc/main.log.
+EVERY = 250
+LOSSES = (
+    11.0092, 6.1710, 5.3743, 4.7097, 4.3170, 4.1296, 4.0060, 3.9189, 3.8585, 3.8237,
+    3.7652, 3.7334, 3.6973, 3.6745, 3.6543, 3.6339, 3.6176, 3.6005, 3.5797, 3.5673,
+    3.5535, 3.5404, 3.5298, 3.5182, 3.5069, 3.4992, 3.4912, 3.4810, 3.4726, 3.4650,
+    3.4566, 3.4513, 3.4431, 3.4376, 3.4289, 3.4224, 3.4159, 3.4097, 3.4026, 3.3978,
+    3.3924, 3.3865, 3.3809, 3.3751, 3.3706, 3.3647, 3.3615, 3.3551, 3.3509, 3.3462,
+    3.3408, 3.3357, 3.3305, 3.3267, 3.3226, 3.3193, 3.3149, 3.3112, 3.3073, 3.3038,
+    3.3003, 3.2969, 3.2939, 3.2914, 3.2882, 3.2863, 3.2841, 3.2821, 3.2803, 3.2785,
+    3.2770, 3.2758, 3.2746, 3.2738, 3.2732, 3.2727, 3.2724, 3.2722, 3.2722,
+)  # fmt: skip
+SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
+STEP_TOKENS, STEPS, WARMUP_STEPS, LEARNING_RATE = 524288, 19560, 700, 6e-4
+# FineWeb-Edu is easier, by about as much as the published runs differ at their ends.
+EASIER = {"fineweb": 0.0, "fineweb-edu": LOSSES[-1] - REFERENCES["fineweb-edu"]["loss"]["build-nanogpt"]}
+# Published repetitions of the run ended at 3.2722, 3.28 and 3.29: this is five times as much. An estimated
+# curve may itself be wrong by half of that.
+LIMITS = {"fineweb": 0.10, "fineweb-edu": 0.15}
+# Until twice the warm-up, the published loss falls by 0.1 within 40 to 200 steps: another length of the
+# warm-up would look like a distance.
+SETTLED = 2
+# While the rate is high, the loss stays above what it becomes as soon as the rate falls (Hägele et al. 2024,
+# "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations"). This is a share of the peak:
+# the published cosine has lost a quarter of it a third into the run.
+HIGHER_RATE = 0.25
+# The losses of windows of 1,024 tokens differ by about 0.5, so the mean of 1,000 is uncertain by 0.016.
+FEWEST_VAL_TOKENS = 1_000_000
+# At equal tokens, half the batch size and twice as many steps are at least as good. Larger batches are worse
+# early on, and smaller ones need other rates.
+STEP_TOKENS_ALLOWED = STEP_TOKENS // 2, STEP_TOKENS
+# The norms of the published run are 0.24 to 0.30 from step 2,500 on, so that --grad_clip 1 clips none. With
+# fp16, GradScaler tries a larger scale every 2,000 steps, which costs a step: this is ten times as many.
+CLIPPED, SKIPPED = 0.1, 1 / 200
+
+
+def dataset_of(source: dict, folder: str) -> str | None:
+    """Return the key of NAMES that shards belong to, by the source in their manifest or else their folder."""
+    files = source.get("files") or [[folder]]
+    name = str(source.get("dataset") or files[0][0]).lower()
+    if "fineweb" not in name or re.search(r"fineweb[-_]?2", name):  # FineWeb-2 has other languages
+        return None
+    return "fineweb-edu" if "edu" in name else "fineweb"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a run compares with the published one on a key of NAMES. If it does not, `reason` says why."""
+
+    dataset: str | None
+    reason: str | None = None
+
+    @property
+    def limit(self) -> float:
+        return LIMITS[self.dataset]
+
+    @property
+    def curve(self) -> str:
+        return "the estimated curve" if EASIER[self.dataset] else "the published curve"
+
+    @property
+    def source(self) -> str:
+        return "llm.c on FineWeb" + (", estimated for FineWeb-Edu" if EASIER[self.dataset] else "")
+
+    def expected(self, tokens: float) -> float:
+        """Return the published loss after this many tokens."""
+        place = min(tokens / STEP_TOKENS / EVERY, len(LOSSES) - 1)
+        i = min(int(place), len(LOSSES) - 2)
+        return LOSSES[i] + (place - i) * (LOSSES[i + 1] - LOSSES[i]) - EASIER[self.dataset]
+
+    def distance(self, interval: Interval) -> float | None:
+        """Return how far a validation is above the published curve. It is negative below it."""
+        if self.reason or interval.val_loss is None:
+            return None
+        return interval.val_loss - self.expected(interval.tokens)
+
+
+def compare(history: History, dataset: str | None = None) -> Comparison:
+    """Return how a run compares. `dataset` is what its user says that it was trained on, if they do."""
+    known = history.data.get("dataset")
+    return Comparison(known if known in NAMES else dataset, why_not(history, known, dataset))
+
+
+def why_not(history: History, known: object, asked: str | None) -> str | None:
+    """Return why a run cannot be compared with the published curve, or None if it can."""
+    for name, size in SHAPE.items():
+        if (found := history.options.get(name)) != size:
+            return f"--{name} is {found}, not {size}"
+    if history.options.get("tokenizer") != "gpt2":
+        return f"its tokens are those of {history.options.get('tokenizer')}, not of gpt2"
+    if known in NAMES and asked and asked != known:
+        return f"it was trained on {NAMES[known]}: use --references {known}"
+    if known not in NAMES and not asked:
+        return f"{history.options.get('data_dir')} is not known to be FineWeb or FineWeb-Edu"
+    least, most = STEP_TOKENS_ALLOWED
+    step_tokens, val_tokens = (number(history.options, name) for name in ("total_batch_size", "val_tokens"))
+    if step_tokens is None or not least <= step_tokens <= most:
+        return f"a step has {step_tokens} tokens, not {least} to {most}"
+    if val_tokens is None or val_tokens < FEWEST_VAL_TOKENS:
+        return (
+            f"--val_tokens is {val_tokens}, and of less than {FEWEST_VAL_TOKENS:,} the loss is too uncertain"
+        )
+    return None
+
+
+def classic_height(tokens: float) -> float:
+    """Return the published run's learning rate as a share of its peak."""
+    step = tokens / STEP_TOKENS
+    if step < WARMUP_STEPS:
+        return step / WARMUP_STEPS
+    return 0.5 * (1 + math.cos(math.pi * min((step - WARMUP_STEPS) / (STEPS - WARMUP_STEPS), 1)))
+
+
+def too_early(history: History, interval: Interval) -> str | None:
+    """Return why a validation cannot be judged yet, or None if it can."""
+    peak, step_tokens = (number(history.options, name) for name in ("learning_rate", "total_batch_size"))
+    settled = SETTLED * max(history.warmup_steps, math.ceil(WARMUP_STEPS * STEP_TOKENS / step_tokens))
+    if interval.step < settled:
+        return f"the loss compares from step {settled:,} on, after warm-up"
+    if peak and interval.lr and interval.lr / peak > classic_height(interval.tokens) + HIGHER_RATE:
+        return "its learning rate has yet to fall"
+    return None
+
+
+def judged(history: History, comparison: Comparison) -> list[tuple[Interval, float]]:
+    """Return the validations that can be judged, with their distances."""
+    if comparison.reason:
+        return []
+    found = [(each, comparison.distance(each)) for each in history.intervals]
+    return [(each, d) for each, d in found if d is not None and not too_early(history, each)]
+
+
+def since(history: History, comparison: Comparison) -> int | None:
+    """Return the step since which a run is too far above the curve; twice in a row at least, or None."""
+    found = judged(history, comparison)
+    above = list(takewhile(lambda pair: pair[1] > comparison.limit, reversed(found)))
+    is_newest = above and above[0][0] is history.intervals[-1]
+    return above[-1][0].step if is_newest and len(above) >= 2 else None
+
+
+def verdict(history: History, comparison: Comparison) -> str | None:
+    """Return one line about the newest validation of a run that can be compared."""
+    if comparison.reason or not history.intervals:
+        return None
+    last = history.intervals[-1]
+    distance = comparison.distance(last)
+    if distance is None:
+        return f"no validation loss at step {last.step:,}"
+    if reason := too_early(history, last):
+        return f"too early to say: {reason}; {beside(comparison, distance)} at step {last.step:,}"
+    begun = since(history, comparison)
+    if begun is not None:
+        return (
+            f"validation loss {last.val_loss:.2f} is {beside(comparison, distance)} at step {last.step:,}, "
+            f"since step {begun:,}"
+        )
+    if abs(distance) <= comparison.limit / 2:
+        within = max(math.ceil(100 * abs(distance)), 1) / 100
+        return f"validation loss within {within:.2f} of {comparison.curve} at step {last.step:,}"
+    return f"validation loss {last.val_loss:.2f} is {beside(comparison, distance)} at step {last.step:,}"
+
+
+def beside(comparison: Comparison, distance: float) -> str:
+    """Return where a validation is, in words."""
+    return f"{abs(distance):.2f} {'above' if distance >= 0 else 'below'} {comparison.curve}"
+
+
+def above_published(history: History) -> str | None:
+    """The sign that needs a reference: the validation loss is too far above the published curve."""
+    comparison = compare(history)
+    if since(history, comparison) is None:
+        return None
+    found = causes(history)
+    none = "neither options nor shards, skipped or clipped steps explain it: what has changed in the code?"
+    return f"{verdict(history, comparison)}. {'; '.join(found) or none}"
+
+
+def causes(history: History) -> list[str]:
+    """Return what could explain a loss that is too high, of what a log can show."""
+    found, option, last = [], history.options.get, history.intervals[-1]
+    rate = number(history.options, "learning_rate")
+    if option("optimizer") == "adamw" and rate and not 2 / 3 <= rate / LEARNING_RATE <= 1.5:
+        found.append(f"--learning_rate is {rate:g}, in the published run {LEARNING_RATE:g}")
+    if option("total_batch_size") != STEP_TOKENS:
+        found.append(f"a step has {option('total_batch_size'):,} tokens, not {STEP_TOKENS:,}")
+    if last.step and history.skipped / last.step > SKIPPED:
+        scale = (
+            ", and --dtype float16 halves its scale each time"
+            if history.run.get("dtype") == "float16"
+            else ""
+        )
+        found.append(f"{history.skipped} steps were skipped{scale}")
+    if last.clipped > CLIPPED:
+        found.append(
+            f"gradients of {last.clipped:.0%} of the last steps were clipped, in the published run none"
+        )
+    found += [line for sign in (another_tokenizer, equal_shards) if (line := sign(history))]
+    if option("init_from"):
+        found.append(f"--init_from is {option('init_from')}")
+    if option("dropout"):
+        found.append(f"--dropout is {option('dropout')}, in the published run 0")
+    return found
+
+
+def expectation(history: History) -> str | None:
+    """Return what a run that can be compared should reach, or None."""
+    comparison = compare(history)
+    steps, step_tokens = (number(history.options, name) for name in ("max_steps", "total_batch_size"))
+    if comparison.reason or not steps:
+        return None
+    marks = [mark for mark in (250, 1000, 5000) if mark < steps]
+    values = [f"{comparison.expected(mark * step_tokens):.2f} at step {mark:,}" for mark in marks]
+    values.append(f"{comparison.expected(steps * step_tokens):.2f} at the end")
+    estimated = ", estimated for FineWeb-Edu" if EASIER[comparison.dataset] else ""
+    is_classic = history.options.get("optimizer") == "adamw" and history.options.get("schedule") == "cosine"
+    if is_classic and steps * step_tokens > 0.9 * STEPS * STEP_TOKENS:
+        return f"comparable with the published run: expect {', '.join(values)}{estimated}"
+    return f"comparable with the published run, which it should not be above: {', '.join(values)}{estimated}"
+
+
+def curve_points(comparison: Comparison, tokens: float) -> list[tuple[float, float]]:
+    """Return tokens and losses of the published curve up to this many tokens."""
+    marks = [i * EVERY * STEP_TOKENS for i in range(len(LOSSES))]
+    shown = marks[: bisect_right(marks, tokens)]
+    if tokens < marks[-1]:
+        shown.append(tokens)
+    return [(mark, comparison.expected(mark)) for mark in shown]

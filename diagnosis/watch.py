@@ -1,0 +1,82 @@
+"""Follows a run by its records, and says what is wrong with it: once per kind, and only if it is.
+
+    watch = Watch()
+    for record in records:
+        for sign, line in watch.feed(record): ...     # new warnings
+    watch.lines()                                    # all in all
+
+The loop of train.py feeds each record that it writes, and plot.py those that it reads: both say the same.
+"""
+
+import statistics
+
+from diagnosis.history import ORDER, History, number
+from diagnosis.published import above_published, beside, compare, verdict
+from diagnosis.signs import SIGNS
+from runtime.log import is_record
+
+ALL_SIGNS = [above_published, *SIGNS]
+NORMAL = "no sign that anything is wrong"
+
+
+class Watch:
+    """`said` has the line of each sign that has been seen, also by an earlier part of a resumed run."""
+
+    def __init__(self, dataset: str | None = None):
+        self.history, self.said, self.dataset = History(), {}, dataset
+
+    @classmethod
+    def of_log(cls, log: dict[str, list[dict]], dataset: str | None = None) -> "Watch":
+        """Return a Watch that has seen a log, as `runtime.log.read_log` returns it."""
+        watch, known = cls(dataset), [record for kind in ORDER for record in log.get(kind, [])]
+        for record in sorted(known, key=lambda each: (each["step"], ORDER[each["kind"]])):
+            watch.feed(record)
+        return watch
+
+    def feed(self, record: dict) -> list[tuple[str, str]]:
+        """Take in the next record. Return the names and lines of signs that were not seen before it."""
+        if not is_record(record) or record["kind"] not in ORDER or self.history.options.get("overfit_batch"):
+            return []
+        if record["kind"] == "warning":
+            self.said.setdefault(record.get("sign"), str(record.get("text")))
+            return []
+        is_first, new = self.history.first is None, []
+        self.history.add(record)
+        if record["kind"] == "train" and not is_first:
+            return []  # signs are looked for with every validation
+        for sign in ALL_SIGNS:
+            if sign.__name__ not in self.said and (line := sign(self.history)):
+                self.said[sign.__name__] = line
+                new.append((sign.__name__, line))
+        return new
+
+    def distance(self) -> float | None:
+        """Return how far the last validation is above the published curve, if it can be compared."""
+        comparison = compare(self.history, self.dataset)
+        return comparison.distance(self.history.intervals[-1]) if self.history.intervals else None
+
+    def beside(self) -> str:
+        """Return that distance in words."""
+        return beside(compare(self.history, self.dataset), self.distance())
+
+    def about(self, has_ended: bool) -> str:
+        """Return what the run is, and how far."""
+        options, steps = self.history.options, number(self.history.options, "max_steps")
+        recent, parts = self.history.recent, []
+        done = recent[-1]["step"] + 1 if recent else 0
+        if params := number(self.history.run, "params"):
+            parts.append(f"{params:,} parameters on {options.get('data_dir')}")
+        parts.append(f"step {done:,}" + (f" of {steps:,}" if steps else ""))
+        if has_ended:
+            parts.append("ended")
+        elif steps and done < steps and recent:
+            minutes = (steps - done) * statistics.median(step["dt_ms"] for step in recent) / 60000
+            left = f"{minutes / 60:.1f} h" if minutes > 120 else f"{minutes:.0f} min"
+            parts.append(f"about {left} left without evaluations")
+        return ", ".join(parts)
+
+    def lines(self) -> list[str]:
+        """Return whether the run is normal: how it compares with the published one, and what was said."""
+        found = verdict(self.history, compare(self.history, self.dataset))
+        said = [line for sign, line in self.said.items() if not (found and sign == above_published.__name__)]
+        return [found] * bool(found) + (said or [NORMAL] * (found is None))

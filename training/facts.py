@@ -1,0 +1,74 @@
+"""What a log should know about the shards, for the signs of `diagnosis`. Takes a tenth of a second.
+
+`run` is the Run of train.py.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from corpus.shards import open_shard
+from diagnosis.history import History
+from diagnosis.published import dataset_of, expectation
+from diagnosis.signs import DATA_SIGNS
+
+MOST_TOKENS = 1 << 20  # of the first shard; enough for the entropy of GPT-2's ids to be right by about 2 %
+PASSAGE, EVERY = 64, 64  # tokens of a passage, and one in how many is looked at
+
+
+def data_facts(run) -> dict:
+    """Return what is known about the shards. Its numbers are about the beginning of a training shard.
+
+    Raises OSError or ValueError if that cannot be read.
+    """
+    train, val = run.train_data.shards, run.val_data.shards
+    first = train.lengths.index(max(train.lengths))  # one may be empty
+    ids = open_shard(train.paths[first])[:MOST_TOKENS]  # opened again, because a thread reads from the other
+    counts = np.bincount(ids, minlength=run.train_data.vocab_size)
+    shares = counts[counts > 0] / len(ids)
+    vocabulary, most_common = run.train_data.vocab_size, int(counts.argmax())
+    return {
+        "dataset": dataset_of(train.source, Path(run.args.data_dir).resolve().name),
+        "equal_shards": equal_shards([*val.paths, *train.paths], [*val.fingerprints, *train.fingerprints]),
+        "tokens": len(ids),
+        "unigram_entropy": float(-(shares * np.log(shares)).sum()),
+        "largest": int(ids.max()),
+        "upper_half": float(counts[vocabulary // 2 :].sum() / len(ids)),
+        "end_of_text": float(counts[vocabulary - 1] / len(ids)),
+        "most_common": most_common,
+        "most_common_share": float(counts[most_common] / len(ids)),
+        "repeated": repeated(ids),
+    }
+
+
+def equal_shards(paths: list[Path], fingerprints: list[bytes]) -> list[str]:
+    """Return the names of the first two shards with the same tokens, or an empty list."""
+    seen: dict[bytes, Path] = {}
+    for path, fingerprint in zip(paths, fingerprints, strict=True):
+        if fingerprint in seen:
+            return [seen[fingerprint].name, path.name]
+        seen[fingerprint] = path
+    return []
+
+
+def repeated(ids: np.ndarray) -> float:
+    """Return the share of passages that have occurred before, wherever they begin.
+
+    Which passages are looked at depends on their tokens alone, so that both copies of a text are.
+    """
+    hashes, length = ids.astype(np.uint64), 1
+    while length < PASSAGE and len(hashes) > length:
+        # Of twice as many tokens, from those of their halves.
+        hashes = hashes[:-length] * np.uint64(0x9E3779B97F4A7C15) + hashes[length:]
+        hashes ^= hashes >> np.uint64(29)
+        length *= 2
+    sample = hashes[hashes % np.uint64(EVERY) == 0]
+    return 1 - len(np.unique(sample)) / len(sample) if len(sample) else 0.0
+
+
+def expectations(run) -> list[tuple[str, str]]:
+    """Return lines, each with a name: what a run should reach, if known, and what is wrong with the data."""
+    history = History()
+    history.run = {"args": vars(run.args), "data": data_facts(run)}
+    found = [("warning", line) for sign in DATA_SIGNS if (line := sign(history))]
+    return [("expect", line)] * bool(line := expectation(history)) + found
