@@ -312,11 +312,11 @@ def test_ranks_share_the_cores_that_compile(monkeypatch):
         monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
         if before:
             monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", before)
-        monkeypatch.setattr(inductor_config, "compile_threads", default)
         monkeypatch.setattr(hardware, "usable_cores", lambda cores=cores: cores)
         monkeypatch.setattr(hardware, "read_launcher", lambda ranks=ranks: Launcher(local_world_size=ranks))
-        assert hardware.can_compile(torch.device("cpu"), print)
-        assert get_compile_threads() == threads
+        with inductor_config.patch(compile_threads=default):  # monkeypatch would hide the setting afterwards
+            assert hardware.can_compile(torch.device("cpu"), print)
+            assert get_compile_threads() == threads
 
 
 def test_open_files_are_allowed_as_far_as_the_system_does(monkeypatch):

@@ -178,7 +178,7 @@ def test_run_writes_log_checkpoints_and_picture(run_train):
     assert written == {"model_best.pt": 6, "model_00003.pt": 3, "model_00006.pt": 6}
     assert all(len(record["texts"]) == 2 for record in records["sample"])
     assert records["train"][0].keys() == {
-        "step", "kind", "loss", "lr", "lrs", "norm", "dt_ms", "tokens_per_s", "mfu", "skipped",
+        "step", "kind", "loss", "lr", "lrs", "norm", "dt_ms", "tokens_per_s", "mfu", "waited_ms", "skipped",
     }  # fmt: skip
     assert records["train"][0]["mfu"] is None
     assert records["val"][0]["loss"] == pytest.approx(math.log(320), abs=0.2)
