@@ -143,12 +143,12 @@ def slower(history: History) -> str | None:
     for each in found:
         total += each.seconds
         ends.append(total)
-    if total < 2 * HOUR_S:
+    if not found:
         return None
     early = [x for x, end in zip(found, ends, strict=True) if end - x.seconds < HOUR_S]
     late = [x for x, end in zip(found, ends, strict=True) if end > total - HOUR_S]
     was, now = (statistics.median(x.speed for x in part) for part in (early, late))
-    if early[-1].step >= late[0].step or was <= SLOWER * now:
+    if early[-1].step >= late[0].step or was <= SLOWER * now:  # not two hours yet, or not slower
         return None
     line = f"steps have become slower: {was:,.0f} tokens/s in the first hour, {now:,.0f} in the last one"
     if any(x.waited is None for x in (*early, *late)):
