@@ -64,7 +64,9 @@ from runtime.files import (
 from runtime.machine import keep_freed_memory, usable_cores
 
 SMALL_TEXT = 100_000_000  # tokens; `train.py --preset text` is meant for fewer
-MOST_WORKERS = 8  # by default: one thread collects, hashes and writes 500 MB/s of text, and one tokenizes 190
+# By default. A token takes 8 to 12 ns in the one thread that collects, hashes and writes, and 23 to 90 in
+# those that tokenize, so three to nine of them keep it busy (LOG.md, 2026-11-29).
+MOST_WORKERS = 8
 MOST_VALIDATION = 0.2  # share of a set; where the first shard is more, a tenth of the set is validation
 
 
@@ -233,10 +235,10 @@ class ShardSet:
 
         Its last shard and the rest of its first one, which went to training, will be made again.
         """
-        records, total = self.manifest["shards"], limit_of(self.manifest)
+        records, size = self.manifest["shards"], self.manifest["shard_size"]
         regular = [record for record in records if record["next"]]
-        if regular and regular[0]["tokens"] < self.manifest["shard_size"]:
-            tokens, following, _ = next(self.shards((0, 0, 0), self.manifest["shard_size"], total))
+        if regular and regular[0]["tokens"] < size:
+            tokens, _, _ = next(self.shards((0, 0, 0), size, limit_of(self.manifest)))
             regular[0] |= self.write(0, tokens)
         skipped = regular[-1].get("skipped", self.manifest["skipped_documents"]) if regular else 0
         self.manifest |= {"shards": regular, "skipped_documents": skipped, "complete": False}

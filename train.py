@@ -428,8 +428,15 @@ def train_step(run: Run, step: int, micro_steps: int | None = None) -> dict:
     hardware.synchronize(dist.device)
     speed = speed_of(run, micro_steps * micro_batch, time.perf_counter() - started)
     lrs = {group["name"]: group["lr"] for group in optimizer.param_groups}
-    about = {"loss": run.loss, "lr": learning_rate_at(step, args), "norm": norm, **speed}
-    return about | {"waited_ms": waited_ms, "skipped": run.skipped, "lrs": lrs}
+    return {
+        "loss": run.loss,
+        "lr": learning_rate_at(step, args),
+        "norm": norm,
+        **speed,
+        "waited_ms": waited_ms,
+        "skipped": run.skipped,
+        "lrs": lrs,
+    }
 
 
 def train(run: Run, records: Records) -> None:

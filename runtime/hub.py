@@ -90,7 +90,7 @@ def raise_temporary_errors() -> None:
             hf_raise_for_status(response)
 
     usual = get_session()
-    hooks = {**usual.event_hooks, "response": [check]}
+    hooks = {**usual.event_hooks, "response": [*usual.event_hooks["response"], check]}
     like_usual = dict(follow_redirects=usual.follow_redirects, timeout=usual.timeout)
     # The library closes its client after some errors, and makes a new one.
     set_client_factory(lambda: type(usual)(event_hooks=hooks, **like_usual))

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 from conftest import REPOSITORY
@@ -46,6 +47,13 @@ def test_rooms_import_from_lower_floors_only():
         if at_top or (room, other) not in LATE
     ]
     assert not wrong
+
+
+def test_installation_has_every_room():
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert set(settings["py-modules"]) == {path.stem for path in REPOSITORY.glob("*.py")}
+    folders = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")}
+    assert set(settings["packages"]) == folders <= {room for rooms in FLOORS for room in rooms}
 
 
 ALONE = """

@@ -116,12 +116,8 @@ def about_run(run, evaluations: list) -> dict:
     """Return the record of what a run is about to do. It names the number of each evaluation to draw."""
     curves = {each.kind: each.curve for each in evaluations if each.curve}
     about = dict(args=vars(run.args), world_size=run.dist.world_size, params=run.raw_model.num_params())
-    about |= {
-        "groups": describe_groups(run),
-        "curves": curves,
-        "dtype": str(run.dtype).removeprefix("torch."),
-    }
-    about["data"] = data_facts(run)
+    about |= {"groups": describe_groups(run), "curves": curves, "data": data_facts(run)}
+    about["dtype"] = str(run.dtype).removeprefix("torch.")
     return about | hardware.describe_machine(run.dist.device)
 
 

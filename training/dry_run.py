@@ -288,10 +288,10 @@ def rehearse(run, train_step: Callable, evaluations: list, tokens_at: Callable) 
         used, left = (tqdm.format_sizeof(n, "B") for n in memory)
         each = f" on rank {dist.rank} of {dist.world_size}" if dist.world_size > 1 else ""
         dist.say(f"{'memory':12} {used} at the peak{each}, {left} left{cut}")
-    compilation_s = hardware.compilation_seconds()
-    forecast(
-        run, [*costs, ("start", 1, start_s), ("compilation", 1, compilation_s if run.is_compiled else 0)]
-    )
+    costs.append(("start", 1, start_s))
+    if run.is_compiled:
+        costs.append(("compilation", 1, hardware.compilation_seconds()))
+    forecast(run, costs)
     slowest = sorted(step_seconds)[int(0.9 * len(step_seconds))]
     if slowest > UNSTEADY * min(step_seconds):
         seconds = f"{duration(min(step_seconds))} to {duration(slowest)}"
