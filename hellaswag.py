@@ -43,7 +43,7 @@ from corpus.tokenizer import tokenizer_for
 from formats.checkpoint import describe_pretrained
 from model import GPT, head_rows
 from runtime import hub
-from runtime.cli import Range, check_options, run, summary, user_path, watched
+from runtime.cli import Parser, Range, check_options, run, user_path, watched
 from runtime.distributed import Interrupted
 from runtime.files import check_output, parsing, write_atomically, write_json
 from runtime.hardware import choose_device, masked_attention
@@ -344,20 +344,21 @@ def evaluate(
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=summary(__doc__), formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     model = "checkpoint, run folder, Hugging Face folder, or gpt2 … gpt2-xl"
     add("--model", type=user_path, default="log", help=model)
-    add("--n_head", type=Range(int, 1), help="attention heads, for a checkpoint that does not say it")
-    add("--data", type=user_path, help=f".jsonl, .jsonl.gz or .parquet (None: {DATA}, downloaded if missing)")
-    add("--limit", type=Range(int, 1), help="score only the first N items (None: all)")
+    items = "a .jsonl, .jsonl.gz or .parquet file: in each row ctx (the text before), endings (four) and label "
+    items += f"(0 to 3, the right one); or demo: 44 items (default: {DATA}, downloaded if missing)"
+    add("--data", type=user_path, help=items)
+    add("--limit", type=Range(int, 1), help="score only the first N items (default: all)")
     add("--lm_eval", action="store_true", help="also score as lm-evaluation-harness does; doubles the time")
+    add("--output", type=user_path, help="write the result to this .json file")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="model dtype")
-    add("--batch_tokens", type=Range(int, 1), help="tokens per forward pass (None: 512 on CPUs, else 16384)")
-    add("--output", type=user_path, help="write the result to this .json file")
+    batch_tokens = "tokens per forward pass (default: 512 on CPUs, else 16384)"
+    add("--batch_tokens", type=Range(int, 1), help=batch_tokens)
+    add("--n_head", type=Range(int, 1), help="attention heads, for a checkpoint that does not say it")
     args = parser.parse_args(argv)
     check_options(parser, args)
     return args

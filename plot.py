@@ -25,7 +25,7 @@ from pathlib import Path
 
 from diagnosis.published import REFERENCES, compare, curve_points
 from diagnosis.watch import Watch
-from runtime.cli import Range, check_options, run, summary, user_path
+from runtime.cli import Parser, Range, check_options, run, user_path
 from runtime.files import check_output, write_atomically
 from runtime.log import curves_of, is_number, read_log
 
@@ -359,12 +359,12 @@ def has_begun(source: str | Path) -> bool:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=summary(__doc__))
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("runs", type=user_path, nargs="+", help="run folders or log.jsonl files")
     add("--output", type=user_path, help="PNG or report.html (default: loss.png in the first folder)")
     add("--against", choices=AXES, default="step", help="horizontal axis; minutes exclude evaluations")
-    help = "draw what is published for the 124M model: on FineWeb-Edu (edu), or on fineweb (None: no losses)"
+    help = "draw what is published for the 124M model: on FineWeb-Edu (edu, if none is named), or on fineweb"
     name = {"edu": "fineweb-edu"}.get
     known = dict(type=lambda text: name(text, text), choices=REFERENCES, const="fineweb-edu")
     add("--references", nargs="?", **known, help=help)
