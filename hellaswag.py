@@ -50,6 +50,7 @@ from runtime.hardware import choose_device, masked_attention
 
 DATA = "hellaswag_val.jsonl"
 DEMO_ITEMS = Path(__file__).parent / "corpus" / "hellaswag_demo.jsonl"  # written for this project
+DOWNLOAD_AGAIN = "delete the file to download it again"
 HUB_DATASET = "Rowan/hellaswag"
 ADVICE = (
     "use --hellaswag_every 0, or pass a file to --hellaswag_data (hellaswag.py: --data), or set HF_ENDPOINT "
@@ -74,7 +75,7 @@ def download(path: str | Path = DATA) -> Path:
         source = fetch("data/validation-00000-of-00001.parquet")
     except FileNotFoundError:  # the Hub converts every dataset itself
         source = fetch("default/validation/0000.parquet", revision="refs/convert/parquet")
-    lines = [json.dumps(item) + "\n" for item in load_items(source)]
+    lines = [json.dumps(item) + "\n" for item in load_items(source, DOWNLOAD_AGAIN)]
     # Another run may be doing the same.
     mine = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     write_atomically(mine, lambda file: file.write("".join(lines).encode()))
@@ -82,29 +83,29 @@ def download(path: str | Path = DATA) -> Path:
     return path
 
 
-def load_items(path: str | Path) -> list[dict]:
-    """Read items (`ind`, `activity_label`, `ctx`, `label`, four `endings`) from a .jsonl, .jsonl.gz or
-    .parquet file. A label may be a number or text, and becomes a number.
+def load_items(path: str | Path, advice: str = "fix it or use another file") -> list[dict]:
+    """Read items (`ctx`, `label`, four `endings`) from a .jsonl, .jsonl.gz or .parquet file, or those of
+    this project for "demo".
 
-    Raises FileNotFoundError, or ValueError naming the bad row.
+    A label may be a number or text, and becomes a number. Without an `ind`, items are numbered from 0. Raises
+    FileNotFoundError, or ValueError naming the bad row, with `advice`.
     """
-    path = Path(path)
+    path = DEMO_ITEMS if str(path) == "demo" else Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no HellaSwag items at {path}: `python hellaswag.py` downloads them")
+        raise FileNotFoundError(f"no HellaSwag items at {path}: check it, or leave it out to download them")
     items, what = [], "a HellaSwag item"
-    advice = "fix it, or delete the file to download it again"
     for where, item in rows_of(path, what, advice):
         with parsing(where, what, advice):
-            items.append(_check_item(item))
+            items.append({"ind": len(items), **_check_item(item)})
     if not items:
-        raise ValueError(f"{path} holds no items: delete it to download it again")
+        raise ValueError(f"{path} holds no items: {advice}")
     return items
 
 
 def _check_item(item: dict) -> dict:
     if not isinstance(item, dict):
         raise ValueError("it is not a JSON object")
-    missing = {"ind", "activity_label", "ctx", "label", "endings"} - item.keys()
+    missing = {"ctx", "label", "endings"} - item.keys()
     if missing:
         raise ValueError(f"it has no {', '.join(sorted(missing))}")
     if any(not isinstance(item.get(name, ""), str) for name in ("activity_label", "ctx_a", "ctx_b")):
@@ -348,8 +349,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     model = "checkpoint, run folder, Hugging Face folder, or gpt2 … gpt2-xl"
     add("--model", type=user_path, default="log", help=model)
-    items = "a .jsonl, .jsonl.gz or .parquet file: in each row ctx (the text before), endings (four) and label "
-    items += f"(0 to 3, the right one); or demo: 44 items (default: {DATA}, downloaded if missing)"
+    items = ".jsonl, .jsonl.gz or .parquet, whose rows have ctx (the text before), endings (four texts) and "
+    items += f"label (0 to 3, the right one); or demo: 44 items (default: {DATA}, downloaded if missing)"
     add("--data", type=user_path, help=items)
     add("--limit", type=Range(int, 1), help="score only the first N items (default: all)")
     add("--lm_eval", action="store_true", help="also score as lm-evaluation-harness does; doubles the time")
@@ -367,7 +368,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     if args.output:
         check_output(args.output)
-    items = load_items(args.data or download())
+    items = load_items(args.data) if args.data else load_items(download(), DOWNLOAD_AGAIN)
+    for item in items if args.lm_eval else ():
+        if "activity_label" not in item:
+            raise ValueError(f"item {item['ind']} has no activity_label: add it, or leave out --lm_eval")
     about, items = identify(items), items[: args.limit]
     if "warning" in about:
         print(about["warning"], file=sys.stderr, flush=True)
