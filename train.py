@@ -252,8 +252,13 @@ def learning_rate_at(step: int, args: argparse.Namespace) -> float:
 
 
 def tokens_at(step: int, args: argparse.Namespace) -> int:
-    """Return how many tokens a step takes, over all ranks: a multiple of those in a micro-step."""
-    return args.total_batch_size
+    """Return how many tokens a step takes, over all ranks: a multiple of those in a micro-step.
+
+    The ramp has equally many steps of each size: with --batch_ramp 4, of a quarter and of a half.
+    """
+    doublings = args.batch_ramp.bit_length() - 1
+    ramp_steps = max(args.ramp_share * args.max_steps, 1)
+    return args.total_batch_size >> max(doublings - int(doublings * step / ramp_steps), 0)
 
 
 OPTIMIZERS = {
@@ -520,6 +525,9 @@ def option_parser() -> argparse.ArgumentParser:
     batch_size = Range(int_or_auto, 1)
     add("--batch_size", type=batch_size, default=64, help="sequences per rank and micro-step, or auto")
     add("--total_batch_size", type=AT_LEAST_1, default=524288, help="tokens per step, over all ranks")
+    ramp = "first steps take 1/N of --total_batch_size; doubled until they take all of it (1: disabled)"
+    add("--batch_ramp", type=int, choices=(1, 2, 4, 8, 16), default=1, help=ramp)
+    add("--ramp_share", type=FRACTION, default=0.5, help="share of the steps before they take all of it")
     add("--shuffle", **switch, help="permute every epoch")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -609,7 +617,7 @@ def main(args: argparse.Namespace) -> None:
             raw_model.to(device).train()
             raw_model.recompute = args.recompute
         with together(dist):
-            args.batch_size = fit_batch_size(args, dist, raw_model, found.dtype)
+            args.batch_size = fit_batch_size(args, dist, raw_model, found.dtype, tokens_at)
 
         # Data
         sizes = dict(batch_size=args.batch_size, block_size=args.block_size, vocab_size=found.used_ids)

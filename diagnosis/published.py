@@ -227,18 +227,20 @@ def causes(history: History) -> list[str]:
     return found
 
 
-def expectation(history: History) -> str | None:
-    """Return what a run that can be compared should reach, or None."""
-    comparison = compare(history)
-    steps, step_tokens = (number(history.options, name) for name in ("max_steps", "total_batch_size"))
-    if comparison.reason or not steps:
+def expectation(history: History, consumed: list[int]) -> str | None:
+    """Return what a run that can be compared should reach, or None.
+
+    `consumed` are the tokens before each step, and in all.
+    """
+    comparison, steps = compare(history), len(consumed) - 1
+    if comparison.reason:
         return None
     marks = [mark for mark in (250, 1000, 5000) if mark < steps]
-    values = [f"{comparison.expected(mark * step_tokens):.2f} at step {mark:,}" for mark in marks]
-    values.append(f"{comparison.expected(steps * step_tokens):.2f} at the end")
+    values = [f"{comparison.expected(consumed[mark]):.2f} at step {mark:,}" for mark in marks]
+    values.append(f"{comparison.expected(consumed[-1]):.2f} at the end")
     estimated = ", estimated for FineWeb-Edu" if EASIER[comparison.dataset] else ""
     is_classic = history.options.get("optimizer") == "adamw" and history.options.get("schedule") == "cosine"
-    if is_classic and steps * step_tokens > 0.9 * STEPS * STEP_TOKENS:
+    if is_classic and consumed[-1] > 0.9 * STEPS * STEP_TOKENS:
         return f"comparable with the published run: expect {', '.join(values)}{estimated}"
     return f"comparable with the published run, which it should not be above: {', '.join(values)}{estimated}"
 

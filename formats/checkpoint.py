@@ -330,7 +330,8 @@ def _read_gpt2_checkpoint(
         if not any(name.endswith(".bias") for name in state):
             layers = [name for name in state if re.search(r"\.(c|ln)_\w+\.weight$", name)]
             state |= {name.removesuffix("weight") + "bias": torch.zeros(len(state[name])) for name in layers}
-        kinds = {"step": int, "val_loss": float, "best_step": int, "best_val_loss": float, "args": dict}
+        kinds = {"step": int, "windows": int, "args": dict}
+        kinds |= {"val_loss": float, "best_step": int, "best_val_loss": float}
         known = {name: checkpoint.get(name) for name in kinds}
         metadata = {name: v if isinstance(v, kinds[name]) else None for name, v in known.items()}
         if args := metadata["args"]:

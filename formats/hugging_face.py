@@ -228,9 +228,8 @@ def model_card(model: GPT, tokenizer: tiktoken.Encoding, source: Path, name: str
     if step is not None:
         is_best = metadata.get("val_loss") is not None and step == metadata.get("best_step")
         facts["checkpoint"] = f"step {step:,}" + (", the best validation loss until then" if is_best else "")
-    if step is not None and isinstance(args.get("total_batch_size"), int):
-        facts["trained for"] = f"{step:,} steps of {args['total_batch_size']:,} tokens"
-        facts["tokens seen"] = f"{step * args['total_batch_size']:,}"
+    if metadata.get("windows") and isinstance(args.get("block_size"), int):
+        facts["tokens seen"] = f"{metadata['windows'] * args['block_size']:,}"
     # An evaluation may be older than the checkpoint.
     last = {kind: [each for each in log.get(kind, []) if each["step"] <= step][-1:] for kind in log}
     if metadata.get("val_loss") is not None:

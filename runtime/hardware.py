@@ -326,13 +326,13 @@ def check_memory(
 
 
 def find_batch_size(
-    model: torch.nn.Module, total_batch_size: int, block_size: int, dtype: torch.dtype, dist: Distributed
+    model: torch.nn.Module, step_tokens: int, block_size: int, dtype: torch.dtype, dist: Distributed
 ) -> int:
     """Return the largest --batch_size that fits on every rank and divides the tokens of a step.
 
     Raises ValueError if not even 1 fits. A collective.
     """
-    most = total_batch_size // (block_size * dist.world_size)
+    most = step_tokens // (block_size * dist.world_size)
     for batch_size in (n for n in range(most, 0, -1) if most % n == 0):
         fits_here = fits(model, batch_size, block_size, dtype, dist.device)
         (misfits,) = dist.sum(not fits_here)

@@ -291,18 +291,20 @@ def test_difference_is_relative_to_each_tensor():
 
 def test_suggestions(monkeypatch):
     run = SimpleNamespace(args=train.parse_args([]), dist=ONE, dtype=torch.float32, is_compiled=False)
-    assert dry_run.suggest(run, 0.0) == []
-    assert "local disk" in dry_run.suggest(run, 0.1)[0]
+    step_tokens = run.args.total_batch_size
+    assert dry_run.suggest(run, 0.0, step_tokens) == []
+    assert "local disk" in dry_run.suggest(run, 0.1, step_tokens)[0]
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
     run.dtype = torch.bfloat16
-    assert "only emulates" in dry_run.suggest(run, 0.0)[0]
+    assert "only emulates" in dry_run.suggest(run, 0.0, step_tokens)[0]
     run.dist = Distributed(0, 1, torch.device("cuda:0"))
     monkeypatch.setattr(dry_run.hardware, "memory", lambda device: (30e9, 50e9))
-    eager, larger = dry_run.suggest(run, 0.0)
+    eager, larger = dry_run.suggest(run, 0.0, step_tokens)
     assert "use --compile" in eager and larger.startswith("--batch_size 128 fits")
+    assert dry_run.suggest(run, 0.0, 64 * 1024) == [eager]  # the first steps have one micro-step
     monkeypatch.setattr(dry_run.hardware, "memory", lambda device: (50e9, 30e9))
     run.is_compiled = True
-    assert dry_run.suggest(run, 0.0) == []
+    assert dry_run.suggest(run, 0.0, step_tokens) == []
 
 
 @pytest.mark.gpu

@@ -904,10 +904,9 @@ def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
     assert (long.max_steps, long.warmup_steps) == (50, 7)
 
 
-def test_steps_may_take_more_and_more_tokens(run_train, monkeypatch, capsys):
+def test_steps_may_take_more_and_more_tokens(run_train, capsys):
     """A run that doubles its batches is resumed where it was, and knows its end."""
-    monkeypatch.setattr(train, "tokens_at", lambda step, args: 32 if step < 4 else args.total_batch_size)
-    options = "--max_steps 8 --val_every 4"
+    options = "--max_steps 8 --val_every 4 --batch_ramp 2 --ramp_share 0.5"
     whole = run_train(options, out_dir="whole")
     assert "8 steps, 384 tokens, 0.22 epochs of 1,760" in capsys.readouterr().out
     run_train(f"{options} --checkpoint_every 5 --keep 0")
@@ -917,12 +916,15 @@ def test_steps_may_take_more_and_more_tokens(run_train, monkeypatch, capsys):
     state = torch.load("log/model_00008.pt", weights_only=True)
     assert state["windows"] == 384 // 16
     assert [record["tokens"] for record in whole["val"]] == [0, 128, 384]
-    with pytest.raises(ValueError, match="step 0 takes 32 tokens, which are no multiple of a micro-step's"):
-        monkeypatch.setattr(prepare, "check_args", lambda *_: None)
-        run_train("--batch_size 16 --max_steps 8 --total_batch_size 64", out_dir="uneven")
-    limited = train.parse_args(f"{TINY} --max_steps 99 --epochs 1".split())
+    uneven = "step 0 takes 32 tokens, which are no multiple of a micro-step's 64: use --batch_size 2"
+    with pytest.raises(ValueError, match=uneven):
+        run_train(f"{options} --batch_size 4", out_dir="uneven")
+    limited = train.parse_args(f"{TINY} --max_steps 99 --batch_ramp 4 --ramp_share 0.6".split())
     prepare.limit_steps(limited, 1760, train.tokens_at)
-    assert limited.max_steps == 4 + round((1760 - 4 * 32) / 64)
+    taken = [train.tokens_at(step, limited) for step in range(limited.max_steps)]
+    assert abs(sum(taken) - 1760) <= 32
+    done = [step / limited.max_steps for step in range(limited.max_steps)]
+    assert taken == [16 if share < 0.3 else 32 if share < 0.6 else 64 for share in done]
 
 
 def test_resumed_run_that_epochs_would_end_before_its_checkpoint_is_refused(run_train):

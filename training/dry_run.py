@@ -19,6 +19,7 @@ from runtime.distributed import Distributed, together
 from runtime.machine import process_age
 from training.checkpoints import to_host, training_state
 from training.facts import expectations
+from training.prepare import common_tokens
 from training.records import speed_of
 
 # What rounding may do to the gradient of a tensor, relative to its norm. On CPUs it was at most 0.8 % (bf16)
@@ -221,8 +222,12 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
-def suggest(run, waiting: float) -> list[str]:
-    """Return what would obviously help. `waiting` is the share of a step that waits for data."""
+def suggest(run, waiting: float, step_tokens: int) -> list[str]:
+    """Return what would obviously help.
+
+    `waiting` is the share of a step that waits for data, and every step takes a multiple of `step_tokens`.
+    """
+    micro_batch = run.args.batch_size * run.args.block_size * run.dist.world_size
     args, found, device = run.args, [], run.dist.device
     if device.type == "cuda" and not run.is_compiled:
         found.append("eager code is slow on GPUs: use --compile")
@@ -230,8 +235,7 @@ def suggest(run, waiting: float) -> list[str]:
         found.append(f"this CPU only emulates {args.dtype}: use --dtype float32")
     if waiting > SLOW_DATA:
         found.append(f"steps wait for data: copy {args.data_dir} to a local disk")
-    micro_steps = args.total_batch_size // (args.batch_size * args.block_size * run.dist.world_size)
-    if device.type == "cuda" and micro_steps % 2 == 0:
+    if device.type == "cuda" and step_tokens % (2 * micro_batch) == 0:
         peak, left = hardware.memory(device)
         if left > peak:  # even if everything grew with the batch, the weights included
             found.append(f"--batch_size {2 * args.batch_size} fits, and may be faster")
@@ -266,7 +270,7 @@ def rehearse(run, train_step: Callable, evaluations: list, tokens_at: Callable) 
     dist.say(f"{'speed':12} {', '.join(parts)}{cut}")
     report_losses(dist, records, args.vocab_size)
     with together(dist):
-        for name, line in expectations(run) if dist.is_main else ():
+        for name, line in expectations(run, tokens_at) if dist.is_main else ():
             dist.say(f"{name:12} {line}")
 
     costs = [("steps", args.max_steps - step, tokens_left / speed["tokens_per_s"] / (args.max_steps - step))]
@@ -296,7 +300,7 @@ def rehearse(run, train_step: Callable, evaluations: list, tokens_at: Callable) 
     if slowest > UNSTEADY * min(step_seconds):
         seconds = f"{duration(min(step_seconds))} to {duration(slowest)}"
         dist.say(f"{'suggestion':12} steps took {seconds}: measure again when nothing else is running")
-    for suggestion in suggest(run, waiting):
+    for suggestion in suggest(run, waiting, common_tokens(args, tokens_at)):
         dist.say(f"{'suggestion':12} {suggestion}")
 
 

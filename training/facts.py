@@ -3,6 +3,8 @@
 `run` is the Run of train.py.
 """
 
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +71,13 @@ def repeated(ids: np.ndarray) -> float:
     return 1 - len(np.unique(sample)) / len(sample) if len(sample) else 0.0
 
 
-def expectations(run) -> list[tuple[str, str]]:
-    """Return lines, each with a name: what a run should reach, if known, and what is wrong with the data."""
-    history = History()
+def expectations(run, tokens_at: Callable) -> list[tuple[str, str]]:
+    """Return lines, each with a name: what a run should reach, if known, and what is wrong with the data.
+
+    `tokens_at` is that of train.py.
+    """
+    history, steps = History(), range(run.args.max_steps)
+    consumed = list(accumulate((tokens_at(step, run.args) for step in steps), initial=0))
     history.run = {"args": vars(run.args), "data": data_facts(run)}
-    lines = [("expect", expectation(history)), *(("warning", sign(history)) for sign in DATA_SIGNS)]
+    lines = [("expect", expectation(history, consumed)), *(("warning", sign(history)) for sign in DATA_SIGNS)]
     return [(name, line) for name, line in lines if line]

@@ -7,6 +7,7 @@ network comes after everything local.
 import argparse
 import importlib.util
 import math
+from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -134,13 +135,15 @@ def load_pretrained(
     return model
 
 
-def fit_batch_size(args: argparse.Namespace, dist: Distributed, model: GPT, dtype: torch.dtype) -> int:
+def fit_batch_size(
+    args: argparse.Namespace, dist: Distributed, model: GPT, dtype: torch.dtype, tokens_at: TokensAt
+) -> int:
     """Return --batch_size, or for auto the largest one that fits. Every rank has to call this.
 
     Raises ValueError if it needs more memory than this machine has.
     """
     if args.batch_size == "auto":
-        return hardware.find_batch_size(model, args.total_batch_size, args.block_size, dtype, dist)
+        return hardware.find_batch_size(model, common_tokens(args, tokens_at), args.block_size, dtype, dist)
     if not args.eval_only:  # which needs no gradients
         hardware.check_memory(model, args.batch_size, args.block_size, dtype, dist.device)
     return args.batch_size
@@ -153,11 +156,14 @@ def limit_steps(
 
     Raises ValueError if the resumed checkpoint is past them.
     """
-    steps, before = 0, args.max_steps
-    while steps < before and tokens >= tokens_at(steps, args) / 2:
-        tokens -= tokens_at(steps, args)
-        steps += 1
-    args.max_steps, args.epochs = max(steps, 1), None  # a resumed run may be extended
+
+    def middle_of_last(steps: int) -> float:
+        args.max_steps = steps  # on which the size of each step may depend
+        return sum(tokens_at(step, args) for step in range(steps)) - tokens_at(steps - 1, args) / 2
+
+    before = args.max_steps
+    args.max_steps = max(bisect(range(1, before + 1), tokens, key=middle_of_last), 1)
+    args.epochs = None  # a resumed run may be extended
     args.warmup_steps = min(round(args.warmup_steps * args.max_steps / before), args.max_steps - 1)
     if resumed:
         check_step(resumed["step"], args)
@@ -170,11 +176,17 @@ def planned_tokens(args: argparse.Namespace, world_size: int, tokens_at: TokensA
         step_tokens = tokens_at(step, args)
         tokens += step_tokens
         if step_tokens % micro_batch and not args.eval_only:
+            largest = common_tokens(args, tokens_at) // (args.block_size * world_size)
             raise ValueError(
                 f"step {step} takes {step_tokens} tokens, which are no multiple of a micro-step's "
-                f"{micro_batch}: use another --batch_size"
+                f"{micro_batch}: use " + (f"--batch_size {largest}" if largest else "fewer ranks")
             )
     return tokens
+
+
+def common_tokens(args: argparse.Namespace, tokens_at: TokensAt) -> int:
+    """Return the largest number of tokens of which every step takes a multiple."""
+    return math.gcd(*(tokens_at(step, args) for step in range(args.max_steps)))
 
 
 def first_words(tokens: np.ndarray, tokenizer) -> str:
