@@ -20,12 +20,14 @@ import os
 import time
 from bisect import bisect_left
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from diagnosis.published import REFERENCES, compare, curve_points
+from diagnosis.published import REFERENCES, curve_points
 from diagnosis.watch import Watch
-from runtime.cli import Range, check_options, run, summary, user_path
+from runtime.cli import Range, check_options, summary, user_path
+from runtime.cli import run as run_script
 from runtime.files import check_output, write_atomically
 from runtime.log import curves_of, is_number, read_log
 
@@ -37,6 +39,17 @@ AXES = {
     "tokens": lambda record: record["tokens_per_s"] * record["dt_ms"] / 1000,
     "minutes": lambda record: record["dt_ms"] / 60000,
 }
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A run as its log shows it; `watch` has seen the whole log."""
+
+    log: dict[str, list[dict]]
+    watch: Watch
+
+
+Runs = dict[str, Logged]  # by their names
 
 
 def curve(records: list[dict], name: str) -> tuple[list[int], list[float]]:
@@ -62,44 +75,40 @@ def smooth(steps: list[float], values: list[float]) -> tuple[list[float], list[f
     )
 
 
-def panels_of(logs: dict[str, dict[str, list[dict]]]) -> list[tuple[str, str | None, list[tuple[str, str]]]]:
+def panels_of(runs: Runs) -> list[tuple[str, str | None, list[tuple[str, str]]]]:
     """Return title, unit and curves, as kinds and names, of each panel that the runs have data for."""
     panels = [
-        ("loss", unit_of(logs), [("train", "loss"), ("val", "loss")]),
+        ("loss", unit_of(runs), [("train", "loss"), ("val", "loss")]),
         ("learning rate", None, [("train", "lr")]),
         ("gradient norm", None, [("train", "norm")]),
         ("tokens/s", None, [("train", "tokens_per_s")]),
     ]
-    return panels + [(TITLES.get(kind, kind), name, [(kind, name)]) for kind, name in scores_of(logs).items()]
+    return panels + [(TITLES.get(kind, kind), name, [(kind, name)]) for kind, name in scores_of(runs).items()]
 
 
-def scores_of(logs: dict[str, dict[str, list[dict]]]) -> dict[str, str]:
+def scores_of(runs: Runs) -> dict[str, str]:
     """Return the number to draw of each kind of evaluation, besides validation, that a run has done."""
-    names = {kind: name for log in logs.values() for kind, name in curves_of(log).items() if kind != "val"}
-    return {kind: name for kind, name in names.items() if any(log.get(kind) for log in logs.values())}
+    names = {
+        kind: name for run in runs.values() for kind, name in curves_of(run.log).items() if kind != "val"
+    }
+    return {kind: name for kind, name in names.items() if any(run.log.get(kind) for run in runs.values())}
 
 
-def options_of(log: dict[str, list[dict]]) -> dict:
-    """Return the options with which a run was last started."""
-    found = [record["args"] for record in log.get("run", []) if isinstance(record.get("args"), dict)]
-    return found[-1] if found else {}
-
-
-def unit_of(logs: dict[str, dict[str, list[dict]]]) -> str:
+def unit_of(runs: Runs) -> str:
     """Return the unit of the runs' losses. Bytes are tokens, too."""
-    is_byte = {options_of(log).get("tokenizer") == "byte" for log in logs.values()}
+    is_byte = {run.watch.history.options.get("tokenizer") == "byte" for run in runs.values()}
     return "nats per byte" if is_byte == {True} else "nats per token"
 
 
 def lines_of(
-    logs: dict[str, dict[str, list[dict]]], curves: list[tuple[str, str]], against: str
+    runs: Runs, curves: list[tuple[str, str]], against: str
 ) -> Iterator[tuple[int, str, list[float], list[float]]]:
     """Yield the number of the run, the label and the points of each line of a panel."""
-    for i, (folder, log) in enumerate(logs.items()):
+    for i, (folder, run) in enumerate(runs.items()):
         for kind, name in curves:
-            steps, values = curve(log.get(kind, []), name)
+            steps, values = curve(run.log.get(kind, []), name)
             if steps:
-                x = positions(steps, log, against)
+                x = positions(steps, run.log, against)
                 x, values = smooth(x, values) if kind == "train" else (x, values)
                 yield i, f"{folder}: {kind}", x, values
 
@@ -114,38 +123,35 @@ def limits(lines: list[tuple[list[float], list[float]]], published: list[float])
 
 
 def published_lines(
-    logs: dict[str, dict[str, list[dict]]], against: str, references: str | None
+    runs: Runs, against: str, references: str | None
 ) -> Iterator[tuple[str, list[float], list[float]]]:
     """Yield label and points of the published curve, as far as the runs that it can be compared with.
 
     It is one line for several runs, except on an axis of minutes, where each needs its own.
     """
     drawn = set()
-    for log in logs.values() if references else ():
-        watch = Watch.of_log(log, references)
-        comparison = compare(watch.history, references)
-        step_tokens = watch.history.options.get("total_batch_size")
-        if comparison.reason or not log.get("train"):
+    for run in runs.values() if references else ():
+        comparison = run.watch.comparison
+        step_tokens = run.watch.history.options.get("total_batch_size")
+        if comparison.reason or not run.log.get("train"):
             continue
-        last = log["train"][-1]["step"] + 1
+        last = run.log["train"][-1]["step"] + 1
         tokens, losses = zip(*curve_points(comparison, last * step_tokens), strict=True)
         steps = [each / step_tokens for each in tokens]
         x = list(tokens) if against == "tokens" else steps
         if against == "minutes":
-            x = positions([int(step) for step in steps], log, against)
+            x = positions([int(step) for step in steps], run.log, against)
         if (line := (tuple(x), losses)) not in drawn:
             drawn.add(line)
             yield f"published: {comparison.source}", x, list(losses)
 
 
-def what_runs_are(logs: dict[str, dict[str, list[dict]]], references: str | None) -> Iterator[str]:
+def what_runs_are(runs: Runs, references: str | None) -> Iterator[str]:
     """Yield lines that say of each run what it is, how far it is, and whether it is normal."""
-    for name, log in logs.items():
-        watch = Watch.of_log(log, references)
-        yield f"{name}: {watch.about(has_ended(log))}"
-        for line in watch.lines():
+    for name, run in runs.items():
+        for line in (run.watch.about(has_ended(run.log)), *run.watch.lines()):
             yield f"{name}: {line}"
-        reason = compare(watch.history, references).reason
+        reason = run.watch.comparison.reason
         if references and reason:
             yield f"{name}: not compared with the published curve: {reason}"
 
@@ -158,26 +164,28 @@ def short_name(folder: str | Path) -> str:
         return str(folder)
 
 
-def read_logs(folders: list[str | Path]) -> dict[str, dict[str, list[dict]]]:
-    """Return the logs of runs by their names. Raises ValueError if no run has a training step."""
-    logs = {short_name(folder): read_log(folder) for folder in folders}
-    if not any(log.get("train") for log in logs.values()):
-        raise ValueError(f"no training steps in {', '.join(logs)}: train first")
-    return logs
+def read_runs(folders: list[str | Path], references: str | None = None, wait: bool = False) -> Runs:
+    """Read the logs of runs, or with `wait` of those that have logged a step.
 
-
-def plot(
-    folders: list[str | Path], output: str | Path, against: str = "step", references: str | None = None
-) -> None:
-    """Write one PNG with the curves of all runs and, for a set in REFERENCES, what is published for it.
-
-    Raises ValueError if no run has a training step.
+    Raises ValueError if no run has a training step, and FileNotFoundError if one has no log.
     """
+    runs = {}
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError) if wait else contextlib.nullcontext():
+            log = read_log(folder)
+            if "train" in log or not wait:
+                runs[short_name(folder)] = Logged(log, Watch.of_log(log, references))
+    if not wait and not any("train" in run.log for run in runs.values()):
+        raise ValueError(f"no training steps in {', '.join(runs)}: train first")
+    return runs
+
+
+def plot(runs: Runs, output: str | Path, against: str = "step", references: str | None = None) -> None:
+    """Write one PNG with the curves of all runs and, for a set in REFERENCES, what is published for it."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    logs = read_logs(folders)
-    panels = panels_of(logs)
+    panels = panels_of(runs)
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     grid = figure.add_gridspec(2, len(panels) - 1, height_ratios=(2, 1))
     places = [grid[0, :], *(grid[1, i] for i in range(len(panels) - 1))]
@@ -187,14 +195,14 @@ def plot(
         axes.grid(alpha=0.3)
         if against == "tokens":
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        lines = list(lines_of(logs, curves, against))
+        lines = list(lines_of(runs, curves, against))
         for i, label, x, values in lines:
             if label.endswith(": train"):
                 axes.plot(x, values, color=f"C{i}", lw=1, label=label)
             else:
                 label = f"{label}, last {values[-1]:.4f}"
                 axes.plot(x, values, color=f"C{i}", marker="o", ms=4, ls="--", label=label)
-        for label, x, values in published_lines(logs, against, references) if title == "loss" else ():
+        for label, x, values in published_lines(runs, against, references) if title == "loss" else ():
             style = "-." if "estimated" in label else "-"
             axes.plot(x, values, color="black", lw=1, ls=style, label=label)
         published = REFERENCES.get(references, {}).get(title, {})
@@ -228,30 +236,25 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere }}
 COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
 
 
-def report(
-    folders: list[str | Path], output: str | Path, against: str = "step", references: str | None = None
-) -> None:
-    """Write one HTML file that works offline: what the runs are, their curves, results, samples and options.
-
-    Raises ValueError if no run has a training step.
-    """
-    logs = read_logs(folders)
-    body = [f"<p>{html.escape(line)}</p>" for line in what_runs_are(logs, references)]
-    body += [curves_html(logs, against, references)]
-    body += ["<h2>Results</h2>", table_html(results(logs, references))]
-    for name, log in logs.items():
-        body += [f"<h2>Samples of {html.escape(name)}</h2>", samples_html(log)] if log.get("sample") else []
-    body += ["<h2>Options and machine</h2>", table_html(about(logs))]
-    page = REPORT.format(title=html.escape(", ".join(logs)), body="\n".join(body))
+def report(runs: Runs, output: str | Path, against: str = "step", references: str | None = None) -> None:
+    """Write one HTML file that works offline: what the runs are, curves, results, samples and options."""
+    body = [f"<p>{html.escape(line)}</p>" for line in what_runs_are(runs, references)]
+    body += [curves_html(runs, against, references)]
+    body += ["<h2>Results</h2>", table_html(results(runs, references))]
+    for name, run in runs.items():
+        if run.log.get("sample"):
+            body += [f"<h2>Samples of {html.escape(name)}</h2>", samples_html(run.log)]
+    body += ["<h2>Options and machine</h2>", table_html(about(runs))]
+    page = REPORT.format(title=html.escape(", ".join(runs)), body="\n".join(body))
     write_atomically(Path(output), lambda file: file.write(page.encode(errors="replace")))
 
 
-def curves_html(logs: dict[str, dict[str, list[dict]]], against: str, references: str | None) -> str:
+def curves_html(runs: Runs, against: str, references: str | None) -> str:
     """Return the curves as a part of a page, with plotly's code."""
     from plotly.graph_objects import Scatter
     from plotly.subplots import make_subplots
 
-    panels = panels_of(logs)
+    panels = panels_of(runs)
     rows = 1 + len(panels) // 2
     places = [(1, 1), *((2 + i // 2, 1 + i % 2) for i in range(len(panels) - 1))]
     cells = [{} for _ in panels[1:]] + [None]
@@ -260,13 +263,13 @@ def curves_html(logs: dict[str, dict[str, list[dict]]], against: str, references
     heights = [2, *([1] * (rows - 1))]
     figure = make_subplots(rows, 2, specs=specs, subplot_titles=titles, row_heights=heights)
     for (row, column), (title, _, curves) in zip(places, panels, strict=True):
-        lines = list(lines_of(logs, curves, against))
+        lines = list(lines_of(runs, curves, against))
         for i, label, x, values in lines:
             mode = "lines" if label.endswith(": train") else "lines+markers"
             style = dict(color=COLORS[i % len(COLORS)], dash="solid" if mode == "lines" else "dash")
             line = Scatter(x=x, y=values, name=html.escape(label), mode=mode, line=style)
             figure.add_trace(line.update(showlegend=title == "loss"), row, column)
-        for label, x, values in published_lines(logs, against, references) if title == "loss" else ():
+        for label, x, values in published_lines(runs, against, references) if title == "loss" else ():
             style = dict(color="black", dash="dashdot" if "estimated" in label else "solid")
             figure.add_trace(Scatter(x=x, y=values, name=label, mode="lines", line=style), row, column)
         published = REFERENCES.get(references, {}).get(title, {})
@@ -281,15 +284,15 @@ def curves_html(logs: dict[str, dict[str, list[dict]]], against: str, references
     return figure.to_html(full_html=False, include_plotlyjs=True, div_id="curves")
 
 
-def results(logs: dict[str, dict[str, list[dict]]], references: str | None) -> list[list[str]]:
+def results(runs: Runs, references: str | None) -> list[list[str]]:
     """Return the rows of a table with the results of the runs, and published ones.
 
     Published losses are those of the set in REFERENCES, if any; HellaSwag compares everywhere.
     """
-    others = {kind: name for kind, name in scores_of(logs).items() if kind != "hellaswag"}
+    others = {kind: name for kind, name in scores_of(runs).items() if kind != "hellaswag"}
     head = ["", "steps", "tokens seen", "last validation loss", "best", "HellaSwag acc_norm"]
     rows = [head + [f"{kind} {name}" for kind, name in others.items()]]
-    for name, log in logs.items():
+    for name, log in ((name, run.log) for name, run in runs.items()):
         seen = sum(map(AXES["tokens"], log.get("train", [])))
         losses = curve(log.get("val", []), "loss")[1]
         scores = curve(log.get("hellaswag", []), "acc_norm")[1]
@@ -299,9 +302,9 @@ def results(logs: dict[str, dict[str, list[dict]]], references: str | None) -> l
         last_of = [curve(log.get(kind, []), number)[1][-1:] for kind, number in others.items()]
         rows.append(row + [f"{value[0]:.4g}" if value else "" for value in last_of])
     published = dict(REFERENCES[references or "fineweb-edu"])
-    if not references or unit_of(logs) == "nats per byte":
+    if not references or unit_of(runs) == "nats per byte":
         published["loss"] = {}
-    if not any(log.get("hellaswag") for log in logs.values()):
+    if not any(run.log.get("hellaswag") for run in runs.values()):
         published["HellaSwag"] = {}
     for name in dict.fromkeys([*published["loss"], *published["HellaSwag"]]):
         loss, score = published["loss"].get(name), published["HellaSwag"].get(name)
@@ -310,18 +313,18 @@ def results(logs: dict[str, dict[str, list[dict]]], references: str | None) -> l
     return rows
 
 
-def about(logs: dict[str, dict[str, list[dict]]]) -> list[list[str]]:
+def about(runs: Runs) -> list[list[str]]:
     """Return the rows of a table with hardware, versions and options of the runs, one column each."""
     columns = []
-    for log in logs.values():
-        last = log.get("run", [{}])[-1]
+    for run in runs.values():
+        last = run.log.get("run", [{}])[-1]
         column = {"ranks": last.get("world_size"), "commit": last.get("commit"), "started": last.get("time")}
         for part in (last.get("hardware"), last.get("versions")):
             column |= part if isinstance(part, dict) else {}
-        column |= {f"--{name}": value for name, value in options_of(log).items()}
+        column |= {f"--{name}": value for name, value in run.watch.history.options.items()}
         columns.append({name: value for name, value in column.items() if value is not None})
     names = dict.fromkeys(name for column in columns for name in column)
-    return [["", *logs], *([name, *(str(column.get(name, "")) for column in columns)] for name in names)]
+    return [["", *runs], *([name, *(str(column.get(name, "")) for column in columns)] for name in names)]
 
 
 def samples_html(log: dict[str, list[dict]]) -> str:
@@ -350,14 +353,6 @@ def has_ended(log: dict[str, list[dict]]) -> bool:
     return "end" in log
 
 
-def has_begun(source: str | Path) -> bool:
-    """Return whether a run has logged its first step."""
-    try:
-        return "train" in read_log(source)
-    except FileNotFoundError:
-        return False
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=summary(__doc__))
     add = parser.add_argument
@@ -381,18 +376,18 @@ def main(args: argparse.Namespace) -> None:
     said: list[str] = []
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            begun = [folder for folder in args.runs if not args.follow or has_begun(folder)]
-            all_ended = begun == args.runs and all(has_ended(read_log(folder)) for folder in begun)
-            if begun:
+            runs = read_runs(args.runs, args.references, wait=args.follow > 0)
+            if runs:
                 draw = report if str(output).endswith(".html") else plot
-                draw(begun, output, args.against, args.references)
-                before, said = said, list(what_runs_are(read_logs(begun), args.references))
+                draw(runs, output, args.against, args.references)
+                before, said = said, list(what_runs_are(runs, args.references))
                 print(*(f"{line}\n" for line in said if line not in before), sep="", end="")
-            print(f"wrote {output}" if begun else "waiting for the first step", flush=True)
-            if all_ended or not args.follow:
+            print(f"wrote {output}" if runs else "waiting for the first step", flush=True)
+            have_begun = runs.keys() == set(map(short_name, args.runs))
+            if not args.follow or (have_begun and all(has_ended(run.log) for run in runs.values())):
                 break
             time.sleep(args.follow)
 
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    run_script(main, parse_args)

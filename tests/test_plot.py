@@ -54,16 +54,17 @@ def test_runs_are_compared_by_steps_tokens_or_time(tmp_path):
 
 def test_follow_redraws_until_the_run_ends(tmp_path, monkeypatch, capsys):
     write_log("log", 10)
-    waits = []
+    waits, reads, read = [], [], plot.read_log
 
     def sleep(seconds):
         waits.append(seconds)
         write_log("log", 10 * len(waits) + 10)
 
     monkeypatch.setattr(plot.time, "sleep", sleep)
+    monkeypatch.setattr(plot, "read_log", lambda folder: reads.append(folder) or read(folder))
     plot.main(plot.parse_args(["log", "--follow", "7"]))
     out = capsys.readouterr().out.splitlines()
-    assert waits == [7, 7] and out.count(f"wrote {Path('log/loss.png')}") == 3
+    assert waits == [7, 7] and out.count(f"wrote {Path('log/loss.png')}") == len(reads) == 3
     # The last ten steps are twice as long.
     left = ["step 10 of 30, about 10 min left without evaluations"]
     left += ["step 20 of 30, about 5 min left without evaluations", "step 30 of 30, ended"]
@@ -112,7 +113,7 @@ def test_references_are_drawn_as_lines(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(Axes, "axhline", lambda axes, y, **style: drawn.append((axes.get_title(), y)))
     write_log("log", 30)
-    plot.plot(["log"], "without.png")
+    plot.plot(plot.read_runs(["log"]), "without.png")
     assert drawn == []
     cases = ((["--references"], [3.05, 3.2924], 0.304), (["--references", "fineweb"], [3.28], 0.299))
     for options, losses, best in cases:
@@ -138,23 +139,23 @@ def test_evaluation_that_a_run_names_is_drawn_and_reported(tmp_path):
     records += [{"step": step, "kind": "lambada", "acc": 0.1 * step, "seconds": 9.0} for step in (0, 3)]
     with open("log/log.jsonl", "a") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
-    logs = plot.read_logs(["log"])
-    assert plot.panels_of(logs)[-1] == ("lambada", "acc", [("lambada", "acc")])
-    plot.plot(["log"], "picture.png")
-    plot.report(["log"], "report.html")
+    runs = plot.read_runs(["log"])
+    assert plot.panels_of(runs)[-1] == ("lambada", "acc", [("lambada", "acc")])
+    plot.plot(runs, "picture.png")
+    plot.report(runs, "report.html")
     page = Path("report.html").read_text()
     assert "log: lambada" in page and "<th>lambada acc</th>" in page and "<td>0.3</td>" in page
 
 
 def test_missing_and_empty_runs_are_reported_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="no log at nowhere"):
-        plot.plot(["nowhere"], "a.png")
+        plot.read_runs(["nowhere"])
     write_log("log", 0)
     with pytest.raises(ValueError, match="no training steps in log: train first"):
-        plot.plot(["log"], "a.png")
+        plot.read_runs(["log"])
     record = {"step": 0, "kind": "train", "loss": None, "lr": 1, "norm": None, "tokens_per_s": 8, "dt_ms": 1}
     Path("log/log.jsonl").write_text(json.dumps(record) + "\n")
-    plot.plot(["log"], "a.png")  # every step was skipped: there is no loss to draw
+    plot.plot(plot.read_runs(["log"]), "a.png")  # every step was skipped: there is no loss to draw
 
 
 HOSTILE = "</script><script>document.title = 'taken over'</script>&<b>"
@@ -207,7 +208,7 @@ def test_losses_are_compared_with_published_ones_only_if_asked_and_per_token(tmp
         with open("log/log.jsonl", "a") as file:
             file.write(json.dumps({"step": 0, "kind": "run", "args": {"tokenizer": tokenizer}}) + "\n")
         for references in (None, "fineweb-edu"):
-            plot.report(["log"], "report.html", references=references)
+            plot.report(plot.read_runs(["log"], references), "report.html", references=references)
             page = Path("report.html").read_text(encoding="utf-8")
             assert f"loss, nats per {'byte' if tokenizer == 'byte' else 'token'}" in page
             assert set(re.findall("<td>published: ([^<]*)</td>", page)) == {"GPT-2", "build-nanogpt", "GPT-3"}

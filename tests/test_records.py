@@ -281,7 +281,7 @@ def test_folder_in_use_is_refused_and_the_run_in_it_is_not_disturbed(run_train, 
     for options in ("", "--resume"):
         with pytest.raises(ValueError, match=f"/log is in use by process {process.pid} on .*: wait until it"):
             run_train(options)
-    plot.plot(["log"], "picture.png")  # readers are not refused
+    plot.main(plot.parse_args(["log", "--output", "picture.png"]))  # readers are not refused
     monkeypatch.setattr(dry_run, "STEPS_S", 0.01)
     run_train("--dry_run --max_steps 20")
     process.join(60)
@@ -384,7 +384,7 @@ def test_full_disk_ends_neither_log_nor_picture_nor_tensorboard(
                 while True:
                     big.write(bytes(4096))
             with pytest.raises(OSError, match="No space left"):
-                plot.plot([small_disk / "log"], small_disk / "loss.png")
+                plot.main(plot.parse_args([str(small_disk / "log")]))
         if words[1] == 30:
             Path(small_disk / "big").unlink()
         return take_step(*words)
