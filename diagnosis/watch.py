@@ -42,7 +42,7 @@ class Watch:
             return []
         is_first, new = self.history.first is None, []
         self.history.add(record)
-        if record["kind"] == "train" and not is_first:
+        if record["kind"] == "hellaswag" or (record["kind"] == "train" and not is_first):
             return []  # signs are looked for with every validation
         for sign in ALL_SIGNS:
             if sign.__name__ not in self.said and (line := sign(self.history)):
