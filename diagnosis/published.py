@@ -84,7 +84,7 @@ def unit_of(tokenizer: object) -> str:
 def items_of(scores: dict) -> str:
     """Return what the items are called that a record of HellaSwag's scores is about."""
     found = scores.get("fingerprint")
-    known = {PUBLISHED_FINGERPRINT: "HellaSwag items", DEMO_FINGERPRINT: "demo items"}
+    known = {DEMO_FINGERPRINT: "demo items", PUBLISHED_FINGERPRINT: "HellaSwag items"}
     return known.get(str(found), "other items" if found else "unknown items")
 
 
@@ -99,7 +99,7 @@ def with_error(record: dict, name: str) -> str:
     error = record.get(f"{name}_stderr")
     if not is_number(error):
         return f"{record[name]:.2%}"
-    digits = 1 if error >= 0.01 else 2
+    digits = 2 if 0 < error < 0.01 else 1
     return f"{record[name]:.{digits}%} ± {error:.{digits}%}"
 
 

@@ -634,6 +634,24 @@ def test_resumed_run_gets_its_options_back_and_given_ones_win(run_train, capsys)
             train.main(train.parse_args(f"--resume {words}".split()))
 
 
+def test_lower_rate_of_a_resumed_run_says_which_weights_it_leaves_alone(run_train, capsys):
+    def resumed(folder, options):
+        run_train(f"{options} --max_steps 3 --checkpoint_every 3", out_dir=folder)
+        capsys.readouterr()
+        rates = run_train(f"{options} --resume --learning_rate 5e-3", out_dir=folder)["train"]
+        return rates[3]["lrs"], capsys.readouterr().out
+
+    lrs, printed = resumed("muon", f"{MUON} --muon_lr 0.03 --embedding_lr 0.04")
+    assert lrs["matrices"] == pytest.approx(6 * lrs["gains and biases"])  # three times before
+    assert lrs["embeddings"] == pytest.approx(8 * lrs["gains and biases"])
+    stay = "--learning_rate does not change --muon_lr 0.03, --embedding_lr 0.04: give these options, too"
+    assert stay in printed
+    assert "does not change --position_lr 0.02:" in resumed("adamw", "--position_lr 0.02")[1]
+    assert "does not change" not in resumed("one", "")[1]
+    again = run_train(f"{MUON} --embedding_lr 0.04 --resume --max_steps 7 --muon_lr 0.01", out_dir="muon")
+    assert len(again["train"]) == 7 and "does not change --embedding_lr 0.04:" in capsys.readouterr().out
+
+
 def test_options_that_followed_from_others_follow_again(run_train):
     run_train("--max_steps 8 --checkpoint_every 4 --shuffle --embedding_lr 2e-2")
     resumed = train.parse_args("--resume --learning_rate 5e-3 --no-shuffle".split())
