@@ -3,7 +3,7 @@
     python plot.py log                                            # writes log/loss.png
     python plot.py log --output report.html                       # interactive curves, samples, options
     python plot.py log --follow 30 --references                   # again every 30 s until the run has ended
-    python plot.py log --references fineweb                       # says that its shards are FineWeb's
+    python plot.py log --references fineweb                       # its shards, of no known source, are FineWeb
     python plot.py log log.1 --against minutes --output runs.png  # compares runs
 
 Prints what each run is, how far it is, and whether it is normal: how its validation loss compares with the
@@ -233,7 +233,7 @@ def read_runs(folders: list[str | Path], references: str | None = None, wait: bo
 
 
 def plot(runs: Runs, output: str | Path, against: str = "step", references: str | None = None) -> None:
-    """Write one PNG with the curves of all runs and, for a set in REFERENCES, what is published for it."""
+    """Write one PNG with the curves of all runs and, with `references`, what is published beside them."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
@@ -274,9 +274,8 @@ def plot(runs: Runs, output: str | Path, against: str = "step", references: str 
             axes.legend(fontsize="small")
         if any(line.dash != "-" for line in lines):
             labels = [textwrap.fill(line.label, 30) for line in lines]
-            axes.legend(labels=labels, fontsize="xx-small").set_in_layout(
-                False
-            )  # or it takes the panel's place
+            legend = axes.legend(labels=labels, fontsize="xx-small")
+            legend.set_in_layout(False)  # a wide one would take the panel's place
     write_atomically(Path(output), lambda file: figure.savefig(file, dpi=110, format="png"))
 
 

@@ -24,6 +24,7 @@ REFERENCES = {
         "hellaswag": {"GPT-2": 0.2955, "llm.c": 0.299, "GPT-3": 0.337},
     },
 }
+HELLASWAG = "HellaSwag items"
 CHANCE = 0.25  # of finding the right one of HellaSwag's four endings
 # What `hellaswag.identify` says of the 10,042 items on which all published scores were measured (LOG.md,
 # 2026-11-28), and of corpus/hellaswag_demo.jsonl.
@@ -84,13 +85,13 @@ def unit_of(tokenizer: object) -> str:
 def items_of(scores: dict) -> str:
     """Return what the items are called that a record of HellaSwag's scores is about."""
     found = scores.get("fingerprint")
-    known = {DEMO_FINGERPRINT: "demo items", PUBLISHED_FINGERPRINT: "HellaSwag items"}
+    known = {DEMO_FINGERPRINT: "demo items", PUBLISHED_FINGERPRINT: HELLASWAG}
     return known.get(str(found), "other items" if found else "unknown items")
 
 
 def name_of(kind: str, record: dict) -> str:
     """Return what an evaluation is called: scores of other items than HellaSwag's after those."""
-    is_other = kind == "hellaswag" and items_of(record) != "HellaSwag items"
+    is_other = kind == "hellaswag" and items_of(record) != HELLASWAG
     return items_of(record) if is_other else kind
 
 
@@ -197,7 +198,7 @@ def wrong_data(history: History, known: str | None, asked: str | None) -> str | 
 
 def wrong_scores(scores: dict, tokenizer: object) -> str | None:
     """Return why published scores may not stand beside these: acc_norm depends on the tokens, too."""
-    if (items := items_of(scores)) != "HellaSwag items":
+    if (items := items_of(scores)) != HELLASWAG:
         return f"it was scored on {items}, not on the {PUBLISHED_ITEMS:,} of HellaSwag"
     return wrong_tokens(tokenizer)
 

@@ -12,7 +12,7 @@ import tiktoken
 import torch
 
 from corpus.tokenizer import END_OF_TEXT, RANKS_SHA256, get_tokenizer, tiktoken_file, tokenizer_for
-from diagnosis.published import describe_scores, items_of, unit_of
+from diagnosis.published import HELLASWAG, describe_scores, items_of, unit_of
 from model import GPT, GPTConfig
 from runtime.files import parsing, whole_folder
 from runtime.log import curves_of, is_number, read_log
@@ -240,7 +240,7 @@ def model_card(model: GPT, tokenizer: tiktoken.Encoding, source: Path, name: str
     for record in [each for each in log.get("train", []) if each["step"] < step and each.get("loss")][-1:]:
         facts["training loss"] = f"{record['loss']:.4f} {unit}, at step {record['step']:,}"
     for record in last.get("hellaswag", []):
-        if items_of(record) == "HellaSwag items":
+        if items_of(record) == HELLASWAG:
             scores = f"{describe_scores(record)}, at step {record['step']:,}"
             facts["HellaSwag, ± one standard error"] = scores
     for kind in sorted(curves_of(log).keys() - {"val", "hellaswag"}):
