@@ -3,7 +3,7 @@
     python plot.py log                                            # writes log/loss.png
     python plot.py log --output report.html                       # interactive curves, samples, options
     python plot.py log --follow 30 --references                   # again every 30 s until the run has ended
-    python plot.py log --references fineweb                       # its shards, of no known source, are FineWeb
+    python plot.py log --references fineweb                       # where no manifest says that it is FineWeb
     python plot.py log log.1 --against minutes --output runs.png  # compares runs
 
 Prints what each run is, how far it is, and whether it is normal: how its validation loss compares with the
