@@ -760,7 +760,7 @@ def test_evaluation_alone_gives_what_the_run_measured_and_changes_nothing(run_tr
     options = "--hellaswag_data demo --hellaswag_every 3 --sample_every 3 --hellaswag_limit 7"
     run = run_train(f"{options} --max_steps 3")
     before = {path: path.stat().st_mtime_ns for path in Path("log").iterdir()}
-    capsys.readouterr()
+    trained = capsys.readouterr().out
     run_train(f"{options} --eval_only --init_from log --total_batch_size 100")
     printed = capsys.readouterr().out
     results = json.loads(printed.splitlines()[-1])
@@ -768,6 +768,11 @@ def test_evaluation_alone_gives_what_the_run_measured_and_changes_nothing(run_tr
     assert results["val_loss"] == run["val"][-1]["loss"] and results["val_tokens"] == 160
     assert results["hellaswag"]["acc_norm"] == run["hellaswag"][-1]["acc_norm"]
     assert results["hellaswag"]["n"] == 7 == run["hellaswag"][-1]["n"]
+    acc_norm = results["hellaswag"]["acc_norm"]
+    line = f"acc_norm {acc_norm:.1%} ± {math.sqrt(acc_norm * (1 - acc_norm) / 6):.1%}, acc "
+    for text in (trained, printed):
+        assert line in text and " of 7 demo items\n" in text
+        assert "scores       of 7 demo items; chance is 25%, ± is one standard error\n" in text
     assert results["samples"] == run["sample"][-1]["texts"]
     tokens = np.load("shards/edufineweb_val_000000.npy")[1:161]
     size = (tokens != 256).sum()  # every other token of the byte tokenizer is a byte
