@@ -48,7 +48,7 @@ from corpus.tokenizer import NAMES, get_tokenizer
 from model import GPT, GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPTConfig
 from plot import curve
 from runtime import absent_gpu, hardware
-from runtime.cli import Range, check_options, count, run, summary, user_path
+from runtime.cli import Parser, Range, check_options, count, run, summary, user_path
 from runtime.files import file_hash, write_json
 from runtime.hardware import synchronize
 from runtime.log import read_log
@@ -738,7 +738,6 @@ def alternate(
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
     at_least_1 = Range(count, 1)
     # Options that several subcommands share.
     parents = [argparse.ArgumentParser(add_help=False) for _ in range(6)]
@@ -760,13 +759,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--block_size", type=at_least_1, default=512, help="context in tokens")
     add("--steps", type=at_least_1, default=2, help="steps per round")
 
-    parser = argparse.ArgumentParser(description=summary(__doc__), formatter_class=formatter)
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, bench: Callable, *parents: argparse.ArgumentParser) -> Callable:
         parents = [shared, *parents]
-        about = dict(help=summary(bench.__doc__), formatter_class=formatter)
-        command = commands.add_parser(name, **about, parents=parents)
+        what = summary(bench.__doc__)
+        command = commands.add_parser(name, help=what, doc=what, parents=parents)
         command.set_defaults(bench=bench)
         return command.add_argument
 
@@ -790,7 +789,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--name", default="run", help="prefix of the run folders")
     add("--seeds", nargs="*", default=["1", "2", "3"], help="one run for each (none: only compare)")
     add("--jobs", type=at_least_1, default=1, help="parallel runs")
-    add("--baseline", help="setting whose validation loss is the target (None: the best one)")
+    add("--baseline", help="setting whose validation loss is the target (default: the best one)")
     command("gpu", bench_gpu)
     add = command("compile", bench_compile, sized)
     add("--card", choices=absent_gpu.CARDS, default="h100", help="GPU to compile for")

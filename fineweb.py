@@ -44,12 +44,12 @@ from corpus.inputs import (
 from corpus.shards import SAME_IN_ALL_TASKS, difference, read_manifests, read_task_manifest
 from corpus.tokenizer import NAMES, SIZES, BatchTokenizer, get_tokenizer
 from runtime.cli import (
+    Parser,
     Range,
     check_options,
     command_line,
     count,
     run,
-    summary,
     this_command,
     user_path,
 )
@@ -543,28 +543,22 @@ def unescaped(text: str) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=summary(__doc__), formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     at_least_1 = Range(count, 1)
     add = parser.add_argument_group("documents").add_argument
+    add("--files", type=user_path, nargs="+", help=f"files, globs or folders: {', '.join(SUFFIXES)}")
     dataset = "HuggingFaceFW/fineweb-edu"
-    add("--dataset", type=user_path, default=dataset, help="dataset on the Hugging Face Hub, or a folder")
-    add("--name", help="its configuration (None: sample-10BT for the default dataset)")
-    add("--files", type=user_path, nargs="+", help=f"files or globs instead: {', '.join(SUFFIXES)}")
+    where = "without --files: dataset on the Hugging Face Hub, or a folder"
+    add("--dataset", type=user_path, default=dataset, help=where)
+    add("--name", help="its configuration (default: sample-10BT for the default dataset)")
     add("--text_column", default="text", help="column or key that holds the text")
-    separator = "'<|endoftext|>' or '\\n\\n\\n'"
-    add("--separator", type=unescaped, help=f"what ends documents in .txt files: {separator} (None: nothing)")
+    separator = "what ends documents in .txt files: '<|endoftext|>' or '\\n\\n\\n' (default: nothing)"
+    add("--separator", type=unescaped, help=separator)
     add = parser.add_argument_group("shards").add_argument
-    workers = f"threads that tokenize; {MOST_WORKERS} keep the one that writes busy, each takes about 90 MB"
-    add("--tokenizer", choices=NAMES, default="gpt2", help="gpt2, or byte, which needs no download")
     add("--out_dir", type=user_path, default="edu_fineweb10B", help="folder for the shards")
+    add("--tokenizer", choices=NAMES, default="gpt2", help="gpt2, or byte, which needs no download")
+    add("--max_tokens", type=at_least_1, help="stop after this many tokens per task (default: no limit)")
     add("--shard_size", type=at_least_1, default=100_000_000, help="tokens per shard")
-    add("--max_tokens", type=at_least_1, help="stop after this many tokens per task (None: no limit)")
-    add("--workers", type=at_least_1, default=min(usable_cores(), MOST_WORKERS), help=workers)
-    add("--task_index", type=Range(int, 0), default=0, help="index of this machine, from 0")
-    add("--task_count", type=at_least_1, default=1, help="machines that share the inputs, file by file")
-    add("--keep_downloads", action="store_true", help="keep the Hub's files in --out_dir/downloads")
     add(
         "--resume",
         action=argparse.BooleanOptionalAction,
@@ -572,6 +566,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="continue or repair the set in --out_dir; --no-resume deletes it first",
     )
     add("--verify", action="store_true", help="only compare a finished set with the hashes in its manifest")
+    add = parser.add_argument_group("work").add_argument
+    workers = f"threads that tokenize; {MOST_WORKERS} keep the one that writes busy, each takes about 90 MB"
+    add("--workers", type=at_least_1, default=min(usable_cores(), MOST_WORKERS), help=workers)
+    add("--task_index", type=Range(int, 0), default=0, help="index of this machine, from 0")
+    add("--task_count", type=at_least_1, default=1, help="machines that share the inputs, file by file")
+    add("--keep_downloads", action="store_true", help="keep the Hub's files in --out_dir/downloads")
     args = parser.parse_args(argv)
     check_options(parser, args)
     if args.task_index >= args.task_count:

@@ -50,13 +50,14 @@ from diagnosis.published import (
 from formats.checkpoint import describe_pretrained
 from model import GPT, head_rows
 from runtime import hub
-from runtime.cli import Range, check_options, run, summary, user_path, watched
+from runtime.cli import Parser, Range, check_options, run, user_path, watched
 from runtime.distributed import Interrupted
 from runtime.files import check_output, parsing, write_atomically, write_json
 from runtime.hardware import choose_device, masked_attention
 
 DATA = "hellaswag_val.jsonl"
 DEMO_ITEMS = Path(__file__).parent / "corpus" / "hellaswag_demo.jsonl"  # written for this project
+DOWNLOAD_AGAIN = "delete the file to download it again"
 HUB_DATASET = "Rowan/hellaswag"
 ADVICE = (
     "use --hellaswag_every 0, or pass a file to --hellaswag_data (hellaswag.py: --data), or set HF_ENDPOINT "
@@ -79,7 +80,7 @@ def download(path: str | Path = DATA) -> Path:
         source = fetch("data/validation-00000-of-00001.parquet")
     except FileNotFoundError:  # the Hub converts every dataset itself
         source = fetch("default/validation/0000.parquet", revision="refs/convert/parquet")
-    lines = [json.dumps(item) + "\n" for item in load_items(source)]
+    lines = [json.dumps(item) + "\n" for item in load_items(source, DOWNLOAD_AGAIN)]
     # Another run may be doing the same.
     mine = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     write_atomically(mine, lambda file: file.write("".join(lines).encode()))
@@ -87,29 +88,29 @@ def download(path: str | Path = DATA) -> Path:
     return path
 
 
-def load_items(path: str | Path) -> list[dict]:
-    """Read items (`ind`, `activity_label`, `ctx`, `label`, four `endings`) from a .jsonl, .jsonl.gz or
-    .parquet file. A label may be a number or text, and becomes a number.
+def load_items(path: str | Path, advice: str = "fix it or use another file") -> list[dict]:
+    """Read items (`ctx`, `label`, four `endings`) from a .jsonl, .jsonl.gz or .parquet file, or those of
+    this project for "demo".
 
-    Raises FileNotFoundError, or ValueError naming the bad row.
+    A label may be a number or text, and becomes a number. Without an `ind`, items are numbered from 0. Raises
+    FileNotFoundError, or ValueError naming the bad row, with `advice`.
     """
-    path = Path(path)
+    path = DEMO_ITEMS if str(path) == "demo" else Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no HellaSwag items at {path}: `python hellaswag.py` downloads them")
+        raise FileNotFoundError(f"no HellaSwag items at {path}: check it, or leave it out to download them")
     items, what = [], "a HellaSwag item"
-    advice = "fix it, or delete the file to download it again"
     for where, item in rows_of(path, what, advice):
         with parsing(where, what, advice):
-            items.append(_check_item(item))
+            items.append({"ind": len(items), **_check_item(item)})
     if not items:
-        raise ValueError(f"{path} holds no items: delete it to download it again")
+        raise ValueError(f"{path} holds no items: {advice}")
     return items
 
 
 def _check_item(item: dict) -> dict:
     if not isinstance(item, dict):
         raise ValueError("it is not a JSON object")
-    missing = {"ind", "activity_label", "ctx", "label", "endings"} - item.keys()
+    missing = {"ctx", "label", "endings"} - item.keys()
     if missing:
         raise ValueError(f"it has no {', '.join(sorted(missing))}")
     if any(not isinstance(item.get(name, ""), str) for name in ("activity_label", "ctx_a", "ctx_b")):
@@ -349,20 +350,21 @@ def evaluate(
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=summary(__doc__), formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     model = "checkpoint, run folder, Hugging Face folder, or gpt2 … gpt2-xl"
     add("--model", type=user_path, default="log", help=model)
-    add("--n_head", type=Range(int, 1), help="attention heads, for a checkpoint that does not say it")
-    add("--data", type=user_path, help=f".jsonl, .jsonl.gz or .parquet (None: {DATA}, downloaded if missing)")
-    add("--limit", type=Range(int, 1), help="score only the first N items (None: all)")
+    items = ".jsonl, .jsonl.gz or .parquet, whose rows have ctx (the text before), endings (four texts) and "
+    items += f"label (0 to 3, the right one); or demo: 44 items (default: {DATA}, downloaded if missing)"
+    add("--data", type=user_path, help=items)
+    add("--limit", type=Range(int, 1), help="score only the first N items (default: all)")
     add("--lm_eval", action="store_true", help="also score as lm-evaluation-harness does; doubles the time")
+    add("--output", type=user_path, help="write the result to this .json file")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="model dtype")
-    add("--batch_tokens", type=Range(int, 1), help="tokens per forward pass (None: 512 on CPUs, else 16384)")
-    add("--output", type=user_path, help="write the result to this .json file")
+    batch_tokens = "tokens per forward pass (default: 512 on CPUs, else 16384)"
+    add("--batch_tokens", type=Range(int, 1), help=batch_tokens)
+    add("--n_head", type=Range(int, 1), help="attention heads, for a checkpoint that does not say it")
     args = parser.parse_args(argv)
     check_options(parser, args)
     return args
@@ -371,7 +373,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     if args.output:
         check_output(args.output)
-    items = load_items(args.data or download())
+    items = load_items(args.data) if args.data else load_items(download(), DOWNLOAD_AGAIN)
+    for item in items if args.lm_eval else ():
+        if "activity_label" not in item:
+            raise ValueError(f"item {item['ind']} has no activity_label: add it, or leave out --lm_eval")
     about, items = identify(items), items[: args.limit]
     if "warning" in about:
         print(about["warning"], file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from diagnosis.published import CHANCE, REFERENCES, curve_points, items_of, name_of, unit_of, with_error
 from diagnosis.watch import Watch
-from runtime.cli import Range, check_options, summary, user_path
+from runtime.cli import Parser, Range, check_options, user_path
 from runtime.cli import run as run_script
 from runtime.files import check_output, write_atomically
 from runtime.log import curves_of, is_number, read_log
@@ -411,7 +411,7 @@ def has_ended(log: dict[str, list[dict]]) -> bool:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=summary(__doc__))
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("runs", type=user_path, nargs="+", help="run folders or log.jsonl files")
     add("--output", type=user_path, help="PNG or report.html (default: loss.png in the first folder)")

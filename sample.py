@@ -27,7 +27,7 @@ from corpus.tokenizer import encode, tokenizer_for
 from formats.checkpoint import describe_pretrained
 from formats.hugging_face import export
 from model import GPT, KVCache
-from runtime.cli import SEED, Range, check_options, command_line, run, summary, user_path
+from runtime.cli import SEED, Parser, Range, check_options, command_line, run, user_path
 from runtime.files import check_new_folder
 from runtime.hardware import can_compile, choose_device, masked_attention
 
@@ -260,18 +260,13 @@ def complete(
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=summary(__doc__), formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     at_least_1 = Range(int, 1)
     add = parser.add_argument_group("model").add_argument
     model = "checkpoint, run folder, Hugging Face folder, or gpt2 … gpt2-xl"
     add("--model", type=user_path, default="log", help=model)
-    add("--n_head", type=at_least_1, help="attention heads, for a checkpoint that does not say it")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="model dtype")
-    add("--compile", action="store_true", help="CUDA graphs on GPUs: slow to start, fast for long texts")
     add("--export", type=user_path, metavar="DIR", help="write a Hugging Face folder instead of text")
+    add("--n_head", type=at_least_1, help="attention heads, for a checkpoint that does not say it")
     add = parser.add_argument_group("text").add_argument
     add("--prompt", nargs="+", default=[""], help="texts to continue; an empty one starts a new document")
     prompt = "file with the prompt (-: standard input); its final newline is dropped"
@@ -284,8 +279,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=temperature, default=0.8, help="0: greedy; 1: the model's own distribution")
     add("--top_k", type=Range(int, 0), default=0, help="draw from the k most likely tokens (0: all)")
     top_p = Range(float, above=0, most=1)
-    add("--top_p", type=top_p, help="draw from the most likely tokens up to this probability (None: all)")
+    add("--top_p", type=top_p, help="draw from the most likely tokens up to this probability (default: all)")
     add("--seed", type=SEED, default=1337, help="seed of the random numbers")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="model dtype")
+    add("--compile", action="store_true", help="CUDA graphs on GPUs: slow to start, fast for long texts")
     args = parser.parse_args(argv)
     sources = (args.prompt != [""]) + bool(args.prompt_file) + args.interactive
     conflict = "--prompt, --prompt_file and --interactive are mutually exclusive: use one of them"

@@ -32,7 +32,7 @@ from diagnosis.published import describe_scores
 from model import GPT, GPTConfig
 from muon import Muon
 from runtime import hardware
-from runtime.cli import SEED, THIS_COMMAND, Range, of_this_command, summary, user_path, watched
+from runtime.cli import SEED, THIS_COMMAND, Parser, Range, of_this_command, user_path, watched
 from runtime.cli import run as run_script
 from runtime.distributed import (
     Distributed,
@@ -502,15 +502,13 @@ NOT_NEGATIVE, FRACTION, BELOW_1 = Range(float, 0), Range(float, 0, 1), Range(flo
 
 
 def option_parser() -> argparse.ArgumentParser:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    description = summary(__doc__)
-    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    parser = Parser(__doc__)
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
     add = parser.add_argument_group("run").add_argument
-    add("--preset", help=f"defaults that other options override: {', '.join(PRESETS)} (None: gpt2)")
-    add("--data_dir", type=user_path, help="folder of shards (None: edu_fineweb10B; demo_data for the demo)")
+    add("--preset", help=f"defaults that other options override: {', '.join(PRESETS)} (default: gpt2)")
+    add("--data_dir", type=user_path, help="folder of shards (default: edu_fineweb10B, or demo_data)")
     add("--init_from", type=user_path, help="weights: checkpoint, run or Hugging Face folder, gpt2 … gpt2-xl")
-    add("--tokenizer", choices=NAMES, help="tokenizer of the shards (None: from their manifest, or gpt2)")
+    add("--tokenizer", choices=NAMES, help="tokenizer of the shards (default: from their manifest, or gpt2)")
     add("--seed", type=SEED, default=1337, help="seed of weights, dropout, samples and --shuffle")
     add = parser.add_argument_group(THIS_COMMAND).add_argument
     add("--out_dir", type=user_path, default="log", help="folder for log, checkpoints and picture")
@@ -519,30 +517,28 @@ def option_parser() -> argparse.ArgumentParser:
     add("--price", type=NOT_NEGATIVE, default=0.0, help="price of a GPU-hour, for the forecast of --dry_run")
     add("--overfit_batch", action="store_true", help="fit one batch to a loss near zero; writes nothing")
     add("--eval_only", action="store_true", help="evaluate --init_from, print the results also as JSON")
-    add = parser.add_argument_group("model (None: from the preset or --init_from)").add_argument
-    add("--block_size", type=AT_LEAST_1, help="context in tokens")
-    add("--vocab_size", type=AT_LEAST_1, help="token ids (None: the tokenizer's, padded to a multiple of 64)")
-    add("--n_layer", type=AT_LEAST_1, help="blocks")
-    add("--n_head", type=AT_LEAST_1, help="attention heads per block")
-    add("--n_embd", type=AT_LEAST_1, help="width; a multiple of --n_head")
-    add("--dropout", type=BELOW_1, default=0.0, help="dropout probability (0: disabled)")
     add = parser.add_argument_group("batch").add_argument
     batch_size = Range(int_or_auto, 1)
     add("--batch_size", type=batch_size, default=64, help="sequences per rank and micro-step, or auto")
     add("--total_batch_size", type=AT_LEAST_1, default=524288, help="tokens per step, over all ranks")
     add("--shuffle", **switch, help="permute every epoch")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="autocast dtype")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA only)")
+    add("--recompute", **switch, help="recompute activations: less memory, more compute")
     add = parser.add_argument_group("optimizer").add_argument
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="muon: for the blocks' matrices")
     add("--schedule", choices=SCHEDULES, default="cosine", help="wsd: constant, then linear decay")
     add("--decay_share", type=FRACTION, default=0.2, help="share of the steps in which wsd decays (0: never)")
-    add("--muon_lr", type=POSITIVE, default=0.02, help="peak learning rate of muon")
+    add("--muon_lr", type=POSITIVE, default=0.02, help="peak learning rate of muon's matrices")
     add("--momentum", type=BELOW_1, default=0.95, help="muon: decay rate of the gradient mean")
-    add("--learning_rate", type=POSITIVE, default=6e-4, help="peak learning rate of everything else")
-    add("--embedding_lr", type=POSITIVE, help="that of the token embedding (None: --learning_rate)")
-    add("--position_lr", type=POSITIVE, help="that of the position embedding (None: --learning_rate)")
-    add("--min_lr", type=NOT_NEGATIVE, help="final learning rate (None: a tenth of the peak)")
+    add("--learning_rate", type=POSITIVE, default=6e-4, help="peak learning rate (muon: of everything else)")
+    add("--embedding_lr", type=POSITIVE, help="that of the token embedding (default: --learning_rate)")
+    add("--position_lr", type=POSITIVE, help="that of the position embedding (default: --learning_rate)")
+    add("--min_lr", type=NOT_NEGATIVE, help="final learning rate (default: a tenth of the peak)")
     warmup = f"{CLASSIC_WARMUP_STEPS} or the preset's, fewer in proportion for a shorter run"
-    add("--warmup_steps", type=AT_LEAST_0, help=f"steps of linear warm-up (None: {warmup}; 0: disabled)")
+    add("--warmup_steps", type=AT_LEAST_0, help=f"steps of linear warm-up (default: {warmup}; 0: disabled)")
     add("--max_steps", type=AT_LEAST_1, default=CLASSIC_STEPS, help="steps to train for")
     add("--epochs", type=FINITE, help="train for fewer steps if they are enough for this many epochs")
     add("--weight_decay", type=NOT_NEGATIVE, default=0.1, help="of matrices and embeddings (0: disabled)")
@@ -550,16 +546,24 @@ def option_parser() -> argparse.ArgumentParser:
     add("--beta2", type=BELOW_1, default=0.95, help="decay rate of the mean of squared gradients")
     add("--grad_clip", type=NOT_NEGATIVE, default=1.0, help="maximum gradient norm (0: disabled)")
     add("--max_skipped", type=AT_LEAST_1, default=10, help="consecutive skipped steps that end the run")
+    add = parser.add_argument_group("model (default: from the preset or --init_from)").add_argument
+    add("--block_size", type=AT_LEAST_1, help="context in tokens")
+    vocab_size = "token ids (default: the tokenizer's, padded to a multiple of 64)"
+    add("--vocab_size", type=AT_LEAST_1, help=vocab_size)
+    add("--n_layer", type=AT_LEAST_1, help="blocks")
+    add("--n_head", type=AT_LEAST_1, help="attention heads per block")
+    add("--n_embd", type=AT_LEAST_1, help="width; a multiple of --n_head")
+    add("--dropout", type=BELOW_1, default=0.0, help="dropout probability (0: disabled)")
     add = parser.add_argument_group("evaluation").add_argument
     add("--val_every", type=AT_LEAST_0, default=250, help="steps between validations (0: disabled)")
     add("--val_tokens", type=AT_LEAST_1, default=10485760, help="tokens per validation, always the same ones")
     add("--hellaswag_every", type=AT_LEAST_0, default=250, help="steps between evaluations (0: disabled)")
-    add("--hellaswag_limit", type=AT_LEAST_1, help="score only the first N items (None: all)")
-    items = f".jsonl, .jsonl.gz or .parquet, or demo: 44 items (None: {hellaswag.DATA}, downloaded)"
+    add("--hellaswag_limit", type=AT_LEAST_1, help="score only the first N items (default: all)")
+    items = f"a file as in hellaswag.py --help, or demo: 44 items (default: {hellaswag.DATA}, downloaded)"
     add("--hellaswag_data", type=user_path, help=f"items to score: {items}")
     add("--sample_every", type=AT_LEAST_0, default=250, help="steps between samples (0: disabled)")
     prompt = "Hello, I'm a language model,"
-    add("--sample_prompt", default=prompt, help="prompt of the samples (None: the start of the text)")
+    add("--sample_prompt", default=prompt, help="prompt of the samples; for --preset text, how it begins")
     add("--sample_tokens", type=AT_LEAST_1, default=64, help="tokens per sample")
     add("--early_stop", type=AT_LEAST_0, default=0, help="patience in validations (0: never stop early)")
     add = parser.add_argument_group("records").add_argument
@@ -569,11 +573,6 @@ def option_parser() -> argparse.ArgumentParser:
     add("--log_every", type=AT_LEAST_1, default=10, help="steps between lines on the console")
     add("--tensorboard", **switch, help="also write tensorboard/ in --out_dir")
     add("--wandb", **switch, help="also log to Weights & Biases; WANDB_MODE=offline works")
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="autocast dtype")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (None: on CUDA only)")
-    add("--recompute", **switch, help="recompute activations: less memory, more compute")
     return parser
 
 

@@ -50,19 +50,30 @@ def check_format(path: str) -> None:
         raise ValueError(f"cannot read {path}: supported formats are {supported}")
 
 
+def files_in(folder: str | Path) -> list[str]:
+    """Return the files of documents in a folder, sorted by name, or else its token files."""
+    paths = sorted(filter(os.path.isfile, glob.glob(os.path.join(glob.escape(str(folder)), "*"))))
+    documents = [path for path in paths if path.endswith(SUFFIXES)]
+    return documents or [path for path in paths if path.endswith(TOKEN_FILES)]
+
+
 def local_inputs(patterns: list[str]) -> list[Input]:
     """Return the files that match, sorted by name within each pattern, token files for validation first.
 
-    A file that several patterns match counts once, and folders are skipped. Raises FileNotFoundError for a
-    pattern that matches no file, and ValueError for an unsupported format.
+    A file that several patterns match counts once. A pattern may be a folder, but folders that a glob matches
+    are skipped. Raises FileNotFoundError for a pattern that matches no file, and ValueError for an
+    unsupported format.
     """
     paths: dict[str, str] = {}  # by the file that a path leads to
     for pattern in patterns:
         matches = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if os.path.isdir(pattern):
+            matches = files_in(pattern)
+            names = ", ".join([Path(path).name for path in matches[:3]] + ["…"] * (len(matches) > 3))
+            tqdm.write(f"{pattern} is a folder: reading {len(matches)} files in it: {names or 'none'}")
         files = [path for path in matches if not os.path.isdir(path)]
         if not files:
-            reason = f"{matches[0]} is a folder, name its files: " if matches else "check the path: "
-            raise FileNotFoundError(f"no file matches {pattern!r}: {reason}--files 'FOLDER/*.txt'")
+            raise FileNotFoundError(f"no file matches {pattern!r}: check the path, or use 'FOLDER/**/*.txt'")
         if folders := len(matches) - len(files):
             tqdm.write(f"skipping {folders} folder(s) that match {pattern!r}")
         for path in files:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from corpus.inputs import Input
+from corpus.inputs import Input, files_in
 from runtime.cli import command_line
 from runtime.files import check_types, parsing
 
@@ -123,6 +123,13 @@ def find_shards(data_dir: Path, split: str, manifest: dict) -> list[Path]:
             raise ValueError(f"the manifest of {data_dir} does not list {others[0]}: move it elsewhere")
     paths = [data_dir / name for name in names if split in name]
     if not paths:
+        if texts := files_in(data_dir):
+            shards = data_dir / "shards"
+            command = command_line("fineweb.py", "--files", data_dir, "--out_dir", shards)
+            raise FileNotFoundError(
+                f"no {split} shards in {data_dir}/, but {Path(texts[0]).name}: make shards with `{command}`, "
+                f"then use --data_dir {shards}"
+            )
         command = command_line("fineweb.py", "--out_dir", data_dir)
         raise FileNotFoundError(
             f"no {split} shards in {data_dir}/: `{command}` makes them from FineWeb-Edu, "

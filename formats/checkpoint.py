@@ -28,6 +28,16 @@ HUB_FILES = ("model.safetensors", "config.json")  # in this order both are of on
 PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")
 NUMBERED = re.compile(r"model_(\d+)\.pt")  # the names of a run's checkpoints, besides BEST
 BEST = "model_best.pt"
+# Files that lie near a model, by their suffix.
+OTHER_FILES = {
+    ".png": "a picture",
+    ".html": "a report",
+    ".jsonl": "a log",
+    ".json": "a description",
+    ".npy": "a shard of tokens",
+    ".txt": "a text",
+    ".safetensors": "only the weights of a Hugging Face folder",
+}
 MUCH_WORSE = 0.02  # nats, more than evaluations of a run that goes well differ by
 PLAIN = str | int | float | None  # bool is an int
 
@@ -140,6 +150,9 @@ def load_checkpoint(source: str | Path) -> dict:
     except Exception as error:
         if not is_damage(error):
             raise system_error(source, error) from error
+        if what := OTHER_FILES.get(source.suffix):
+            advice = "use a run folder, one of its .pt files or a Hugging Face folder"
+            raise ValueError(f"{source} is {what}, not a checkpoint: {advice}") from error
         lines = str(error).splitlines() or ["unexpected end of file"]
         reason = next((line for line in lines if "Trying to" in line), lines[0].split(". ")[0])
         raise ValueError(f"{source} is damaged or not a checkpoint ({reason}): use an older one") from error

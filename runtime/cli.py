@@ -2,9 +2,12 @@
 
 import argparse
 import contextlib
+import difflib
 import errno
+import inspect
 import operator
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -13,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import NoReturn, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -39,6 +42,44 @@ ADVICE = {
     errno.EIO: "the disk or network drive fails; check it, then try again",
     errno.ESTALE: "the network drive fails; check it, then try again",
     errno.ETIMEDOUT: "check the network, then try again",
+}
+# Our options by the names that they have in nanoGPT and in the Trainer and run_clm.py of Hugging Face.
+ALSO_CALLED = {
+    "batch_size": "per_device_train_batch_size train_batch_size micro_batch_size",
+    "total_batch_size": "gradient_accumulation_steps",
+    "block_size": "max_seq_length seq_len context_length",
+    "learning_rate": "lr",
+    "schedule": "lr_scheduler_type decay_lr",
+    "max_steps": "max_iters lr_decay_iters",
+    "epochs": "num_train_epochs",
+    "warmup_steps": "warmup_iters warmup_ratio",
+    "weight_decay": "wd",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "grad_clip": "max_grad_norm",
+    "val_every": "eval_interval eval_steps",
+    "val_tokens": "eval_iters",
+    "log_every": "log_interval logging_steps",
+    "checkpoint_every": "save_steps always_save_checkpoint",
+    "keep": "save_total_limit",
+    "early_stop": "early_stopping_patience",
+    "resume": "resume_from_checkpoint",
+    "eval_only": "do_eval",
+    "recompute": "gradient_checkpointing",
+    "compile": "torch_compile",
+    "dtype": "bf16 fp16 torch_dtype",
+    "wandb": "wandb_log wandb_project report_to",
+    "seed": "data_seed",
+    "data_dir": "dataset dataset_name train_file",
+    "dataset": "dataset_name",
+    "name": "dataset_config_name",
+    "files": "train_file input",
+    "workers": "num_proc preprocessing_num_workers",
+    "tokenizer": "tokenizer_name",
+    "init_from": "model_name_or_path",
+    "model": "model_name_or_path init_from out_dir",
+    "out_dir": "output_dir",
+    "prompt": "start",
 }
 BOUNDS = {
     "at least": operator.ge,
@@ -77,6 +118,68 @@ class Range:
 
     def __str__(self) -> str:
         return " and ".join(f"{name} {bound}" for name, bound in self.bounds.items())
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a description as it is, and the defaults that are values; help texts say what None stands for."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_value = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if is_value else action.help
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help begins with the purpose and the commands of a script, the first two paragraphs of
+    its docstring. Its errors are ValueError, with a line for each unknown option, instead of the usage."""
+
+    def __init__(self, doc: str | None = None, **options):
+        opening = doc and "\n\n".join(inspect.cleandoc(doc).split("\n\n")[:2])
+        super().__init__(
+            description=opening, formatter_class=HelpFormatter, usage=argparse.SUPPRESS, **options
+        )
+
+    def error(self, message: str) -> NoReturn:
+        # Of --compile=False, as nanoGPT has it.
+        raise ValueError(message.replace("ignored explicit argument", "takes no value, but was given"))
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise ValueError("\n".join(unknown_lines(unknown, self.helps(options))))
+        return options
+
+    def helps(self, options: argparse.Namespace) -> dict[str, str]:
+        """Return the help texts of all options, those of the chosen subcommand included."""
+        helps = {}
+        for action in self._actions:
+            helps |= {flag: action.help for flag in action.option_strings}
+            if isinstance(action, argparse._SubParsersAction):
+                helps |= action.choices[getattr(options, action.dest)].helps(options)
+        return helps
+
+
+def unknown_lines(unknown: list[str], helps: dict[str, str]) -> list[str]:
+    """Return a line for each option among the words that a parser does not know, or else for the first word.
+
+    `helps` are the help texts of the options that it knows.
+    """
+    lines = [f"{word}: options replace config files, see --help" for word in unknown if word.endswith(".py")]
+    for word in unknown:
+        if re.match("--?[A-Za-z]", word):  # a negative number is the value of another one
+            flag = word.partition("=")[0]
+            closest = closest_option(flag, list(helps))
+            advice = f"did you mean {closest} ({helps[closest]})?" if closest else "see --help"
+            lines.append(f"unknown option {flag}: {advice}")
+    return lines or [f"unexpected {unknown[0]!r}: see --help"]
+
+
+def closest_option(flag: str, known: list[str]) -> str | None:
+    """Return the known option that an unknown one most likely stands for, or None."""
+    name = flag.lstrip("-").replace("-", "_")
+    renamed = [f"--{ours}" for ours, theirs in ALSO_CALLED.items() if name in theirs.split()]
+    closest = [option for option in renamed if option in known]
+    closest = closest or difflib.get_close_matches(f"--{name}", known, n=1)
+    return closest[0] if closest else None
 
 
 SEED = Range(int, 0, 2**63 - 1)  # what all random streams accept

@@ -509,6 +509,10 @@ def test_load_errors_are_one_line(tmp_path, hf_folder):
     (tmp_path / "text.pt").write_text("no checkpoint")
     with pytest.raises(ValueError, match="text.pt is damaged or not a checkpoint"):
         GPT.from_pretrained(tmp_path / "text.pt")
+    for name, what in (("loss.png", "a picture"), ("log.jsonl", "a log"), ("a.npy", "a shard of tokens")):
+        (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99))
+        with pytest.raises(ValueError, match=f"{name} is {what}, not a checkpoint: use a run folder, one of"):
+            GPT.from_pretrained(tmp_path / name)
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="other.pt is .* not a GPT-2 .it has no transformer.wte.weight"):
         GPT.from_pretrained(tmp_path / "other.pt")

@@ -191,6 +191,58 @@ def test_scripts_work_without_docstrings():
     subprocess.run([sys.executable, "-OO", "-c", script], cwd=REPOSITORY, check=True)
 
 
+@pytest.mark.parametrize(
+    "script, words, message",
+    [
+        (train, "--lr 1", r"unknown option --lr: did you mean --learning_rate \(peak learning rate .*\)\?"),
+        (train, "--learning-rate=-1", r"unknown option --learning-rate: did you mean --learning_rate .*"),
+        (train, "--gradient_accumulation_steps 8", ".*did you mean --total_batch_size .tokens per step.*"),
+        (train, "--quux -1", "unknown option --quux: see --help"),
+        (train, "--resume 5", "unexpected '5': see --help"),
+        (train, "config/a.py --lr 1", "config/a.py: options replace config files, see --help\n.*--lr: .*"),
+        (train, "--compile=False", "argument --compile/--no-compile: takes no value, but was given 'False'"),
+        (train, "--resume --out_dir nowhere --step 1", "unknown option --step: did you mean .*"),
+        (sample, "--start hi --out_dir log", ".* --prompt .*\n.*--out_dir: did you mean --model .*"),
+        (bench, "train --n_layers 2", "unknown option --n_layers: did you mean --n_layer .blocks.."),
+        (bench, "sweep --card h100", "unknown option --card: .*"),
+        (plot, "--against loss", "argument --against: invalid choice: 'loss' .*"),
+        (plot, "", "the following arguments are required: runs"),
+    ],
+)
+def test_wrong_option_is_one_line_with_the_closest_one(script, words, message):
+    with pytest.raises(ValueError) as error:
+        script.parse_args(words.split())
+    assert re.fullmatch(message, str(error.value))
+
+
+def test_names_of_other_projects_lead_to_options_that_exist():
+    for ours, theirs in cli.ALSO_CALLED.items():
+        for name in theirs.split():
+            answers = []
+            for script in (train, fineweb, hellaswag, sample):
+                try:
+                    script.parse_args([f"--{name}", "1"])
+                except ValueError as error:
+                    answers.append(str(error))
+            assert any(f"unknown option --{name}: did you mean --{ours} (" in a for a in answers), name
+
+
+@pytest.mark.parametrize("script", [train, fineweb, hellaswag, sample, plot, bench])
+def test_help_begins_with_the_commands_and_shows_defaults_that_are_values(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit, match="^0$"):
+        script.parse_args(["--help"])
+    printed = capsys.readouterr().out
+    purpose, commands = script.__doc__.split("\n\n")[:2]
+    assert printed.startswith(f"{purpose}\n\n{commands}\n\n") and f"python {script.__name__}.py" in commands
+    assert "default: None" not in printed and "(None" not in printed and "usage" not in printed
+    if script is train:
+        for line in ("items (default: all)", "muon: of everything else) (default: 0.0006)"):
+            assert line in printed
+        assert re.search(r"patience .* \(default: 0\)\n", printed)
+        assert re.search(r"--resume +[^()]*\n", printed)
+
+
 def test_warning_is_one_line(capsys):
     cli.show_warning(UserWarning("two\n  lines"), UserWarning, "file.py", 3)
     assert capsys.readouterr().err == "warning: two lines\n"

@@ -747,6 +747,22 @@ def test_files_are_found_once_and_by_their_names(capsys):
     assert "skipping 1 folder(s) that match '*.txt'" in capsys.readouterr().out
 
 
+def test_folder_means_the_files_in_it_and_says_so(capsys):
+    folder = Path("texts [old]")
+    (folder / "deeper").mkdir(parents=True)
+    for name in ("c.txt", "b.jsonl", "a.txt", "d.py", "notes.md", "tokens.bin", "deeper/e.txt"):
+        (folder / name).write_text(name)
+    assert [each.path for each in corpus_inputs.local_inputs([str(folder)])] == [
+        f"{folder}/{name}" for name in ("a.txt", "b.jsonl", "c.txt", "d.py")
+    ]
+    said = "texts [old] is a folder: reading 4 files in it: a.txt, b.jsonl, c.txt, …\n"
+    assert capsys.readouterr().out == said
+    for path in folder.glob("*.*"):
+        if path.suffix not in (".bin", ".md"):
+            path.unlink()
+    assert [each.path for each in corpus_inputs.local_inputs([str(folder)])] == [f"{folder}/tokens.bin"]
+
+
 def test_input_that_was_edited_ends_the_command_and_one_that_was_touched_does_not(monkeypatch):
     Path("a.txt").write_text("first " * 50)
     Path("b.jsonl").write_text(json.dumps({"text": "second " * 50}) + "\n")
@@ -818,10 +834,11 @@ def test_bad_input_names_a_fix_and_leaves_nothing_behind(files, tmp_path):
             r"4.parquet: column 'id' holds int64, not text: set --text_column to one of \['text'\]",
         ),
         (("--files", "bytes.parquet"), ValueError, "bytes.parquet, row 3: the text is not UTF-8"),
-        (("--files", "."), FileNotFoundError, "no file matches '.': . is a folder, name its files"),
+        (("--files", "empty"), FileNotFoundError, r"no file matches 'empty': .* 'FOLDER/\*\*/\*.txt'"),
         (("--files", "tiny.txt"), ValueError, "too few for a val and a train shard"),
     ]
     Path("a.csv").write_text("x")
+    Path("empty").mkdir()
     Path("broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     Path("latin.txt").write_bytes("naïve".encode("latin-1"))
     Path("cut.parquet").write_bytes((tmp_path / "4.parquet").read_bytes()[:-9])

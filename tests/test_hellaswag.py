@@ -197,7 +197,7 @@ def test_evaluation_keeps_training_mode_and_random_state():
         ({"label": "4"}, "line 2 .*its label is '4', not 0, 1, 2 or 3"),
         ({"label": True}, "line 2 .*its label is True, not 0, 1, 2 or 3"),
         ({"label": ...}, "line 2 .*it has no label"),
-        ("{cut", "line 2 .* fix it"),
+        ("{cut", "line 2 .*is damaged or not a HellaSwag item"),
         ("[]", "line 2 .*it is not a JSON object"),
     ],
 )
@@ -209,6 +209,7 @@ def test_bad_items_are_reported_with_their_line(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         hellaswag.load_items("items.jsonl")
     assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith(": fix it or use another file")  # which nobody has downloaded
 
 
 def write_parquet(items, path, **changes):
@@ -283,6 +284,36 @@ def test_command_line_writes_the_result(run_train, capsys, monkeypatch):
     assert "of 7 HellaSwag items" in printed and "28.59 / 29.55" in printed and "28.92 / 31.14" in printed
     with pytest.raises(ValueError, match="--limit is 0: use at least 1"):
         hellaswag.parse_args(["--limit", "0"])
+
+
+def test_own_items_need_three_keys_and_for_lm_eval_a_fourth(run_train):
+    run_train("--block_size 64 --batch_size 1 --max_steps 3")
+    items = [json.loads(line) for line in ITEMS.read_text().splitlines()[:5]]
+    needed = [{name: item[name] for name in ("ctx", "endings", "label")} for item in items]
+    scores = {}
+    for name, rows in (("whole", items), ("needed", needed)):
+        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        hellaswag.main(hellaswag.parse_args(["--data", f"{name}.jsonl", "--output", f"{name}.json"]))
+        scores[name] = json.loads(Path(f"{name}.json").read_text())["items"]
+    assert scores["needed"] == scores["whole"]
+    assert [item["ind"] for item in scores["needed"]] == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="item 0 has no activity_label: add it, or leave out --lm_eval"):
+        hellaswag.main(hellaswag.parse_args(["--data", "needed.jsonl", "--lm_eval", "--model", "nowhere"]))
+
+
+def test_demo_items_are_those_of_the_project_in_every_command():
+    assert hellaswag.load_items("demo") == hellaswag.load_items(ITEMS)
+    with pytest.raises(FileNotFoundError, match="no HellaSwag items at own.jsonl: check it, or leave it out"):
+        hellaswag.load_items("own.jsonl")
+
+
+def test_only_the_downloaded_file_is_to_be_deleted_if_it_is_damaged(run_train):
+    Path(hellaswag.DATA).write_text('{"ctx": ')
+    message = f"{hellaswag.DATA}, line 1 .*: delete the file to download it again"
+    with pytest.raises(ValueError, match=message):
+        hellaswag.main(hellaswag.parse_args([]))
+    with pytest.raises(ValueError, match=message):
+        run_train("--hellaswag_every 3")
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])

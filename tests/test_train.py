@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import torch
 from conftest import MUON, REPOSITORY, TINY, TINY_GPT, losses, plain_windows, read_losses
 from transformers import GPT2LMHeadModel
 
+import fineweb
 import train
 from corpus import shards as shards_module
 from corpus.tokenizer import get_tokenizer
@@ -99,6 +101,19 @@ def test_batches_are_pinned_and_copied_asynchronously_on_every_cuda_device_only(
     batches.pool.shutdown()  # it reads ahead, and must not pin without the patch
     on_cuda = device.startswith("cuda")
     assert copies == 2 * [(torch.device(device), on_cuda, on_cuda)]
+
+
+def test_folder_of_texts_is_made_into_shards_by_the_command_in_the_error():
+    folder = Path("my texts")
+    folder.mkdir()
+    (folder / "a.txt").write_text("What is it? " * 50)
+    with pytest.raises(FileNotFoundError, match="no train shards in my texts/, but a.txt") as error:
+        loader(folder)
+    command = shlex.split(str(error.value).split("`")[1])
+    assert command[:2] == ["python", "fineweb.py"]
+    fineweb.main(fineweb.parse_args([*command[2:], "--tokenizer", "byte"]))
+    data = loader(str(error.value).partition("--data_dir ")[2])
+    assert bytes(data.read(0)[1:].tolist()) == b"What is it? What"
 
 
 def test_bad_shards_are_reported_by_name(shards):

@@ -1,7 +1,6 @@
 """How the options of a run come together: its preset, the run that it resumes, and the command line."""
 
 import argparse
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +21,7 @@ def parse_options(
     `derive` returns options that follow from others where they are not given. Raises ValueError for an
     unknown preset, and for one that is not that of the resumed run.
     """
-    given = parser.parse_known_args(argv)[0]
+    given = parser.parse_args(argv)
     before = read_run(parser, given.out_dir, presets, derive) if given.resume else {}
     preset = given.preset or before.get("preset") or "gpt2"
     if before.get("preset") not in (None, preset):
@@ -54,8 +53,6 @@ def read_run(parser: argparse.ArgumentParser, out_dir: str, presets: dict, deriv
     """
     if not (options := read_options(out_dir)):
         return {}
-    parser = copy.copy(parser)
-    parser.exit_on_error = False
     with parsing(out_dir, "the folder of a run", "delete the broken lines of its log.jsonl"):
         args = parser.parse_args(as_words(parser, options))
         derived = derive(args) if args.preset in presets else {}

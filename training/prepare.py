@@ -214,8 +214,7 @@ def check_everything(
     args.tokenizer = manifest.get("tokenizer", args.tokenizer)
     items, resumed = [], None
     if args.hellaswag_every and args.hellaswag_data:
-        path = hellaswag.DEMO_ITEMS if args.hellaswag_data == "demo" else args.hellaswag_data
-        items = problems.call(hellaswag.load_items, path) or []
+        items = problems.call(hellaswag.load_items, args.hellaswag_data) or []
     if args.resume:
         resumed = problems.call(load_training_state, args)
         hint = f"the ranks would resume {args.out_dir} at different steps; every node has to see this folder"
@@ -243,7 +242,7 @@ def download_items(args: argparse.Namespace, dist: Distributed, problems: Proble
     if dist.is_main:
         problems.call(hellaswag.download)
     if problems.none_on_any_rank():  # the other ranks wait for the file
-        return problems.call(hellaswag.load_items, hellaswag.DATA) or []
+        return problems.call(hellaswag.load_items, hellaswag.DATA, hellaswag.DOWNLOAD_AGAIN) or []
     if args.dry_run:
         dist.say("\n".join([*problems.lines, "the dry run goes on without HellaSwag"]))
         problems.lines, args.hellaswag_every = [], 0
