@@ -11,6 +11,7 @@ from urllib.parse import unquote
 import pytest
 from conftest import REPOSITORY
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import plot
 from diagnosis import published
@@ -115,6 +116,7 @@ def test_run_stopped_by_a_signal_is_followed_and_an_early_stop_ends(run_train):
 def test_references_are_drawn_as_lines(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(Axes, "axhline", lambda axes, y, **style: drawn.append((axes.get_title(), y)))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: None)  # takes a second
     write_log("log", 30, tokenizer="gpt2")
     write_log("bytes", 30, tokenizer="byte")
 
@@ -148,6 +150,7 @@ def test_scores_have_error_bars_and_rates_are_those_of_all_groups(tmp_path, monk
             return draw(axes, x, y, *words, **style)
 
         monkeypatch.setattr(Axes, draw.__name__, noted)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: None)
     runs = plot.read_runs(["log"])
     plot.plot(runs, "picture.png")
     assert errors == {"demo items": [(None, [0.25], ([0.066],))]}
