@@ -40,6 +40,13 @@ from torch.nn import functional as F
 
 from corpus.rows import rows_of
 from corpus.tokenizer import tokenizer_for
+from diagnosis.published import (
+    PUBLISHED_FINGERPRINT,
+    PUBLISHED_ITEMS,
+    describe_scores,
+    items_of,
+    wrong_scores,
+)
 from formats.checkpoint import describe_pretrained
 from model import GPT, head_rows
 from runtime import hub
@@ -56,8 +63,6 @@ ADVICE = (
     "use --hellaswag_every 0, or pass a file to --hellaswag_data (hellaswag.py: --data), or set HF_ENDPOINT "
     "to a mirror"
 )
-# `fingerprint` of the 10,042 items on which all published scores were measured (LOG.md, 2026-11-28).
-PUBLISHED_ITEMS, PUBLISHED_FINGERPRINT = 10042, "148f8efb84d40214"
 PUBLISHED = {"completion": "GPT-2 28.59 / 29.55, GPT-2 XL 38.42 / 48.93, GPT-3 125M - / 33.7",
              "lm_eval": "GPT-2 28.92 / 31.14, GPT-2 XL 40.04 / 50.89"}  # fmt: skip
 
@@ -123,13 +128,13 @@ def _check_item(item: dict) -> dict:
 def identify(items: list[dict]) -> dict[str, str]:
     """Return the `fingerprint` of items: a hash of contexts, endings and labels in order, however stored.
 
-    If these are not the items of the published scores, `warning` says so.
+    If these are neither the items of the published scores nor those of the demo, `warning` says so.
     """
     digest = hashlib.sha256()
     for item in items:
         digest.update(json.dumps([item["ctx"], item["endings"], item["label"]]).encode() + b"\n")
     fingerprint = digest.hexdigest()[:16]
-    if fingerprint == PUBLISHED_FINGERPRINT:
+    if items_of({"fingerprint": fingerprint}) != "other items":
         return {"fingerprint": fingerprint}
     return {
         "fingerprint": fingerprint,
@@ -305,7 +310,7 @@ def evaluate(
     limit = model.config.block_size + (examples[0].lengths is not None)
     batches = list(to_batches(to_sequences(examples, limit), batch_tokens))[rank::world_size]
     sums, counts = np.zeros(4 * len(examples)), np.zeros(4 * len(examples))
-    watching = watched(batches, "HellaSwag", shown=rank == 0, stop=stop)
+    watching = watched(batches, "scores", shown=rank == 0, stop=stop)
     scored = [score_batch(model, batch) for batch in watching]
     for places, losses in scored:
         sums += np.bincount(places, weights=losses.cpu().numpy(), minlength=len(sums))
@@ -320,7 +325,7 @@ def evaluate(
     if not np.isfinite(sums).all():
         ind = examples[int(np.isfinite(sums).argmin()) // 4].ind
         raise ValueError(
-            f"the loss of HellaSwag item {ind} is not finite: the weights have diverged, use an older "
+            f"the loss of item {ind} is not finite: the weights have diverged, use an older "
             "checkpoint and a lower learning rate"
         )
     lengths = counts
@@ -386,12 +391,9 @@ def main(args: argparse.Namespace) -> None:
         result = evaluate(model, renderer(items, tokenizer), batch_tokens=args.batch_tokens)
         results[style] = result | about
         name = {"completion": "completion style", "lm_eval": "lm-evaluation-harness style"}[style]
-        print(
-            f"{name}: acc {result['acc']:.2%} ± {result['acc_stderr']:.2%}, "
-            f"acc_norm {result['acc_norm']:.2%} ± {result['acc_norm_stderr']:.2%}, "
-            f"n {result['n']}, {result['seconds']:.1f} s"
-        )
-        print(f"  published acc / acc_norm on all 10,042 items: {PUBLISHED[style]}")
+        print(f"{name}: {describe_scores(results[style])} (± one standard error), {result['seconds']:.1f} s")
+        if not wrong_scores(about, tokenizer.name):
+            print(f"  published acc / acc_norm on all 10,042 items: {PUBLISHED[style]}")
     if args.output:
         output = results["completion"]
         if args.lm_eval:

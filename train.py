@@ -28,6 +28,7 @@ import hellaswag
 import sample
 from corpus.shards import Shards, shuffled
 from corpus.tokenizer import NAMES
+from diagnosis.published import describe_scores
 from model import GPT, GPTConfig
 from muon import Muon
 from runtime import hardware
@@ -372,7 +373,7 @@ EVALUATIONS = [
         "hellaswag",
         score_hellaswag,
         lambda run: len(run.benchmark.examples),
-        lambda r: f"hellaswag {r['acc_norm']:.2%} (acc_norm), {r['acc']:.2%} (acc)",
+        describe_scores,
         "acc_norm",
     ),
     Evaluation(

@@ -7,7 +7,7 @@ from runtime.log import is_number
 
 BEFORE, AFTER = 100, 10  # steps around a spike, see `signs.spike`
 # At the same step, the order in which the loop of train.py logs.
-ORDER = {"run": 0, "val": 1, "warning": 2, "train": 3, "end": 4}
+ORDER = {"run": 0, "val": 1, "hellaswag": 2, "warning": 3, "train": 4, "end": 5}
 
 
 @dataclass
@@ -30,7 +30,8 @@ class Interval:
 
 
 class History:
-    """The records of a run. `run` is the newest record of its kind, `first` the first step.
+    """The records of a run. `run` and `scores`, of HellaSwag, are the newest of their kinds, `first` is the
+    first step.
 
     `recent` are the steps since the last validation but one, and the BEFORE + AFTER before them.
     `resumed_at` is the number of intervals when the run was last started.
@@ -38,6 +39,7 @@ class History:
 
     def __init__(self) -> None:
         self.run: dict = {}
+        self.scores: dict = {}
         self.first: dict | None = None
         self.recent: list[dict] = []
         self.intervals: list[Interval] = []
@@ -57,7 +59,7 @@ class History:
         return number(self.options, "warmup_steps") or 0
 
     def add(self, record: dict) -> None:
-        """Add the next record. Those of other kinds than `run`, `train` and `val` are ignored."""
+        """Add the next record. Those of kinds that say nothing here are ignored."""
         if record["kind"] == "run":
             self.run, self.resumed_at = record, len(self.intervals)
         elif record["kind"] == "train":
@@ -67,6 +69,8 @@ class History:
             self.recent.append(record)
             self.fresh += 1
             self.skipped = max(number(record, "skipped") or 0, self.skipped)
+        elif record["kind"] == "hellaswag":
+            self.scores = record
         elif record["kind"] == "val":
             self.intervals.append(self._interval(record))
             self.fresh = 0

@@ -1,28 +1,34 @@
-"""What others have published for GPT-2 (124M), and how far a run is from it."""
+"""What others have published for GPT-2 (124M), and which runs it may stand beside."""
 
 import math
 import re
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 
 from diagnosis.history import History, Interval, number
 from diagnosis.signs import another_tokenizer, equal_shards
+from runtime.log import is_number
 
-# Published for 124M weights, by the data that they were trained and measured on: losses on one set say
-# nothing about the other. FineWeb-Edu: build-nanogpt's log, and OpenAI's GPT-2 as measured there
-# (play.ipynb). FineWeb: the loss at which modded-nanogpt's runs end, and llm.c's discussion 481. HellaSwag is
-# acc_norm.
+# Published for 124M weights, by the data that they were trained and measured on, and by the kind of
+# evaluation: losses on one set say nothing about the other. FineWeb-Edu: build-nanogpt's log, and OpenAI's
+# GPT-2 as measured there (play.ipynb). FineWeb: the loss at which modded-nanogpt's runs end, and llm.c's
+# discussion 481. HellaSwag is acc_norm.
 REFERENCES = {
     "fineweb-edu": {
-        "loss": {"build-nanogpt": 3.05, "GPT-2": 3.2924},
-        "HellaSwag": {"GPT-2": 0.2955, "build-nanogpt": 0.304, "GPT-3": 0.337},
+        "val": {"build-nanogpt": 3.05, "GPT-2": 3.2924},
+        "hellaswag": {"GPT-2": 0.2955, "build-nanogpt": 0.304, "GPT-3": 0.337},
     },
     "fineweb": {
-        "loss": {"modded-nanogpt": 3.28},
-        "HellaSwag": {"GPT-2": 0.2955, "llm.c": 0.299, "GPT-3": 0.337},
+        "val": {"modded-nanogpt": 3.28},
+        "hellaswag": {"GPT-2": 0.2955, "llm.c": 0.299, "GPT-3": 0.337},
     },
 }
+HELLASWAG = "HellaSwag items"
+CHANCE = 0.25  # of finding the right one of HellaSwag's four endings
+# What `hellaswag.identify` says of the 10,042 items on which all published scores were measured (LOG.md,
+# 2026-11-28), and of corpus/hellaswag_demo.jsonl.
+PUBLISHED_ITEMS, PUBLISHED_FINGERPRINT, DEMO_FINGERPRINT = 10042, "148f8efb84d40214", "84b1e3d9c40b4516"
 NAMES = {"fineweb": "FineWeb", "fineweb-edu": "FineWeb-Edu"}
 # Validation losses of llm.c's run on FineWeb, every EVERY steps from step 0 on, over the first 10,485,760
 # tokens of the validation shard. Source: modded-nanogpt, records/track_1_short/2024-10-13_llmc/main.log.
@@ -40,7 +46,7 @@ LOSSES = (
 SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
 STEP_TOKENS, STEPS, WARMUP_STEPS, LEARNING_RATE = 524288, 19560, 700, 6e-4
 # FineWeb-Edu is easier, by about as much as the published runs differ at their ends.
-EASIER = {"fineweb": 0.0, "fineweb-edu": LOSSES[-1] - REFERENCES["fineweb-edu"]["loss"]["build-nanogpt"]}
+EASIER = {"fineweb": 0.0, "fineweb-edu": LOSSES[-1] - REFERENCES["fineweb-edu"]["val"]["build-nanogpt"]}
 # Published repetitions of the run ended at 3.2722, 3.28 and 3.29: this is five times as much. An estimated
 # curve may itself be wrong by half of that.
 LIMITS = {"fineweb": 0.10, "fineweb-edu": 0.15}
@@ -71,12 +77,64 @@ def dataset_of(source: dict, folder: str) -> str | None:
     return "fineweb-edu" if "edu" in name else "fineweb"
 
 
+def unit_of(tokenizer: object) -> str:
+    """Return the unit of losses. Those in different units do not compare."""
+    return {"byte": "nats per byte", "gpt2": "nats per GPT-2 token"}.get(str(tokenizer), "nats per token")
+
+
+def items_of(scores: dict) -> str:
+    """Return what the items are called that a record of HellaSwag's scores is about."""
+    found = scores.get("fingerprint")
+    known = {DEMO_FINGERPRINT: "demo items", PUBLISHED_FINGERPRINT: HELLASWAG}
+    return known.get(str(found), "other items" if found else "unknown items")
+
+
+def name_of(kind: str, record: dict) -> str:
+    """Return what an evaluation is called: scores of other items than HellaSwag's after those."""
+    is_other = kind == "hellaswag" and items_of(record) != HELLASWAG
+    return items_of(record) if is_other else kind
+
+
+def with_error(record: dict, name: str) -> str:
+    """Return a share in percent, with its standard error if the record has it."""
+    error = record.get(f"{name}_stderr")
+    if not is_number(error):
+        return f"{record[name]:.2%}"
+    digits = 2 if 0 < error < 0.01 else 1
+    return f"{record[name]:.{digits}%} ± {error:.{digits}%}"
+
+
+def describe_scores(scores: dict) -> str:
+    """Return a record of HellaSwag's scores in words."""
+    acc_norm, acc = (with_error(scores, name) for name in ("acc_norm", "acc"))
+    return f"acc_norm {acc_norm}, acc {acc} of {scores['n']:,} {items_of(scores)}"
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """How a run compares with the published one on a key of NAMES. If it does not, `reason` says why."""
+    """How a run compares with what is published for a key of NAMES.
+
+    `reasons` says, for the published "curve" and for each kind of evaluation, why it does not.
+    """
 
     dataset: str | None
-    reason: str | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def reason(self) -> str | None:
+        return self.reasons.get("curve")
+
+    def values(self, kind: str) -> dict[str, float]:
+        """Return the published values that may stand beside those of the run, by who has published them."""
+        return {} if kind in self.reasons else REFERENCES[self.dataset or "fineweb-edu"].get(kind, {})
+
+    def lines(self) -> list[str]:
+        """Return what may not stand beside the run, and why."""
+        names, lines = {"curve": "curve", "val": "losses", "hellaswag": "HellaSwag scores"}, []
+        for reason in dict.fromkeys(self.reasons.values()):
+            kinds = [names[kind] for kind, why in self.reasons.items() if why == reason]
+            lines.append(f"not compared with the published {' and '.join(kinds)}: {reason}")
+        return lines
 
     @property
     def limit(self) -> float:
@@ -103,23 +161,56 @@ class Comparison:
         return interval.val_loss - self.expected(interval.tokens)
 
 
-def compare(history: History, dataset: str | None = None) -> Comparison:
-    """Return how a run compares. `dataset` is what its user says that it was trained on, if they do."""
+def compare(history: History, asked: str | None = None) -> Comparison:
+    """Return how a run compares. `asked` is what its user says that it was trained on, if they do."""
     known = history.data.get("dataset")
-    return Comparison(known if known in NAMES else dataset, why_not(history, known, dataset))
+    known = known if known in list(NAMES) else None
+    return Comparison(known or asked, why_not(history, known, asked))
 
 
-def why_not(history: History, known: object, asked: str | None) -> str | None:
-    """Return why a run cannot be compared with the published curve, or None if it can."""
+def why_not(history: History, known: str | None, asked: str | None) -> dict[str, str]:
+    """Return which published values may not stand beside those of a run, and why: the one place that decides.
+
+    Losses compare for the same tokens and data, the curve also for the same network and batches.
+    """
+    tokenizer = history.options.get("tokenizer")
+    losses = wrong_tokens(tokenizer) or wrong_data(history, known, asked)
+    reasons = {
+        "curve": losses or wrong_shape(history) or wrong_batches(history),
+        "val": losses,
+        "hellaswag": wrong_scores(history.scores, tokenizer) if history.scores else None,
+    }
+    return {kind: reason for kind, reason in reasons.items() if reason}
+
+
+def wrong_tokens(tokenizer: object) -> str | None:
+    return None if tokenizer == "gpt2" else f"its tokens are those of {tokenizer}, not of gpt2"
+
+
+def wrong_data(history: History, known: str | None, asked: str | None) -> str | None:
+    if known and asked and asked != known:
+        return f"it was trained on {NAMES[known]}: use --references {known}"
+    if not known and not asked:
+        what = f"{history.options.get('data_dir')} is not known to be FineWeb or FineWeb-Edu"
+        return f"{what}: if it is, use --references fineweb or edu"
+    return None
+
+
+def wrong_scores(scores: dict, tokenizer: object) -> str | None:
+    """Return why published scores may not stand beside these: acc_norm depends on the tokens, too."""
+    if (items := items_of(scores)) != HELLASWAG:
+        return f"it was scored on {items}, not on the {PUBLISHED_ITEMS:,} of HellaSwag"
+    return wrong_tokens(tokenizer)
+
+
+def wrong_shape(history: History) -> str | None:
     for name, size in SHAPE.items():
         if (found := history.options.get(name)) != size:
             return f"--{name} is {found}, not {size}"
-    if history.options.get("tokenizer") != "gpt2":
-        return f"its tokens are those of {history.options.get('tokenizer')}, not of gpt2"
-    if known in NAMES and asked and asked != known:
-        return f"it was trained on {NAMES[known]}: use --references {known}"
-    if known not in NAMES and not asked:
-        return f"{history.options.get('data_dir')} is not known to be FineWeb or FineWeb-Edu"
+    return None
+
+
+def wrong_batches(history: History) -> str | None:
     least, most = STEP_TOKENS_ALLOWED
     step_tokens, val_tokens = (number(history.options, name) for name in ("total_batch_size", "val_tokens"))
     if step_tokens is None or not least <= step_tokens <= most:

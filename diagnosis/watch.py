@@ -11,7 +11,7 @@ The loop of train.py feeds each record that it writes, and plot.py those that it
 import statistics
 
 from diagnosis.history import ORDER, History, number
-from diagnosis.published import above_published, beside, compare, verdict
+from diagnosis.published import Comparison, above_published, beside, compare, verdict
 from diagnosis.signs import SIGNS
 from runtime.log import is_record
 
@@ -42,7 +42,7 @@ class Watch:
             return []
         is_first, new = self.history.first is None, []
         self.history.add(record)
-        if record["kind"] == "train" and not is_first:
+        if record["kind"] == "hellaswag" or (record["kind"] == "train" and not is_first):
             return []  # signs are looked for with every validation
         for sign in ALL_SIGNS:
             if sign.__name__ not in self.said and (line := sign(self.history)):
@@ -50,14 +50,17 @@ class Watch:
                 new.append((sign.__name__, line))
         return new
 
+    @property
+    def comparison(self) -> Comparison:
+        return compare(self.history, self.dataset)
+
     def distance(self) -> float | None:
         """Return how far the last validation is above the published curve, if it can be compared."""
-        comparison = compare(self.history, self.dataset)
-        return comparison.distance(self.history.intervals[-1]) if self.history.intervals else None
+        return self.comparison.distance(self.history.intervals[-1]) if self.history.intervals else None
 
     def beside(self) -> str:
         """Return that distance in words."""
-        return beside(compare(self.history, self.dataset), self.distance())
+        return beside(self.comparison, self.distance())
 
     def about(self, has_ended: bool) -> str:
         """Return what the run is, and how far."""
@@ -77,7 +80,7 @@ class Watch:
 
     def lines(self) -> list[str]:
         """Return whether the run is normal: how it compares with the published one, and what was said."""
-        newest = verdict(self.history, compare(self.history, self.dataset))
+        newest = verdict(self.history, self.comparison)
         said = [line for sign, line in self.said.items() if sign != above_published.__name__]
         if newest:
             return [newest, *said]

@@ -12,6 +12,7 @@ import tiktoken
 import torch
 
 from corpus.tokenizer import END_OF_TEXT, RANKS_SHA256, get_tokenizer, tiktoken_file, tokenizer_for
+from diagnosis.published import HELLASWAG, describe_scores, items_of, unit_of
 from model import GPT, GPTConfig
 from runtime.files import parsing, whole_folder
 from runtime.log import curves_of, is_number, read_log
@@ -220,7 +221,7 @@ def model_card(model: GPT, tokenizer: tiktoken.Encoding, source: Path, name: str
     """
     config, metadata = model.config, model.metadata
     step, args = metadata.get("step"), metadata.get("args") or {}
-    unit = "nats per byte" if tokenizer.name == "byte" else "nats per token"
+    unit = unit_of(tokenizer.name)
     parameters = model.num_params() - (config.vocab_size - tokenizer.n_vocab) * config.n_embd
     folder = source if source.is_dir() else source.parent
     log = read_log(folder) if step is not None and (folder / "log.jsonl").exists() else {}
@@ -238,8 +239,9 @@ def model_card(model: GPT, tokenizer: tiktoken.Encoding, source: Path, name: str
     for record in [each for each in log.get("train", []) if each["step"] < step and each.get("loss")][-1:]:
         facts["training loss"] = f"{record['loss']:.4f} {unit}, at step {record['step']:,}"
     for record in last.get("hellaswag", []):
-        scores = f"acc_norm {record['acc_norm']:.2%}, acc {record['acc']:.2%}, {record['n']:,} items"
-        facts["HellaSwag"] = f"{scores}, at step {record['step']:,}"
+        if items_of(record) == HELLASWAG:
+            scores = f"{describe_scores(record)}, at step {record['step']:,}"
+            facts["HellaSwag, ± one standard error"] = scores
     for kind in sorted(curves_of(log).keys() - {"val", "hellaswag"}):
         for record in last.get(kind, []):
             name = curves_of(log)[kind]

@@ -171,7 +171,11 @@ def test_causes_are_those_that_the_log_shows():
         ({"total_batch_size": 262144}, {}, None),
         ({"n_layer": 2}, {}, "--n_layer is 2, not 12"),
         ({"tokenizer": "byte"}, {}, "its tokens are those of byte, not of gpt2"),
-        ({}, {"dataset": None}, "fineweb10B is not known to be FineWeb or FineWeb-Edu"),
+        (
+            {},
+            {"dataset": None},
+            "fineweb10B is not known to be FineWeb or FineWeb-Edu: if it is, use --references fineweb or edu",
+        ),
         ({"total_batch_size": 65536}, {}, "a step has 65536 tokens, not 262144 to 524288"),
         (
             {"val_tokens": 65536},
@@ -184,6 +188,34 @@ def test_run_that_cannot_be_compared_says_why(options, data, reason):
     history = Watch.of_log({"run": [run_record(data=data, **options)]}).history
     assert published.compare(history).reason == reason
     assert (published.expectation(history, CONSUMED) is None) == (reason is not None)
+
+
+HELLASWAG, DEMO = published.PUBLISHED_FINGERPRINT, published.DEMO_FINGERPRINT
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "fingerprint", "asked", "stand"),
+    [
+        ({}, {}, HELLASWAG, None, {"curve", "val", "hellaswag"}),
+        ({"n_layer": 24}, {}, HELLASWAG, "fineweb", {"val", "hellaswag"}),
+        ({"n_layer": 24}, {}, DEMO, None, {"val"}),
+        ({}, {}, "another", None, {"curve", "val"}),
+        ({}, {}, None, None, {"curve", "val"}),  # an older log
+        ({"tokenizer": "byte"}, {}, HELLASWAG, "fineweb", set()),
+        ({}, {}, HELLASWAG, "fineweb-edu", {"hellaswag"}),
+        ({}, {"dataset": None}, HELLASWAG, None, {"hellaswag"}),
+        ({}, {"dataset": None}, HELLASWAG, "fineweb-edu", {"curve", "val", "hellaswag"}),
+        ({}, {"dataset": []}, DEMO, None, set()),
+    ],
+)
+def test_what_may_stand_beside_a_run(options, data, fingerprint, asked, stand):
+    scores = {"step": 0, "kind": "hellaswag", "acc": 0.25, "acc_norm": 0.3, "n": 9}
+    scores["fingerprint"] = fingerprint
+    history = Watch.of_log({"run": [run_record(data=data, **options)], "hellaswag": [scores]}).history
+    comparison = published.compare(history, asked)
+    assert comparison.reasons.keys() == {"curve", "val", "hellaswag"} - stand
+    for kind in ("val", "hellaswag"):
+        assert bool(comparison.values(kind)) == (kind in stand)
 
 
 @pytest.mark.parametrize(
@@ -385,8 +417,8 @@ def test_plot_draws_the_curve_and_says_the_verdict(monkeypatch, capsys):
     assert out[2] == f"wrote {Path('log/loss.png')}"
     drawn.clear()
     plot.main(plot.parse_args(["log", "--references", "edu"]))
-    reason = "it was trained on FineWeb: use --references fineweb"
-    assert capsys.readouterr().out.splitlines()[-2] == f"log: not compared with the published curve: {reason}"
+    reason = "curve and losses: it was trained on FineWeb: use --references fineweb"
+    assert capsys.readouterr().out.splitlines()[-2] == f"log: not compared with the published {reason}"
     assert not [label for label in drawn if label.startswith("published")]
     write(log_of(curve, steps=500, run=run_record(data={"dataset": "fineweb-edu"})))
     plot.main(plot.parse_args(["log", "--references", "--against", "tokens"]))
@@ -397,7 +429,7 @@ def test_plot_draws_the_curve_and_says_the_verdict(monkeypatch, capsys):
 def test_run_logs_its_distance_and_warns_once(run_train, monkeypatch, capsys):
     """A tiny run is made comparable with a curve that it cannot reach, and resumed."""
     monkeypatch.setattr(published, "SHAPE", {"n_layer": 2})
-    monkeypatch.setattr(published, "why_not", lambda *args: None)
+    monkeypatch.setattr(published, "why_not", lambda *args: {})
     monkeypatch.setattr(published, "LOSSES", [5.0, 1.0, 1.0])
     monkeypatch.setattr(published, "EVERY", 1)
     monkeypatch.setattr(published, "STEP_TOKENS", 64)

@@ -157,7 +157,7 @@ def test_forecast_counts_what_the_run_does(rehearse, run_train, capsys, monkeypa
     records = run_train(f"{options} {resume}")
     first = 3 if resume else 0
     assert counts["steps"] == 10 - first == sum(record["step"] >= first for record in records["train"])
-    for name, kind in (("validations", "val"), ("HellaSwag", "hellaswag"), ("samples", "sample")):
+    for name, kind in (("validations", "val"), ("items", "hellaswag"), ("samples", "sample")):
         assert counts[name] == sum(record["step"] >= first for record in records[kind]), name
     # Had every validation been the best so far: at 0, 2, 3, 4, 6, 8, 9 and 10.
     assert counts["checkpoints"] == (6 if resume else 8)
@@ -199,7 +199,7 @@ def test_what_to_expect_is_said_where_it_is_known(rehearse, shards, monkeypatch,
     assert "\nexpect " not in capsys.readouterr().out
     np.save(shards / "edufineweb_train_000003.npy", np.load(shards / "edufineweb_train_000002.npy"))
     shards.rename("fineweb")
-    monkeypatch.setattr(published, "why_not", lambda *_: None)  # as for GPT-2 (124M)
+    monkeypatch.setattr(published, "why_not", lambda *_: {})  # as for GPT-2 (124M)
     rehearse("--data_dir fineweb")
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     values = "11.01 at the end"

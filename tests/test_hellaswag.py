@@ -10,6 +10,7 @@ from conftest import REPOSITORY
 
 import hellaswag
 from corpus.tokenizer import get_tokenizer
+from diagnosis import published
 from model import GPT, GPTConfig
 
 ITEMS = REPOSITORY / "corpus" / "hellaswag_demo.jsonl"
@@ -241,9 +242,10 @@ def test_fingerprint_tells_contexts_endings_labels_and_order_apart(monkeypatch):
     versions = [items, other_label, other_ending, other_context, items[::-1], items[1:]]
     about = [hellaswag.identify(version) for version in versions]
     assert len({each["fingerprint"] for each in about}) == len(versions)
-    assert all("these are not the 10,042 items of the published scores: 4" in a["warning"] for a in about)
-    monkeypatch.setattr(hellaswag, "PUBLISHED_FINGERPRINT", about[0]["fingerprint"])
-    assert "warning" not in hellaswag.identify(items) and "warning" in hellaswag.identify(other_label)
+    assert "warning" not in about[0] and published.items_of(about[0]) == "demo items"
+    assert all("these are not the 10,042 items of the published scores: 4" in a["warning"] for a in about[1:])
+    monkeypatch.setattr(published, "PUBLISHED_FINGERPRINT", about[1]["fingerprint"])
+    assert "warning" not in hellaswag.identify(other_label) and "warning" in hellaswag.identify(other_ending)
 
 
 def test_bad_row_of_a_parquet_file_is_named():
@@ -259,17 +261,27 @@ def test_bad_row_of_a_parquet_file_is_named():
         hellaswag.load_items("items.jsonl.gz")
 
 
-def test_command_line_writes_the_result(run_train, capsys):
+def test_command_line_writes_the_result(run_train, capsys, monkeypatch):
     run_train("--block_size 64 --batch_size 1")
-    options = ["--data", str(ITEMS), "--limit", "7", "--lm_eval", "--output", "results.json"]
+    Path("others.jsonl").write_text("".join(ITEMS.read_text().splitlines(keepends=True)[:7]))
+    options = ["--data", "others.jsonl", "--lm_eval", "--output", "results.json"]
     hellaswag.main(hellaswag.parse_args(options))
     printed, errors = capsys.readouterr()
-    assert "these are not the 10,042 items of the published scores: 44 items" in errors
-    assert "28.59 / 29.55" in printed and "28.92 / 31.14" in printed
+    assert "these are not the 10,042 items of the published scores: 7 items" in errors
+    assert "published" not in printed
     result = json.loads(Path("results.json").read_text())
     for scores in (result, result["lm_eval"]):
-        assert scores["warning"] in errors and scores["n"] == 7 and f"acc {scores['acc']:.2%}" in printed
+        error = math.sqrt(scores["acc"] * (1 - scores["acc"]) / 6)
+        assert f"acc {scores['acc']:.1%} ± {error:.1%} of 7 other items" in printed
+        assert scores["warning"] in errors and scores["n"] == 7
         assert [item["ind"] for item in scores["items"]] == list(range(7))
+    monkeypatch.setattr(published, "PUBLISHED_FINGERPRINT", result["fingerprint"])
+    hellaswag.main(hellaswag.parse_args(options))
+    assert "published" not in capsys.readouterr().out  # the model has bytes, not GPT-2's tokens
+    monkeypatch.setattr(published, "wrong_tokens", lambda tokenizer: None)
+    hellaswag.main(hellaswag.parse_args(options))
+    printed = capsys.readouterr().out
+    assert "of 7 HellaSwag items" in printed and "28.59 / 29.55" in printed and "28.92 / 31.14" in printed
     with pytest.raises(ValueError, match="--limit is 0: use at least 1"):
         hellaswag.parse_args(["--limit", "0"])
 
@@ -314,7 +326,7 @@ def test_loss_that_is_not_finite_is_an_error_and_no_answer(monkeypatch, broken):
     score = hellaswag.score_batch
     monkeypatch.setattr(hellaswag, "score_batch", score_batch)
     examples = hellaswag.render(hellaswag.load_items(ITEMS)[:5], BYTE)
-    with pytest.raises(ValueError, match=f"the loss of HellaSwag item {examples[3].ind} is not finite"):
+    with pytest.raises(ValueError, match=f"the loss of item {examples[3].ind} is not finite"):
         hellaswag.evaluate(make_model(), examples)
 
 

@@ -50,6 +50,7 @@ def test_console_describes_the_run_and_aligns_steps(run_train, shards, capsys):
     assert about["model"].startswith(f"{model.num_params():,} parameters: 2 layers, 2 heads, width 32")
     assert about["batch"] == "64 tokens per step: 2 sequences x 16 tokens x 1 rank(s) x 2 micro-step(s)"
     assert about["run"] == f"6 steps, 384 tokens, {384 / tokens:.2f} epochs of {tokens:,} in shards"
+    assert about["losses"] == "in nats per byte" and "scores" not in about
     sizes = re.match(r"([\d.]+)kB each, at most ([\d.]+)MB in log, where \S+B are free", about["checkpoints"])
     files = [path.stat().st_size / 1000 for path in Path("log").glob("model_*.pt")]
     assert len(files) == 3  # 4, 6 and the best
@@ -190,14 +191,15 @@ def test_tensorboard_matches_the_log_and_hides_repeated_steps(run_train):
         ("train/tokens_per_s", "train", "tokens_per_s"),
         ("train/lr c_attn", "train", "lr"),
         ("val/loss", "val", "loss"),
-        ("hellaswag/acc_norm", "hellaswag", "acc_norm"),
+        ("demo items/acc_norm", "hellaswag", "acc_norm"),
     ):
         expected = [(record["step"], pytest.approx(record[name], rel=1e-6)) for record in by_kind[kind]]
         assert [(event.step, event.value) for event in events.Scalars(tag)] == expected, tag
     # 64 tokens a step: those of earlier lives lie above the step at which TensorBoard hides what follows.
-    for kind, name in (("val", "loss"), ("hellaswag", "acc_norm")):
+    for kind, tag in (("val", "val loss"), ("hellaswag", "demo items acc_norm")):
+        name = tag.split()[-1]
         seen = [(64 * record["step"], pytest.approx(record[name], rel=1e-6)) for record in by_kind[kind]]
-        assert [(event.step, event.value) for event in events.Scalars(f"by tokens/{kind} {name}")] == seen
+        assert [(event.step, event.value) for event in events.Scalars(f"by tokens/{tag}")] == seen
         assert [record["tokens"] for record in by_kind[kind]] == [tokens for tokens, _ in seen]
     texts = events.Tensors("sample/text_summary")
     texts = {event.step: event.tensor_proto.string_val[0].decode() for event in texts}
@@ -281,7 +283,7 @@ def test_folder_in_use_is_refused_and_the_run_in_it_is_not_disturbed(run_train, 
     for options in ("", "--resume"):
         with pytest.raises(ValueError, match=f"/log is in use by process {process.pid} on .*: wait until it"):
             run_train(options)
-    plot.plot(["log"], "picture.png")  # readers are not refused
+    plot.main(plot.parse_args(["log", "--output", "picture.png"]))  # readers are not refused
     monkeypatch.setattr(dry_run, "STEPS_S", 0.01)
     run_train("--dry_run --max_steps 20")
     process.join(60)
@@ -384,7 +386,7 @@ def test_full_disk_ends_neither_log_nor_picture_nor_tensorboard(
                 while True:
                     big.write(bytes(4096))
             with pytest.raises(OSError, match="No space left"):
-                plot.plot([small_disk / "log"], small_disk / "loss.png")
+                plot.main(plot.parse_args([str(small_disk / "log")]))
         if words[1] == 30:
             Path(small_disk / "big").unlink()
         return take_step(*words)

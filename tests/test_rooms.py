@@ -11,8 +11,8 @@ from conftest import REPOSITORY
 # From the ground up. A room imports from lower floors only, and never from its own floor.
 FLOORS = [
     ("runtime",),
-    ("model", "muon", "corpus"),
-    ("formats", "diagnosis"),
+    ("model", "muon", "corpus", "diagnosis"),
+    ("formats",),
     ("fineweb", "hellaswag", "sample", "plot"),
     ("training",),
     ("train",),

@@ -29,6 +29,7 @@ import hellaswag
 import sample
 from corpus import tokenizer
 from corpus.tokenizer import get_tokenizer
+from diagnosis import published
 from formats import hugging_face
 from model import GPT, GPT2_VOCAB_SIZE, GPTConfig
 from runtime.cli import run
@@ -441,7 +442,7 @@ def test_each_problem_is_one_error_line(command, options, message):
     assert message in error and error.count("\n") == (4 if "top_p" in options else 0)
 
 
-def test_exported_run_works_in_transformers(run_train, command, tmp_path):
+def test_exported_run_works_in_transformers(run_train, command, tmp_path, monkeypatch):
     log = run_train(
         "--hellaswag_every 3 --hellaswag_data demo --sample_every 3 --sample_tokens 5 --sample_prompt=Hé😀"
     )
@@ -462,12 +463,11 @@ def test_exported_run_works_in_transformers(run_train, command, tmp_path):
         TEXT.replace("<|endoftext|>", "").encode()
     )
     assert hf_tokenizer.eos_token_id == 256 and hf_tokenizer.model_max_length == 16
-    card, scores = Path("exported/README.md").read_text(), log["hellaswag"][-1]
+    card = Path("exported/README.md").read_text()
     best = min(record["loss"] for record in log["val"])
     for fact in (
         f"| validation loss | {log['val'][-1]['loss']:.4f} nats per byte, at step 6 |",
         f"| tokens seen | {64 * GPT.from_pretrained('log').metadata['step']} |",
-        f"acc_norm {scores['acc_norm']:.2%}, acc {scores['acc']:.2%}, 44 items, at step 6",
         "| `--n_layer` | 2 |",
         "| `--dropout` | 0.0 |",
         f"| parameters | {back.num_params():,} |",
@@ -475,6 +475,7 @@ def test_exported_run_works_in_transformers(run_train, command, tmp_path):
         "A GPT-2, trained from scratch.",
     ):
         assert fact in card
+    assert "items" not in card and "HellaSwag" not in card  # the demo's items are no HellaSwag
     assert "shards" not in card and "None" not in card and "--device" not in card
     example = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]  # in the folder above the exported one
     made = {}
@@ -482,10 +483,15 @@ def test_exported_run_works_in_transformers(run_train, command, tmp_path):
     assert made["made"][0]["generated_text"].startswith("Hé😀")
     newest = torch.load("log/model_00006.pt", weights_only=True)
     torch.save({**newest, "step": 5}, "log/model_00005.pt")  # between two evaluations
+    scores = log["hellaswag"][1]
+    monkeypatch.setattr(published, "PUBLISHED_FINGERPRINT", scores["fingerprint"])
     assert command(["--model", "log/model_00005.pt", "--export", "between"])[1] is None
     card = Path("between/README.md").read_text()
     assert f"| training loss | {log['train'][4]['loss']:.4f} nats per byte, at step 4 |" in card
-    assert "items, at step 3 |" in card and "nats per byte, at step 3 |" in card
+    errors = {name: (scores[name] * (1 - scores[name]) / 43) ** 0.5 for name in ("acc_norm", "acc")}
+    acc_norm, acc = (f"{name} {scores[name]:.1%} ± {error:.1%}" for name, error in errors.items())
+    assert f"{acc_norm}, {acc} of 44 HellaSwag items, at step 3 |" in card
+    assert "nats per byte, at step 3 |" in card
     assert best == pytest.approx(GPT.from_pretrained("log/model_best.pt").metadata["val_loss"])
     assert log["sample"][-1]["texts"]
     run_train("--init_from exported", out_dir="tuned")

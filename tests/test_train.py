@@ -649,6 +649,24 @@ def test_resumed_run_gets_its_options_back_and_given_ones_win(run_train, capsys)
             train.main(train.parse_args(f"--resume {words}".split()))
 
 
+def test_lower_rate_of_a_resumed_run_says_which_weights_it_leaves_alone(run_train, capsys):
+    def resumed(folder, options):
+        run_train(f"{options} --max_steps 3 --checkpoint_every 3", out_dir=folder)
+        capsys.readouterr()
+        rates = run_train(f"{options} --resume --learning_rate 5e-3", out_dir=folder)["train"]
+        return rates[3]["lrs"], capsys.readouterr().out
+
+    lrs, printed = resumed("muon", f"{MUON} --muon_lr 0.03 --embedding_lr 0.04")
+    assert lrs["matrices"] == pytest.approx(6 * lrs["gains and biases"])  # three times before
+    assert lrs["embeddings"] == pytest.approx(8 * lrs["gains and biases"])
+    stay = "--learning_rate does not change --muon_lr 0.03, --embedding_lr 0.04: give these options, too"
+    assert stay in printed
+    assert "does not change --position_lr 0.02:" in resumed("adamw", "--position_lr 0.02")[1]
+    assert "does not change" not in resumed("one", "")[1]
+    again = run_train(f"{MUON} --embedding_lr 0.04 --resume --max_steps 7 --muon_lr 0.01", out_dir="muon")
+    assert len(again["train"]) == 7 and "does not change --embedding_lr 0.04:" in capsys.readouterr().out
+
+
 def test_options_that_followed_from_others_follow_again(run_train):
     run_train("--max_steps 8 --checkpoint_every 4 --shuffle --embedding_lr 2e-2")
     resumed = train.parse_args("--resume --learning_rate 5e-3 --no-shuffle".split())
@@ -757,7 +775,7 @@ def test_evaluation_alone_gives_what_the_run_measured_and_changes_nothing(run_tr
     options = "--hellaswag_data demo --hellaswag_every 3 --sample_every 3 --hellaswag_limit 7"
     run = run_train(f"{options} --max_steps 3")
     before = {path: path.stat().st_mtime_ns for path in Path("log").iterdir()}
-    capsys.readouterr()
+    trained = capsys.readouterr().out
     run_train(f"{options} --eval_only --init_from log --total_batch_size 100")
     printed = capsys.readouterr().out
     results = json.loads(printed.splitlines()[-1])
@@ -765,6 +783,11 @@ def test_evaluation_alone_gives_what_the_run_measured_and_changes_nothing(run_tr
     assert results["val_loss"] == run["val"][-1]["loss"] and results["val_tokens"] == 160
     assert results["hellaswag"]["acc_norm"] == run["hellaswag"][-1]["acc_norm"]
     assert results["hellaswag"]["n"] == 7 == run["hellaswag"][-1]["n"]
+    acc_norm = results["hellaswag"]["acc_norm"]
+    line = f"acc_norm {acc_norm:.1%} ± {math.sqrt(acc_norm * (1 - acc_norm) / 6):.1%}, acc "
+    for text in (trained, printed):
+        assert line in text and " of 7 demo items\n" in text
+        assert "scores       of 7 demo items; chance is 25%, ± is one standard error\n" in text
     assert results["samples"] == run["sample"][-1]["texts"]
     tokens = np.load("shards/edufineweb_val_000000.npy")[1:161]
     size = (tokens != 256).sum()  # every other token of the byte tokenizer is a byte

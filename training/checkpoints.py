@@ -158,6 +158,15 @@ def plain(value: object) -> object:
     return f"{value:g}" if isinstance(value, float) else value
 
 
+def other_rates(args: argparse.Namespace, changed: set[str]) -> str:
+    """Return the options of weights with learning rates of their own, without those that have changed."""
+    own = [name for name in vars(args) if name.endswith("_lr") and name != "min_lr" and name not in changed]
+    if args.optimizer != "muon":
+        own = [name for name in own if name != "muon_lr"]
+    values = {name: getattr(args, name) for name in own}
+    return ", ".join(f"--{name} {value:g}" for name, value in values.items() if value is not None)
+
+
 def restore(run, resumed: dict, ignored: set[str]) -> None:
     """Load the state of optimizer and scaler and the progress of a run, and say what differs from before.
 
@@ -185,6 +194,8 @@ def restore(run, resumed: dict, ignored: set[str]) -> None:
     changes = [f"--{name} {plain(now)} (was {plain(was)})" for name, now, was in pairs]
     what = f"changed options: {', '.join(changes)}" if changes else "with the same options"
     lines = [f"resuming {args.out_dir} at step {progress.step}, {what}"]
+    if "learning_rate" in changed and (others := other_rates(args, changed)):
+        lines.append(f"--learning_rate does not change {others}: give these options, too, to change them")
     epoch, window = divmod(progress.windows, loaders["train"].windows)
     at = f"training continues at window {window:,} of epoch {epoch}"
     if "total_batch_size" in changed:

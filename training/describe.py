@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from corpus.shards import MOST_OPEN
+from diagnosis.published import CHANCE, items_of, unit_of
 from runtime import hardware
 from runtime.cli import command_line
 from runtime.files import existing_folder
@@ -52,15 +53,19 @@ def describe_run(run) -> str:
             f"{run.planned_tokens / epoch_tokens:.2f} epochs of "
             f"{epoch_tokens:,} in {args.data_dir}",
         ),
+        ("losses", f"in {unit_of(args.tokenizer)}"),
         ("checkpoints", checkpoints if args.checkpoint_every else "none"),
     ]
+    if items := run.benchmark.examples:
+        what = items_of(run.benchmark.about)
+        lines.append(("scores", f"of {len(items):,} {what}; chance is {CHANCE:.0%}, ± is one standard error"))
     for group in describe_groups(run):
         what = f"{group['params']:,} {group['name']}, learning rate up to {group['lr']:.2e}"
         lines.append((group["optimizer"], f"{what}, weight decay {group['weight_decay']:g}"))
     warnings = what_fails_later(run) + what_disappoints(run, run.planned_tokens / epoch_tokens)
     lines += [("warning", text) for text in warnings]
     if args.eval_only:
-        lines = [line for line in lines if line[0] in ("device", "compute", "model")]
+        lines = [line for line in lines if line[0] in ("device", "compute", "model", "scores")]
     return "\n".join(f"{name:12} {text}" for name, text in lines)
 
 

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+from diagnosis.published import name_of
 from runtime import hardware
 from runtime.distributed import Distributed, together
 from runtime.machine import process_age
@@ -278,8 +279,8 @@ def rehearse(run, train_step: Callable, evaluations: list, tokens_at: Callable) 
         if every := getattr(args, f"{evaluation.kind}_every"):
             call = partial(evaluation.call, run)
             seconds = stopwatch.extrapolate(call, evaluation.size(run))
-            name, times = NAMES.get(evaluation.kind, evaluation.kind), times_due(step, args.max_steps, every)
-            costs.append((name, times, seconds))
+            name = name_of(evaluation.kind, run.benchmark.about)
+            costs.append((NAMES.get(name, name), times_due(step, args.max_steps, every), seconds))
     if args.checkpoint_every:
         host: dict = {}
         # Any validation may be the best one so far; without validation, none is written at the start.

@@ -25,12 +25,7 @@ def report(run, evaluations: list) -> None:
             say(f"validation   {record['loss']:.4f} nats per token, {bits:.4f} bits per byte")
             say(f"             on {tokens:,} tokens, {size:,} bytes, of {run.args.data_dir}")
             continue
-        errors = [name for name in record if f"{name}_stderr" in record]
-        for name in errors:
-            interval = f"{record[name]:.2%} ± {record[f'{name}_stderr']:.2%}"
-            say(f"{evaluation.kind:12} {name} {interval} of {record['n']:,} items")
-        if not errors:
-            say(evaluation.line(record))
+        say(evaluation.line(record))
         if evaluation.kind == "sample":
             results["samples"] = record["texts"]
         else:

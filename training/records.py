@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from diagnosis.published import name_of
 from diagnosis.watch import Watch
 from runtime import hardware
 from runtime.cli import command_line, with_these_ranks
@@ -78,7 +79,8 @@ class Log:
                 raise ValueError(" ".join(message.split())) from error
             for kind in ("train", "checkpoint", "end", *self.evaluations):
                 axis = "tokens" if self._curve(kind) else "step"  # its own step counter cannot go back
-                self.wandb.define_metric(f"{kind}/*", step_metric=axis)
+                name = name_of(kind, run.benchmark.about)
+                self.wandb.define_metric(f"{name}/*", step_metric=axis)
         # disable=None shows the bar on a terminal only.
         self.bar = tqdm(total=args.max_steps, initial=start_step, unit="step", disable=None)
         self.first_step_began: float | None = None
@@ -206,7 +208,7 @@ class Log:
         rates = {f"lr {name}": rate for name, rate in values.get("lrs", {}).items()}  # as in older runs
         left_out = ("tokens", "args", "lrs")
         shown = {name: value for name, value in {**values, **rates}.items() if name not in left_out}
-        numbers = flat(kind, shown)
+        numbers = flat(name_of(kind, values), shown)
         try:
             for name, value in numbers.items() if self.tensorboard else ():
                 self.tensorboard.add_scalar(name, value, step)
@@ -224,7 +226,8 @@ class Log:
         """Send what an evaluation has measured to TensorBoard again, at the tokens seen until then."""
         name = self._curve(kind)
         if isinstance(values.get(name), int | float) and isinstance(values.get("tokens"), int):
-            self.tensorboard.add_scalar(f"by tokens/{kind} {name}", values[name], values["tokens"])
+            tag = f"by tokens/{name_of(kind, values)} {name}"
+            self.tensorboard.add_scalar(tag, values[name], values["tokens"])
 
     def checkpoint(self, step: int, **values) -> None:
         """Record a checkpoint and, if the picture is old, redraw it. Called in the background."""
