@@ -183,15 +183,13 @@ def published_lines(
     drawn = set()
     for run in runs.values() if references else ():
         comparison = run.watch.comparison
-        step_tokens = run.watch.history.options.get("total_batch_size")
         if comparison.reason or not run.log.get("train"):
             continue
-        last = run.log["train"][-1]["step"] + 1
-        tokens, losses = zip(*curve_points(comparison, last * step_tokens), strict=True)
-        steps = [each / step_tokens for each in tokens]
-        x = list(tokens) if against == "tokens" else steps
-        if against == "minutes":
-            x = positions([int(step) for step in steps], run.log, against)
+        steps = range(run.log["train"][-1]["step"] + 2)
+        consumed = positions(steps, run.log, "tokens")
+        tokens, losses = zip(*curve_points(comparison, consumed[-1]), strict=True)
+        steps = [bisect_left(consumed, each - 1) for each in tokens]  # sums of floats are not exact
+        x = list(tokens) if against == "tokens" else positions(steps, run.log, against)
         if (line := (tuple(x), losses)) not in drawn:
             drawn.add(line)
             yield f"published: {comparison.source}", x, list(losses)
