@@ -65,7 +65,13 @@ def log_of(val, train=None, steps=2000, every=250, run=None, **values):
             "loss": (train or val)(step) + noise.gauss(0, 0.03),
             "lr": run["args"]["learning_rate"] * height,
         }
-        record |= {"norm": 0.3, "dt_ms": 1000.0, "tokens_per_s": float(step_tokens), "waited_ms": 1.0, "skipped": 0}
+        record |= {
+            "norm": 0.3,
+            "dt_ms": 1000.0,
+            "tokens_per_s": float(step_tokens),
+            "waited_ms": 1.0,
+            "skipped": 0,
+        }
         record |= {name: value(step) if callable(value) else value for name, value in values.items()}
         records.append({"step": step, "kind": "train", **record})
     return records
