@@ -5,6 +5,7 @@
     model = GPT.from_pretrained("log")           # the newest checkpoint of a run
     logits, _ = model(idx)                       # (B, T) token ids to (B, T, vocab_size)
     _, loss = model(idx, targets)                # nats per token
+    idx = model.generate(idx, 100, top_k=50)     # (B, T + 100)
 
 The architecture is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners":
 pre-LayerNorm, tanh GELU, learned positions, biases everywhere, embedding and head tied. Weights convert to
@@ -424,18 +425,41 @@ class GPT(nn.Module):
     def save_pretrained(self, folder: str | Path, vocab_size: int | None = None) -> None:
         """Write a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads.
 
-        Only the first `vocab_size` token ids are kept; the last of them is end-of-text. The default drops the
-        rows that pad GPT-2's 50,257 ids to 50,304 and keeps every other vocabulary whole. Raises ValueError
-        if the folder exists and is not empty, and for a model that transformers' GPT-2 cannot express.
+        Only the first `vocab_size` token ids are kept, by default `unpadded_vocab_size`; the last of them is
+        end-of-text. Raises ValueError if the folder exists and is not empty, and for a model that
+        transformers' GPT-2 cannot express.
         """
         from formats.hugging_face import write_hugging_face
 
         config = self.config
         if vocab_size is None:
-            vocab_size = GPT2_VOCAB_SIZE if config.vocab_size == PADDED_VOCAB_SIZE else config.vocab_size
+            vocab_size = self.unpadded_vocab_size
         if not 1 <= vocab_size <= config.vocab_size:
             raise ValueError(f"vocab_size is {vocab_size}, but the model has {config.vocab_size} token ids")
         write_hugging_face(folder, asdict(config), self.state_dict(), vocab_size)
+
+    @property
+    def unpadded_vocab_size(self) -> int:
+        """The number of ids without those that pad GPT-2's 50,257 to 50,304. Others count as a whole."""
+        size = self.config.vocab_size
+        return GPT2_VOCAB_SIZE if size == PADDED_VOCAB_SIZE else size
+
+    def generate(
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        **options,
+    ) -> torch.Tensor:
+        """Continue prompts (B, T) int64 and return (B, T + max_new_tokens) int64.
+
+        `options` are those of `sample.stream`, which says what they mean.
+        """
+        from sample import generate
+
+        options = {"vocab_size": self.unpadded_vocab_size, **options}
+        return generate(self, idx, max_new_tokens, temperature=temperature, top_k=top_k, **options)
 
 
 def _packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

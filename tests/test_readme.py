@@ -190,6 +190,22 @@ def test_slurm_job_sets_what_torchrun_reads_and_has_time_to_save(run_job, monkey
     assert default < LaunchConfig(1, 2, 8).shutdown_timeout < int(before_limit)
 
 
+def test_python_of_the_readme_runs_and_agrees_with_transformers(monkeypatch, capsys):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    torch.manual_seed(0)
+    GPT(GPTConfig(block_size=64, vocab_size=320, n_layer=1, n_head=2, n_embd=16)).save_pretrained("log", 257)
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+    names = {}
+    exec(code, names)
+    loss = float(capsys.readouterr().out.splitlines()[-1].split()[0])
+    theirs = AutoModelForCausalLM.from_pretrained("exported")
+    assert loss == pytest.approx(theirs(names["idx"], labels=names["idx"]).loss.item(), rel=1e-5)
+    greedy = names["model"].generate(names["idx"], 20, temperature=0)
+    assert greedy.equal(theirs.generate(names["idx"], max_new_tokens=20, do_sample=False))
+
+
 def test_ci_runs_the_readmes_test_command():
     (command,) = [line for line in shell_lines(README) if "pytest" in line]
     assert command in (REPOSITORY / ".ci" / "run").read_text().splitlines()

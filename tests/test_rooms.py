@@ -18,8 +18,8 @@ FLOORS = [
     ("train",),
     ("bench",),
 ]
-# `GPT.from_pretrained` and `save_pretrained` import the room of file formats when they are called.
-LATE = {("model", "formats")}
+# Methods of GPT that import what they need when they are called: from_pretrained, save_pretrained, generate.
+LATE = {("model", "formats"), ("model", "sample")}
 
 
 def imports_of(path: Path) -> list[tuple[str, bool]]:

@@ -168,6 +168,16 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(model):
     assert generate(model, PROMPT, 12, temperature=0, vocab_size=257).max() < 257
 
 
+def test_method_draws_no_ids_that_pad_gpt2s_vocabulary():
+    torch.manual_seed(0)
+    padded = GPT(GPTConfig(block_size=8, vocab_size=50304, n_layer=1, n_head=1, n_embd=2))
+    with torch.no_grad():
+        padded.transformer.wte.weight[50257:] *= 1e4  # half of the directions are the likeliest by far
+    idx = torch.arange(16)[:, None]
+    assert padded.generate(idx, 1, temperature=0).max() < 50257
+    assert generate(padded, idx, 1, temperature=0).max() >= 50257
+
+
 def test_row_that_has_stopped_repeats_stop_and_others_continue(model):
     free = generate(model, PROMPT, 12, temperature=0)[:, 3:]
     stop = int(next(token for token in free[0] if token not in free[1]))
