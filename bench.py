@@ -54,6 +54,7 @@ from runtime.hardware import synchronize
 from runtime.log import read_log
 from runtime.machine import usable_cores
 from sample import generate
+from training.prepare import write_random_shards
 
 # With 524,288 tokens a step. Here a step has one micro-step, so the optimizer takes more of it.
 PUBLISHED = "llm.c 468,000 tokens/s per H100 (40 % of peak) and 218,000 per A100 (60 %), discussion 481"
@@ -346,14 +347,6 @@ def bench_compile(args: argparse.Namespace, device: torch.device) -> list[dict]:
     return rows
 
 
-def write_shards(folder: Path, tokens: int) -> None:
-    """Write shards of random ids: one for validation, and two for training with `tokens` each."""
-    rng = np.random.default_rng(0)
-    for name, size in (("val_000000", 100_000), ("train_000001", tokens), ("train_000002", tokens)):
-        ids = rng.integers(GPT2_VOCAB_SIZE, size=size, dtype=np.uint16)
-        np.save(folder / f"edufineweb_{name}.npy", ids)
-
-
 def run_train(
     options: dict, device: torch.device, patch: str = "", ranks: int = 1
 ) -> tuple[float, float, float]:
@@ -362,7 +355,7 @@ def run_train(
     Returns what `step_times` does, and the peak memory in bytes.
     """
     with tempfile.TemporaryDirectory() as folder:
-        write_shards(Path(folder), 1_000_000)
+        write_random_shards(Path(folder), 1_000_000, ids=GPT2_VOCAB_SIZE)
         options = {"data_dir": folder, "out_dir": f"{folder}/log", "device": device, **options}
         options["total_batch_size"] = options["batch_size"] * options["block_size"] * ranks
         options |= {f"{name}_every": 0 for name in ("val", "hellaswag", "sample", "checkpoint")}

@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -287,6 +288,18 @@ def test_difference_is_relative_to_each_tensor():
         ours["large"] = torch.tensor([broken, 0.0])
         assert dry_run.largest_difference(ours, reference) == (math.inf, "large")
     assert dry_run.largest_difference({**reference, "zero": torch.ones(2)}, reference) == (math.inf, "zero")
+
+
+def test_without_data_random_ones_are_forecast_and_removed(rehearse, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = sorted(tmp_path.rglob("*.npy"))
+    rehearse("--data_dir nowhere --val_tokens 64")
+    out = capsys.readouterr().out
+    assert "there is no nowhere: the dry run reads random bytes instead" in out
+    assert "in all" in out and "memorize" not in out and "another tokenizer" not in out
+    assert sorted(tmp_path.rglob("*.npy")) == before and not Path("nowhere").exists()
+    with pytest.raises(ValueError, match="no val shards in nowhere"):
+        train.main(train.parse_args("--data_dir nowhere --preset text".split()))
 
 
 def test_suggestions(monkeypatch):

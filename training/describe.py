@@ -62,7 +62,9 @@ def describe_run(run) -> str:
     for group in describe_groups(run):
         what = f"{group['params']:,} {group['name']}, learning rate up to {group['lr']:.2e}"
         lines.append((group["optimizer"], f"{what}, weight decay {group['weight_decay']:g}"))
-    warnings = what_fails_later(run) + what_disappoints(run, run.planned_tokens / epoch_tokens)
+    warnings = what_fails_later(run)
+    if not run.train_data.shards.source.get("random"):
+        warnings += what_disappoints(run, run.planned_tokens / epoch_tokens)
     lines += [("warning", text) for text in warnings]
     if args.eval_only:
         lines = [line for line in lines if line[0] in ("device", "compute", "model", "scores")]

@@ -19,12 +19,13 @@ class RunFolder:
     """The folder of a run, which is locked while the run writes to it. `name` and `path` are what it is now.
 
     A run whose folder is deleted, moved or replaced continues in a new one, see `ensure`. At the end of a
-    `with` block, its lock is released. A temporary one takes the place of `out_dir`, and is then removed.
+    `with` block, its lock is released. A temporary one takes the place of `out_dir`, and is then removed,
+    as is the folder that `scratch` makes.
     """
 
     def __init__(self, out_dir: str | Path, is_temporary: bool = False):
-        self.temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True) if is_temporary else None
-        self.name = self.temporary.name if is_temporary else str(out_dir)
+        self.temporary: list[tempfile.TemporaryDirectory] = []
+        self.name = self.scratch() if is_temporary else str(out_dir)
         self.path = Path(self.name).resolve()  # of a link, the folder that it leads to
         self.lock, self.status, self.mutex = FolderLock(self.path), None, threading.Lock()
 
@@ -33,8 +34,13 @@ class RunFolder:
 
     def __exit__(self, *error) -> None:
         self.lock.release()
-        if self.temporary:
-            self.temporary.cleanup()
+        for each in self.temporary:
+            each.cleanup()
+
+    def scratch(self) -> str:
+        """Return a new folder that is removed at the end of the `with` block."""
+        self.temporary.append(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        return self.temporary[-1].name
 
     def _acquire(self) -> None:
         """Create the folder if it does not exist, and lock it. Raises ValueError if it is in use."""

@@ -6,10 +6,12 @@ network comes after everything local.
 
 import argparse
 import importlib.util
+import json
 import math
 from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -189,6 +191,17 @@ def common_tokens(args: argparse.Namespace, tokens_at: TokensAt) -> int:
     return math.gcd(*(tokens_at(step, args) for step in range(args.max_steps)))
 
 
+def write_random_shards(folder: Path, tokens: int, ids: int = 256) -> None:
+    """Write a shard of so many random tokens for each split. Bytes are ids of any tokenizer."""
+    shards = [{"name": f"{split}.npy", "tokens": tokens} for split in ("val", "train")]
+    for number, shard in enumerate(shards):
+        np.save(
+            folder / shard["name"], np.random.default_rng(number).integers(ids, size=tokens, dtype=np.uint16)
+        )
+    manifest = {"complete": True, "source": {"random": True}, "shards": shards}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def first_words(tokens: np.ndarray, tokenizer) -> str:
     """Return up to five words from the beginning of a document or, within one, of a line, as a prompt."""
     text = tokenizer.decode([int(token) for token in tokens if token != tokenizer.eot_token][:200])
@@ -222,6 +235,10 @@ def check_everything(
         problems.none_on_any_rank()  # the other ranks wait for the shards
     if dist.is_main:
         problems.call(folder.check, args.data_dir, not (args.dry_run or args.eval_only))
+    if args.dry_run and not args.resume and not Path(args.data_dir).exists():
+        dist.say(f"there is no {args.data_dir}: the dry run reads random bytes instead")
+        args.data_dir = folder.scratch()
+        write_random_shards(Path(args.data_dir), max(args.val_tokens, 1_000_000) + 1)
     manifest = problems.call(read_set, args.data_dir, args.tokenizer) or {}
     args.tokenizer = manifest.get("tokenizer", args.tokenizer)
     items, resumed = [], None
