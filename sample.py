@@ -27,7 +27,7 @@ from corpus.tokenizer import encode, tokenizer_for
 from formats.checkpoint import describe_pretrained
 from formats.hugging_face import export
 from model import GPT, KVCache
-from runtime.cli import SEED, Parser, Range, check_options, command_line, run, user_path
+from runtime.cli import SEED, Parser, Range, check_options, command_line, run, user_path, visible
 from runtime.files import check_new_folder
 from runtime.hardware import can_compile, choose_device, masked_attention
 
@@ -325,7 +325,7 @@ def main(args: argparse.Namespace) -> None:
     compiled = args.compile and can_compile(device, warn, "leave out --compile")
 
     def say(text: str) -> None:
-        print(text, end="", flush=True)
+        print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
 
     def answer(prompts: list[str]) -> None:
         first, *others = complete(
@@ -341,7 +341,7 @@ def main(args: argparse.Namespace) -> None:
             compiled=compiled,
             on_text=say,
         )
-        print("".join(SEPARATOR + text for text in others), flush=True)
+        say("".join(SEPARATOR + text for text in others) + "\n")
 
     if not args.interactive:
         return answer(prompts)

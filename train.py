@@ -32,7 +32,7 @@ from diagnosis.published import describe_scores
 from model import GPT, GPTConfig
 from muon import Muon
 from runtime import hardware
-from runtime.cli import SEED, THIS_COMMAND, Parser, Range, of_this_command, user_path, watched
+from runtime.cli import SEED, THIS_COMMAND, Parser, Range, of_this_command, user_path, visible, watched
 from runtime.cli import run as run_script
 from runtime.distributed import (
     Distributed,
@@ -380,7 +380,7 @@ EVALUATIONS = [
         "sample",
         write_samples,
         lambda run: run.args.sample_tokens,
-        lambda r: "sample\n" + "\n\n".join(r["texts"]) + "\n\n",
+        lambda r: "sample\n" + visible("\n\n".join(r["texts"])) + "\n\n",
     ),
 ]
 
@@ -664,6 +664,9 @@ def main(args: argparse.Namespace) -> None:
             recent = found.resumed.get("recent", {})
             restore(run, found.resumed, of_this_command(parser))  # of the optimizer, its moments only
             found.resumed = None  # frees its memory
+            # With other options, the steps until here would have taken other numbers of tokens.
+            taken = sum(tokens_at(step, args) for step in range(run.progress.step))
+            run.planned_tokens += run.progress.windows * args.block_size - taken
         elif args.resume:
             dist.say(folder.nothing_to_resume())
         train_data.seek(run.progress.windows)

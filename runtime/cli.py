@@ -270,6 +270,11 @@ def user_path(text: str) -> str:
     return os.path.expanduser(text)
 
 
+def visible(text: str) -> str:
+    """Return a text whose control characters are replaced: in a terminal, some of them do harm."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)  # all but tabs and line ends
+
+
 def summary(doc: str | None) -> str | None:
     """Return the first paragraph of a docstring, which `python -OO` removes."""
     return doc and doc.split("\n\n")[0]

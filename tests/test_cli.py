@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import threading
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -246,3 +247,11 @@ def test_help_begins_with_the_commands_and_shows_defaults_that_are_values(script
 def test_warning_is_one_line(capsys):
     cli.show_warning(UserWarning("two\n  lines"), UserWarning, "file.py", 3)
     assert capsys.readouterr().err == "warning: two lines\n"
+
+
+def test_control_characters_do_not_reach_a_terminal():
+    text = "".join(map(chr, range(0x110))) + "é\u2028\U0001f600"
+    shown = cli.visible(text)
+    assert len(shown) == len(text)
+    changed = {a for a, b in zip(text, shown, strict=True) if a != b}
+    assert changed == {c for c in text if unicodedata.category(c) == "Cc"} - {"\n", "\t"}

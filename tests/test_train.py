@@ -353,7 +353,9 @@ def test_run_resumed_with_another_total_batch_size_reads_every_window_once(
     run_train(f"{shuffle} --resume --total_batch_size 96 --max_steps 5 --batch_size 3")
     windows = [window for first, count in read_windows for window in range(first, first + count)]
     assert windows == list(range(24))
-    assert "continues at window 12 of epoch 0, the first one that it has not read" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "continues at window 12 of epoch 0, the first one that it has not read" in out
+    assert f"5 steps, {24 * 16} tokens, " in out  # 3 steps of 64, then 2 of 96
     assert torch.load("log/model_00005.pt", weights_only=True)["windows"] == 24
 
 

@@ -83,7 +83,8 @@ class Log:
                 self.wandb.define_metric(f"{name}/*", step_metric=axis)
         # disable=None shows the bar on a terminal only.
         self.bar = tqdm(total=args.max_steps, initial=start_step, unit="step", disable=None)
-        self.first_step_began: float | None = None
+        self.progress, self.planned_windows = run.progress, run.planned_tokens / args.block_size
+        self.timed_from: tuple[float, int] | None = None  # end of the first step, and the windows until then
         self.drawn = time.monotonic()
 
     def _curve(self, kind: str) -> str | None:
@@ -124,25 +125,28 @@ class Log:
     def _show(self, step: int, kind: str, values: dict) -> None:
         """Print the line of a record."""
         if kind == "train":
-            now = time.perf_counter()
-            if self.first_step_began is None:
-                self.first_step_began = now - values["dt_ms"] / 1000
             if step % self.args.log_every == 0:
-                # The mean includes evaluations.
-                mean_s = (now - self.first_step_began) / (step + 1 - self.start_step)
-                left_s = mean_s * (self.args.max_steps - step - 1)
-                tqdm.write(describe_step(step, values, left_s))
+                tqdm.write(describe_step(step, values, self._seconds_left()))
                 rest_s = values["dt_ms"] / 1000 * (self.args.max_steps - step - 1)  # without compilation
                 if rest_s > LONG_RUN_S and 0 < step - self.start_step <= self.args.log_every:
                     tqdm.write(
                         f"warning: at this speed, the rest of the run takes {rest_s / 86400:.0f} days: lower "
                         "--max_steps, or use --dry_run to see how long another machine would take"
                     )
+            self.timed_from = self.timed_from or (time.perf_counter(), self.progress.windows)
             self.bar.update()
             self.bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
         elif kind in self.evaluations:
             beside = f", {self.watch.beside()}" if "above_published" in values else ""
             tqdm.write(f"step {step:5d} | {self.evaluations[kind].line(values)}{beside}")
+
+    def _seconds_left(self) -> float | None:
+        """Return the time until the end, evaluations included, or None at the first step, which compiles."""
+        if self.timed_from is None:
+            return None
+        started, windows = self.timed_from
+        each_s = (time.perf_counter() - started) / (self.progress.windows - windows)
+        return each_s * max(self.planned_windows - self.progress.windows, 0)
 
     def _record(self, step: int, kind: str, values: dict) -> None:
         if kind == "run" and self.wandb:
@@ -232,7 +236,7 @@ class Log:
     def checkpoint(self, step: int, **values) -> None:
         """Record a checkpoint and, if the picture is old, redraw it. Called in the background."""
         self(step, "checkpoint", **values)
-        if time.monotonic() - self.drawn > PICTURE_EVERY_S:
+        if self.timed_from and time.monotonic() - self.drawn > PICTURE_EVERY_S:
             self.draw()
             self.drawn = time.monotonic()
 
@@ -296,13 +300,13 @@ def printable(texts: list[str] | None) -> list[str]:
     return [text.encode(errors="replace").decode() for text in texts or ()]
 
 
-def describe_step(step: int, record: dict, seconds_left: float) -> str:
+def describe_step(step: int, record: dict, seconds_left: float | None) -> str:
     """Return the console line of a training step, in columns."""
     return (
         f"step {step:5d} | loss {record['loss']:7.4f} | lr {record['lr']:.2e} | norm {record['norm']:7.3f} | "
         f"{record['dt_ms']:8.1f} ms | {record['tokens_per_s']:9,.0f} tok/s"
         + (f" | mfu {record['mfu']:5.1%}" if record["mfu"] else "")
-        + f" | left {tqdm.format_interval(seconds_left)}"
+        + (f" | left {tqdm.format_interval(seconds_left)}" if seconds_left is not None else "")
     )
 
 
