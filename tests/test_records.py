@@ -35,7 +35,7 @@ import plot
 import train
 from model import GPT
 from runtime import cli
-from runtime.distributed import Distributed
+from runtime.distributed import Distributed, Interrupted
 from runtime.launcher import Launcher
 from training import describe, dry_run, prepare, records
 from training.checkpoints import CheckpointWriter
@@ -131,12 +131,21 @@ def test_picture_is_drawn_by_another_process_and_its_failure_is_a_warning(run_tr
             patch.setattr(records.subprocess, "run", fails)
             run_train(picture=True)
         assert "warning: no picture of the loss: " in capsys.readouterr().out
-    monkeypatch.setattr(records, "PICTURE_EVERY_S", -1)
-    run_train("--max_steps 1 --warmup_steps 0 --val_every 1", picture=True)  # a checkpoint before the first step
-    assert "no picture" not in capsys.readouterr().out
     monkeypatch.setattr(records, "PLOT", "nowhere.py")
     run_train(picture=True)
     assert re.search("warning: no picture of the loss: .*nowhere.py", capsys.readouterr().out)
+
+
+def test_checkpoint_before_the_first_step_draws_no_picture(run_train, monkeypatch, capsys):
+    def interrupted(run, n):
+        raise Interrupted
+
+    monkeypatch.setattr(records, "PICTURE_EVERY_S", -1)
+    monkeypatch.setattr(train, "EVALUATIONS", [dataclasses.replace(train.EVALUATIONS[0], call=interrupted)])
+    run_train(picture=True)
+    out = capsys.readouterr().out
+    assert "stopped by a signal before step 0" in out and "no picture" not in out
+    assert Path("log/model_00000.pt").exists()
 
 
 def test_new_run_renames_the_old_folder(run_train):
