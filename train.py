@@ -89,6 +89,13 @@ PRESETS = {
         **dict(val_every=100, val_tokens=65536, hellaswag_every=0, sample_every=500, sample_prompt=None),
         **dict(checkpoint_every=500, log_every=20),
     },
+    # One's own text again, from weights that can already write. The rate is that of Hugging Face's run_clm.py.
+    "finetune": {
+        **dict(init_from="gpt2", batch_size=4, total_batch_size=4096, learning_rate=5e-5, dropout=0.1),
+        **dict(shuffle=True, epochs=3.0, max_steps=300, warmup_steps=10, early_stop=3),
+        **dict(val_every=20, val_tokens=16384, hellaswag_every=0, sample_every=100, sample_prompt=None),
+        **dict(checkpoint_every=100, log_every=5),
+    },
     "demo": {
         **dict(n_layer=2, n_head=4, n_embd=128, block_size=64, batch_size=16, total_batch_size=1024),
         **dict(shuffle=True, learning_rate=1e-2, warmup_steps=50, max_steps=1600, **MUON_WSD),

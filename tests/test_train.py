@@ -894,6 +894,18 @@ def test_run_whose_shards_vanish_goes_on_and_then_saves(run_train, shards, monke
     assert state["step"] == len(done) >= 40 and state["windows"] == 4 * len(done)
 
 
+def test_finetune_preset_improves_weights_from_a_folder(shards, hf_folder, monkeypatch):
+    assert train.parse_args(["--preset", "finetune"]).init_from == "gpt2"
+    monkeypatch.chdir(shards.parent)
+    options = f"--preset finetune --init_from {hf_folder} --data_dir shards --tokenizer byte --device cpu"
+    train.main(train.parse_args([*options.split(), "--total_batch_size", "128", "--learning_rate", "1e-2"]))
+    records = [json.loads(line) for line in open("log/log.jsonl")]
+    by_kind = {record["kind"]: record for record in records}
+    assert by_kind["run"]["args"]["dropout"] == 0.1 and "hellaswag" not in by_kind and by_kind["sample"]
+    val = [record["loss"] for record in records if record["kind"] == "val"]
+    assert len(val) == 4 and min(val) < val[0] - 1  # 41 steps: 3 epochs of 110 windows, 8 a step
+
+
 def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
     monkeypatch.chdir(shards.parent)
     options = "--preset text --data_dir shards --tokenizer byte --n_layer 1 --n_embd 16 --block_size 16"
