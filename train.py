@@ -89,7 +89,7 @@ PRESETS = {
         **dict(val_every=100, val_tokens=65536, hellaswag_every=0, sample_every=500, sample_prompt=None),
         **dict(checkpoint_every=500, log_every=20),
     },
-    # One's own text again, from weights that can already write. The rate is that of Hugging Face's run_clm.py.
+    # One's own text, from weights that can already write. The rate is that of Hugging Face's run_clm.py.
     "finetune": {
         **dict(init_from="gpt2", batch_size=4, total_batch_size=4096, learning_rate=5e-5, dropout=0.1),
         **dict(shuffle=True, epochs=3.0, max_steps=300, warmup_steps=10, early_stop=3),
