@@ -33,8 +33,8 @@ class History:
     """The records of a run. `run` and `scores`, of HellaSwag, are the newest of their kinds, `first` is the
     first step.
 
-    `recent` are the steps since the last validation but one, and the BEFORE + AFTER before them.
-    `resumed_at` is the number of intervals when the run was last started.
+    `recent` are the steps since the last validation but one, and the BEFORE + AFTER before them. `tokens` is
+    what all steps have taken. `resumed_at` is the number of intervals when the run was last started.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class History:
         self.first: dict | None = None
         self.recent: list[dict] = []
         self.intervals: list[Interval] = []
-        self.fresh, self.skipped, self.resumed_at = 0, 0, 0
+        self.fresh, self.skipped, self.resumed_at, self.tokens = 0, 0, 0, 0.0
 
     @property
     def options(self) -> dict:
@@ -68,6 +68,7 @@ class History:
                 del self.recent[: -(BEFORE + AFTER)]
             self.recent.append(record)
             self.fresh += 1
+            self.tokens += record["tokens_per_s"] * record["dt_ms"] / 1000
             self.skipped = max(number(record, "skipped") or 0, self.skipped)
         elif record["kind"] == "hellaswag":
             self.scores = record

@@ -72,8 +72,9 @@ class Watch:
         parts.append(f"step {done:,}" + (f" of {steps:,}" if steps else ""))
         if has_ended:
             parts.append("ended")
-        elif steps and done < steps and recent:
-            minutes = (steps - done) * statistics.median(step["dt_ms"] for step in recent) / 60000
+        elif recent and (planned := number(self.history.run, "planned_tokens")):
+            speed = statistics.median(step["tokens_per_s"] for step in recent)
+            minutes = max(planned - self.history.tokens, 0) / speed / 60
             left = f"{minutes / 60:.1f} h" if minutes > 120 else f"{minutes:.0f} min"
             parts.append(f"about {left} left without evaluations")
         return ", ".join(parts)

@@ -48,7 +48,10 @@ CONSUMED = [step * 524288 for step in range(published.STEPS + 1)]
 
 
 def run_record(step=0, data=(), **options):
-    return {"step": step, "kind": "run", "args": CLASSIC | options, "data": ENGLISH | dict(data)}
+    args = CLASSIC | options
+    planned = args["max_steps"] * args["total_batch_size"]
+    about = {"args": args, "data": ENGLISH | dict(data), "planned_tokens": planned}
+    return {"step": step, "kind": "run", **about}
 
 
 def log_of(val, train=None, steps=2000, every=250, run=None, **values):

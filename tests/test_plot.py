@@ -20,7 +20,7 @@ from diagnosis.published import DEMO_FINGERPRINT
 
 def write_log(folder, steps, cut=False, max_steps=30, **args):
     Path(folder).mkdir(exist_ok=True)
-    records = [{"step": 0, "kind": "run", "args": {"max_steps": max_steps, **args}}]
+    records = [{"step": 0, "kind": "run", "args": {"max_steps": max_steps, **args}, "planned_tokens": 9600}]
     for step in range(steps):
         values = {"loss": None if step == 3 else 5 / (step + 1), "lr": 1e-3, "norm": 1.0}
         # Twice as many tokens a step from step 20 on, at the same speed.
@@ -69,9 +69,9 @@ def test_follow_redraws_until_the_run_ends(tmp_path, monkeypatch, capsys):
     plot.main(plot.parse_args(["log", "--follow", "7"]))
     out = capsys.readouterr().out.splitlines()
     assert waits == [7, 7] and out.count(f"wrote {Path('log/loss.png')}") == len(reads) == 3
-    # The last ten steps are twice as long.
-    left = ["step 10 of 30, about 10 min left without evaluations"]
-    left += ["step 20 of 30, about 5 min left without evaluations", "step 30 of 30, ended"]
+    # The last ten steps have twice as many tokens.
+    left = ["step 10 of 30, about 15 min left without evaluations"]
+    left += ["step 20 of 30, about 10 min left without evaluations", "step 30 of 30, ended"]
     assert [line for line in out if "step" in line] == [f"log: {line}" for line in left]
     assert out.count("log: no sign that anything is wrong") == 1  # what does not change is said once
     plot.main(plot.parse_args(["log"]))

@@ -124,7 +124,7 @@ def about_run(run, evaluations: list) -> dict:
     curves = {each.kind: each.curve for each in evaluations if each.curve}
     about = dict(args=vars(run.args), world_size=run.dist.world_size, params=run.raw_model.num_params())
     about |= {"groups": describe_groups(run), "curves": curves, "data": data_facts(run)}
-    about["dtype"] = str(run.dtype).removeprefix("torch.")
+    about |= {"dtype": str(run.dtype).removeprefix("torch."), "planned_tokens": run.planned_tokens}
     return about | hardware.describe_machine(run.dist.device)
 
 
