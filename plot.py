@@ -76,10 +76,15 @@ def curve(records: list[dict], name: str) -> tuple[list[int], list[float]]:
 
 
 def positions(steps: list[int], log: dict[str, list[dict]], against: str) -> list[float]:
-    """Return the horizontal positions of steps: the sum of AXES[against] over the training steps before."""
+    """Return the horizontal positions of steps: the sum of AXES[against] over the training steps before.
+
+    The log of a branch begins at the step and with the tokens of the run that it comes from.
+    """
     records = log.get("train", [])
     done = [record["step"] for record in records]
-    sums = list(accumulate(map(AXES[against], records), initial=done[0] if done and against == "step" else 0))
+    tokens = log["run"][0].get("tokens") if log.get("run") else 0
+    before = {"step": done[0] if done else 0, "tokens": tokens if is_number(tokens) else 0}
+    sums = list(accumulate(map(AXES[against], records), initial=before.get(against, 0)))
     return [sums[bisect_left(done, step)] for step in steps]
 
 
@@ -117,9 +122,10 @@ def scores_of(runs: Runs) -> dict[str, str]:
 
 
 def units_of(runs: Runs) -> str:
-    """Return the unit of the runs' losses, or all of them."""
-    units = {unit_of(run.watch.history.options.get("tokenizer")) for run in runs.values()}
-    return " or ".join(sorted(units))
+    """Return the unit of the runs' losses, or all of them, as far as it is known."""
+    tokenizers = [run.watch.history.options.get("tokenizer") for run in runs.values()]
+    units = {unit_of(each) for each in tokenizers if each is not None}
+    return " or ".join(sorted(units or {unit_of(None)}))
 
 
 def lines_of(runs: Runs, curves: Curves, against: str) -> Iterator[Line]:
@@ -178,7 +184,7 @@ def published_lines(
 ) -> Iterator[tuple[str, list[float], list[float]]]:
     """Yield label and points of the published curve, as far as the runs that it can be compared with.
 
-    It is one line for several runs, except on an axis of minutes, where each needs its own.
+    Runs of the same length share one line, except on an axis of minutes, where each needs its own.
     """
     drawn = set()
     for run in runs.values() if references else ():
@@ -260,10 +266,10 @@ def plot(runs: Runs, output: str | Path, against: str = "step", references: str 
         published = published_for(runs, curves) if references else {}
         for label, value in marks(curves, published).items():
             axes.axhline(value, color="black", lw=1, ls=":")
-            place = dict(transform=axes.get_yaxis_transform(), ha="right", fontsize="small")
+            style = dict(transform=axes.get_yaxis_transform(), ha="right", fontsize="small")
             # The lines are close.
             va = "top" if value <= min(published.values(), default=value) else "bottom"
-            axes.text(0.99, value, label, va=va, **place)
+            axes.text(0.99, value, label, va=va, **style)
             axes.margins(y=0.12)
         if title in ("tokens/s", "gradient norm"):
             axes.set_ylim(bottom=0)
@@ -349,14 +355,14 @@ def results(runs: Runs, references: str | None) -> list[list[str]]:
     others = {kind: name for kind, name in scores_of(runs).items() if kind != "hellaswag"}
     head = ["", "steps", "tokens seen", f"last validation loss, {units_of(runs)}", "best"]
     rows = [[*head, "acc_norm ± one standard error", *(f"{kind} {name}" for kind, name in others.items())]]
-    for name, log in ((name, run.log) for name, run in runs.items()):
-        seen = sum(map(AXES["tokens"], log.get("train", [])))
+    for name, run in runs.items():
+        log = run.log
         losses = curve(log.get("val", []), "loss")[1]
         last, best = (f"{value:.4f}" for value in (losses[-1], min(losses))) if losses else ("", "")
         score = ""
         for record in log.get("hellaswag", [])[-1:]:
             score = f"{with_error(record, 'acc_norm')} of {record['n']:,} {items_of(record)}"
-        row = [name, f"{len(log.get('train', [])):,}", f"{seen:,.0f}", last, best, score]
+        row = [name, f"{len(log.get('train', [])):,}", f"{run.watch.history.tokens:,.0f}", last, best, score]
         last_of = [curve(log.get(kind, []), number)[1][-1:] for kind, number in others.items()]
         rows.append(row + [f"{value[0]:.4g}" if value else "" for value in last_of])
     losses = published_for(runs, [("val", "loss")]) if references else {}
@@ -414,9 +420,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("runs", type=user_path, nargs="+", help="run folders or log.jsonl files")
     add("--output", type=user_path, help="PNG or report.html (default: loss.png in the first folder)")
     add("--against", choices=AXES, default="step", help="horizontal axis; minutes exclude evaluations")
-    help = "draw what is published for the 124M model on the runs' data, or say which that are: edu, fineweb"
+    help = "draw what is published for the 124M model on the runs' data, or on the data set named here"
     name = {"edu": "fineweb-edu"}.get
-    known = dict(type=lambda text: name(text, text), choices=("own", *REFERENCES), const="own")
+    known = dict(
+        type=lambda text: name(text, text), choices=("own", *REFERENCES), const="own", metavar="{edu,fineweb}"
+    )
     add("--references", nargs="?", **known, help=help)
     add("--follow", type=Range(float, 0), default=0, help="redraw every N seconds until all end (0: once)")
     args = parser.parse_args(argv)

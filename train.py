@@ -265,8 +265,8 @@ def tokens_at(step: int, args: argparse.Namespace) -> int:
     The ramp has equally many steps of each size: with --batch_ramp 4, of a quarter and of a half.
     """
     doublings = args.batch_ramp.bit_length() - 1
-    ramp_steps = max(args.ramp_share * args.max_steps, 1)
-    return args.total_batch_size >> max(doublings - int(doublings * step / ramp_steps), 0)
+    done = doublings * step // args.ramp_steps if step < args.ramp_steps else doublings
+    return args.total_batch_size >> (doublings - done)
 
 
 OPTIMIZERS = {
@@ -533,9 +533,9 @@ def option_parser() -> argparse.ArgumentParser:
     batch_size = Range(int_or_auto, 1)
     add("--batch_size", type=batch_size, default=64, help="sequences per rank and micro-step, or auto")
     add("--total_batch_size", type=AT_LEAST_1, default=524288, help="tokens per step, over all ranks")
-    ramp = "first steps take 1/N of --total_batch_size; doubled until they take all of it (1: disabled)"
-    add("--batch_ramp", type=int, choices=(1, 2, 4, 8, 16), default=1, help=ramp)
-    add("--ramp_share", type=FRACTION, default=0.5, help="share of the steps before they take all of it")
+    add("--ramp_steps", type=AT_LEAST_0, default=0, help="steps until batches are whole (0: from the start)")
+    ramp = "with --ramp_steps, begin with 1/N of --total_batch_size and double it in equal stages"
+    add("--batch_ramp", type=int, choices=(1, 2, 4, 8, 16), default=4, help=ramp)
     add("--shuffle", **switch, help="permute every epoch")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

@@ -59,9 +59,10 @@ class History:
         return number(self.options, "warmup_steps") or 0
 
     def add(self, record: dict) -> None:
-        """Add the next record. Those of kinds that say nothing here are ignored."""
+        """Add the next record. Records of other kinds than run, train, hellaswag and val are ignored."""
         if record["kind"] == "run":
             self.run, self.resumed_at = record, len(self.intervals)
+            self.tokens = number(record, "tokens") or self.tokens  # a branch goes on where another run was
         elif record["kind"] == "train":
             self.first = self.first or record
             if self.fresh == 0:

@@ -164,26 +164,28 @@ class Comparison:
 def compare(history: History, asked: str | None = None) -> Comparison:
     """Return how a run compares. `asked` is what its user says that it was trained on, if they do."""
     known = history.data.get("dataset")
-    known = known if known in list(NAMES) else None
+    known = known if isinstance(known, str) and known in NAMES else None
     return Comparison(known or asked, why_not(history, known, asked))
 
 
 def why_not(history: History, known: str | None, asked: str | None) -> dict[str, str]:
     """Return which published values may not stand beside those of a run, and why: the one place that decides.
 
-    Losses compare for the same tokens and data, the curve also for the same network and batches.
+    Losses compare for the same tokens, data and windows, the curve also for the same network and batches.
     """
     tokenizer = history.options.get("tokenizer")
     losses = wrong_tokens(tokenizer) or wrong_data(history, known, asked)
     reasons = {
-        "curve": losses or wrong_shape(history) or wrong_batches(history),
-        "val": losses,
+        "curve": losses or wrong_validation(history) or wrong_shape(history) or wrong_batches(history),
+        "val": losses or wrong_validation(history),
         "hellaswag": wrong_scores(history.scores, tokenizer) if history.scores else None,
     }
     return {kind: reason for kind, reason in reasons.items() if reason}
 
 
 def wrong_tokens(tokenizer: object) -> str | None:
+    if tokenizer is None:
+        return "its log does not say which tokenizer it has"
     return None if tokenizer == "gpt2" else f"its tokens are those of {tokenizer}, not of gpt2"
 
 
@@ -203,6 +205,17 @@ def wrong_scores(scores: dict, tokenizer: object) -> str | None:
     return wrong_tokens(tokenizer)
 
 
+def wrong_validation(history: History) -> str | None:
+    block_size, val_tokens = (number(history.options, name) for name in ("block_size", "val_tokens"))
+    if block_size != SHAPE["block_size"]:
+        return f"--block_size is {block_size}, not {SHAPE['block_size']}"
+    if val_tokens is None or val_tokens < FEWEST_VAL_TOKENS:
+        return (
+            f"--val_tokens is {val_tokens}: with fewer than {FEWEST_VAL_TOKENS:,} the loss is too uncertain"
+        )
+    return None
+
+
 def wrong_shape(history: History) -> str | None:
     for name, size in SHAPE.items():
         if (found := history.options.get(name)) != size:
@@ -211,14 +224,11 @@ def wrong_shape(history: History) -> str | None:
 
 
 def wrong_batches(history: History) -> str | None:
-    least, most = STEP_TOKENS_ALLOWED
-    step_tokens, val_tokens = (number(history.options, name) for name in ("total_batch_size", "val_tokens"))
+    (least, most), step_tokens = STEP_TOKENS_ALLOWED, number(history.options, "total_batch_size")
     if step_tokens is None or not least <= step_tokens <= most:
         return f"a step has {step_tokens} tokens, not {least} to {most}"
-    if val_tokens is None or val_tokens < FEWEST_VAL_TOKENS:
-        return (
-            f"--val_tokens is {val_tokens}, and of less than {FEWEST_VAL_TOKENS:,} the loss is too uncertain"
-        )
+    if history.options.get("ramp_steps"):
+        return "its batches grow (--ramp_steps)"
     return None
 
 

@@ -139,7 +139,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        # Of --compile=False, as nanoGPT has it.
+        # argparse's words for --compile=False, which is nanoGPT's syntax, are hard to understand.
         raise ValueError(message.replace("ignored explicit argument", "takes no value, but was given"))
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:

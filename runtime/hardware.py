@@ -340,6 +340,9 @@ def find_batch_size(
             torch.cuda.empty_cache()
         if not misfits:
             return batch_size
+    if most == 0:
+        window = f"a window of {block_size} tokens for each of {dist.world_size} rank(s)"
+        raise ValueError(f"a step of {step_tokens} tokens has less than {window}: use larger steps")
     raise ValueError("not even --batch_size 1 fits into memory: use --recompute or a smaller --block_size")
 
 

@@ -185,11 +185,13 @@ def test_causes_are_those_that_the_log_shows():
             {"dataset": None},
             "fineweb10B is not known to be FineWeb or FineWeb-Edu: if it is, use --references fineweb or edu",
         ),
+        ({"ramp_steps": 100}, {}, "its batches grow (--ramp_steps)"),
+        ({"tokenizer": None}, {}, "its log does not say which tokenizer it has"),
         ({"total_batch_size": 65536}, {}, "a step has 65536 tokens, not 262144 to 524288"),
         (
             {"val_tokens": 65536},
             {},
-            "--val_tokens is 65536, and of less than 1,000,000 the loss is too uncertain",
+            "--val_tokens is 65536: with fewer than 1,000,000 the loss is too uncertain",
         ),
     ],
 )

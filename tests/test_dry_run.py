@@ -296,7 +296,10 @@ def test_without_data_random_ones_are_forecast_and_removed(rehearse, capsys, tmp
     rehearse("--data_dir nowhere --val_tokens 64")
     out = capsys.readouterr().out
     assert "there is no nowhere: the dry run reads random bytes instead" in out
-    assert "in all" in out and "memorize" not in out and "another tokenizer" not in out
+    assert "in all" in out and "384 tokens, here of random bytes" in out
+    assert "of the training data will be read" not in out
+    with pytest.raises(ValueError, match="--epochs needs the data in nowhere: use --max_steps"):
+        rehearse("--data_dir nowhere --epochs 1")
     assert sorted(tmp_path.rglob("*.npy")) == before and not Path("nowhere").exists()
     with pytest.raises(ValueError, match="no val shards in nowhere"):
         train.main(train.parse_args("--data_dir nowhere --preset text".split()))

@@ -20,7 +20,8 @@ from diagnosis.published import DEMO_FINGERPRINT
 
 def write_log(folder, steps, cut=False, max_steps=30, **args):
     Path(folder).mkdir(exist_ok=True)
-    records = [{"step": 0, "kind": "run", "args": {"max_steps": max_steps, **args}, "planned_tokens": 9600}]
+    args = {"max_steps": max_steps, "block_size": 1024, "val_tokens": 1_000_000, **args}
+    records = [{"step": 0, "kind": "run", "args": args, "planned_tokens": 9600}]
     for step in range(steps):
         values = {"loss": None if step == 3 else 5 / (step + 1), "lr": 1e-3, "norm": 1.0}
         # Twice as many tokens a step from step 20 on, at the same speed.
@@ -219,7 +220,7 @@ setTimeout(() => {
 def write_report(tokenizer="gpt2"):
     write_log("log", 30)
     write_log("a&b", 30, tokenizer="gpt2")
-    args = {"tokenizer": tokenizer, "out_dir": HOSTILE, "n_layer": 7}
+    args = {"tokenizer": tokenizer, "out_dir": HOSTILE, "n_layer": 7, "block_size": 1024, "val_tokens": 10**7}
     about = {"kind": "run", "args": args, "hardware": {"device": "H100"}, "versions": {"torch": "2.13"}}
     records = [{"step": 0, **about}, {"step": 30, "kind": "val", "loss": 3.5}]
     records += [{"step": step, "kind": "sample", "texts": [f"{HOSTILE} {step}", "é"]} for step in (0, 20)]

@@ -288,6 +288,7 @@ def test_constant_phase_of_wsd_can_be_extended_and_branched(run_train):
     branch = run_train(f"{MUON} --max_steps 12 --resume", out_dir="branch")
     assert losses(branch) == losses(longer)[3:]
     assert branch["val"] == longer["val"][1:]
+    assert plot.positions([3, 12], plot.read_log("branch"), "tokens") == pytest.approx([3 * 64, 12 * 64])
     extended = run_train(f"{MUON} --max_steps 12 --resume")  # from the end: the rate rises again
     assert len(losses(extended)) == 12
     assert [record["lr"] for record in extended["train"][8:]] == [r["lr"] for r in longer["train"][8:]]
@@ -438,6 +439,7 @@ def test_recomputation_does_not_change_losses(run_train, dtype):
 def test_accumulation_does_not_change_losses(run_train):
     wide, narrow = run_train("--batch_size 4"), run_train("--batch_size 1")
     assert losses(wide) == pytest.approx(losses(narrow), abs=1e-5)
+
 
 VALIDATE_SCRIPT = """
 import argparse, sys, torch, train
@@ -794,7 +796,7 @@ def test_evaluation_alone_gives_what_the_run_measured_and_changes_nothing(run_tr
     tokens = np.load("shards/edufineweb_val_000000.npy")[1:161]
     size = (tokens != 256).sum()  # every other token of the byte tokenizer is a byte
     assert results["bits_per_byte"] == pytest.approx(results["val_loss"] * 160 / size / np.log(2))
-    assert f"{results['val_loss']:.4f} nats per token, {results['bits_per_byte']:.4f} bits" in printed
+    assert f"{results['val_loss']:.4f} nats per byte, {results['bits_per_byte']:.4f} bits" in printed
     assert before == {path: path.stat().st_mtime_ns for path in Path("log").iterdir()}
     assert {path.name for path in Path().iterdir()} == {"log", "shards"}
     for words in ("", "--init_from log --resume", "--init_from log --dry_run"):
@@ -943,7 +945,7 @@ def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
 
 def test_steps_may_take_more_and_more_tokens(run_train, capsys):
     """A run that doubles its batches is resumed where it was, and knows its end."""
-    options = "--max_steps 8 --val_every 4 --batch_ramp 2 --ramp_share 0.5"
+    options = "--max_steps 8 --val_every 4 --batch_ramp 2 --ramp_steps 4"
     whole = run_train(options, out_dir="whole")
     assert "8 steps, 384 tokens, 0.22 epochs of 1,760" in capsys.readouterr().out
     run_train(f"{options} --checkpoint_every 5 --keep 0")
@@ -953,15 +955,20 @@ def test_steps_may_take_more_and_more_tokens(run_train, capsys):
     state = torch.load("log/model_00008.pt", weights_only=True)
     assert state["windows"] == 384 // 16
     assert [record["tokens"] for record in whole["val"]] == [0, 128, 384]
-    uneven = "step 0 takes 32 tokens, which are no multiple of a micro-step's 64: use --batch_size 2"
+    uneven = "step 0 takes 32 tokens, which is not a multiple of the 64 in a micro-step: use --batch_size 2"
     with pytest.raises(ValueError, match=uneven):
         run_train(f"{options} --batch_size 4", out_dir="uneven")
-    limited = train.parse_args(f"{TINY} --max_steps 99 --batch_ramp 4 --ramp_share 0.6".split())
+    limited = train.parse_args(f"{TINY} --max_steps 99 --batch_ramp 4 --ramp_steps 25".split())
     prepare.limit_steps(limited, 1760, train.tokens_at)
     taken = [train.tokens_at(step, limited) for step in range(limited.max_steps)]
     assert abs(sum(taken) - 1760) <= 32
-    done = [step / limited.max_steps for step in range(limited.max_steps)]
-    assert taken == [16 if share < 0.3 else 32 if share < 0.6 else 64 for share in done]
+    assert taken == [16] * 13 + [32] * 12 + [64] * (limited.max_steps - 25)
+    with pytest.raises(
+        ValueError, match="step 0 takes 8 tokens, .* use a lower --batch_ramp, or fewer ranks"
+    ):
+        run_train("--batch_ramp 8 --ramp_steps 2 --batch_size 1", out_dir="uneven")
+    with pytest.raises(ValueError, match="a step of 8 tokens has less than a window of 16 tokens"):
+        run_train("--batch_ramp 8 --ramp_steps 2 --batch_size auto", out_dir="uneven")
 
 
 def test_resumed_run_that_epochs_would_end_before_its_checkpoint_is_refused(run_train):

@@ -180,7 +180,7 @@ def restore(run, resumed: dict, ignored: set[str]) -> None:
         if resumed["scaler"]:  # empty unless the run used fp16
             run.scaler.load_state_dict(resumed["scaler"])
     before = resumed["args"]
-    changed = {name for name, value in vars(args).items() if before.get(name) != value} - ignored
+    changed = {name for name, value in vars(args).items() if before.get(name, value) != value} - ignored
     # Checkpoints of older versions lack `windows` and `data`, and shuffled in another order.
     consumed = resumed["step"] * before["total_batch_size"] // before["block_size"]
     known = {"windows": consumed, **resumed}

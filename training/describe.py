@@ -24,7 +24,11 @@ def describe_run(run) -> str:
     """Return what a run is about to do, one line per thing that its user may want to change, and warnings."""
     args, ranks, machine = run.args, run.dist.world_size, hardware.describe_machine(run.dist.device)
     epoch_tokens = run.train_data.windows * run.train_data.block_size
-    step_tokens = round(run.planned_tokens / args.max_steps)
+    step_tokens, ramp = args.total_batch_size, ""
+    if args.ramp_steps:
+        ramp = f", from 1/{args.batch_ramp} of it on, growing for {args.ramp_steps:,} steps"
+    epochs = f"{run.planned_tokens / epoch_tokens:.2f} epochs of {epoch_tokens:,} in {args.data_dir}"
+    is_random = run.train_data.shards.source.get("random", False)
     with run.attention():
         how = hardware.describe_compute(args, run.dtype, run.dist.device, run.is_compiled)
     size, needed, free = (tqdm.format_sizeof(n, "B") for n in disk_usage(run))
@@ -45,13 +49,12 @@ def describe_run(run) -> str:
             "batch",
             f"{step_tokens:,} tokens per step: {args.batch_size} sequences x {args.block_size} "
             f"tokens x {ranks} rank(s) x {step_tokens // (args.batch_size * args.block_size * ranks)} "
-            "micro-step(s)",
+            f"micro-step(s){ramp}",
         ),
         (
             "run",
             f"{args.max_steps:,} steps, {run.planned_tokens:,} tokens, "
-            f"{run.planned_tokens / epoch_tokens:.2f} epochs of "
-            f"{epoch_tokens:,} in {args.data_dir}",
+            + ("here of random bytes" if is_random else epochs),
         ),
         ("losses", f"in {unit_of(args.tokenizer)}"),
         ("checkpoints", checkpoints if args.checkpoint_every else "none"),
@@ -63,8 +66,7 @@ def describe_run(run) -> str:
         what = f"{group['params']:,} {group['name']}, learning rate up to {group['lr']:.2e}"
         lines.append((group["optimizer"], f"{what}, weight decay {group['weight_decay']:g}"))
     warnings = what_fails_later(run)
-    if not run.train_data.shards.source.get("random"):
-        warnings += what_disappoints(run, run.planned_tokens / epoch_tokens)
+    warnings += what_disappoints(run, None if is_random else run.planned_tokens / epoch_tokens)
     lines += [("warning", text) for text in warnings]
     if args.eval_only:
         lines = [line for line in lines if line[0] in ("device", "compute", "model", "scores")]
@@ -90,8 +92,11 @@ def what_fails_later(run) -> list[str]:
     return lines
 
 
-def what_disappoints(run, epochs: float) -> list[str]:
-    """Return a line for each thing about a run, or its rehearsal, that its user will probably regret."""
+def what_disappoints(run, epochs: float | None) -> list[str]:
+    """Return a line for each thing about a run, or its rehearsal, that its user will probably regret.
+
+    `epochs` is None if the data are not those of the run.
+    """
     args, ranks = run.args, run.dist.world_size
     if args.overfit_batch:
         return []
@@ -99,9 +104,9 @@ def what_disappoints(run, epochs: float) -> list[str]:
     gpus = torch.cuda.device_count() if run.dist.device.type == "cuda" and ":" not in args.device else 0
     if ranks < gpus and ranks == read_launcher().local_world_size:  # on a single node
         lines.append(f"{gpus} GPUs, this run uses {ranks}: {command_line(*sys.argv, ranks=gpus)}")
-    if epochs < FEW_EPOCHS:
+    if epochs is not None and epochs < FEW_EPOCHS:
         lines.append(f"only {epochs:.1%} of the training data will be read: raise --max_steps if you can")
-    if epochs > MANY_EPOCHS and not args.early_stop:
+    if epochs is not None and epochs > MANY_EPOCHS and not args.early_stop:
         lines.append(f"{epochs:.0f} epochs memorize the text: lower --max_steps or use --early_stop")
     val_tokens = run.val_data.windows_for(args.val_tokens) * args.block_size
     items = run.benchmark.examples
@@ -124,6 +129,7 @@ def about_run(run, evaluations: list) -> dict:
     curves = {each.kind: each.curve for each in evaluations if each.curve}
     about = dict(args=vars(run.args), world_size=run.dist.world_size, params=run.raw_model.num_params())
     about |= {"groups": describe_groups(run), "curves": curves, "data": data_facts(run)}
+    about["tokens"] = run.progress.windows * run.args.block_size  # seen before
     about |= {"dtype": str(run.dtype).removeprefix("torch."), "planned_tokens": run.planned_tokens}
     return about | hardware.describe_machine(run.dist.device)
 

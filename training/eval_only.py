@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 
+from diagnosis.published import unit_of
 from runtime.distributed import together
 
 
@@ -22,7 +23,7 @@ def report(run, evaluations: list) -> None:
             tokens, size = count_bytes(run)
             bits = record["loss"] * tokens / size / math.log(2)
             results |= {"val_loss": record["loss"], "val_tokens": tokens, "bits_per_byte": bits}
-            say(f"validation   {record['loss']:.4f} nats per token, {bits:.4f} bits per byte")
+            say(f"validation   {record['loss']:.4f} {unit_of(run.args.tokenizer)}, {bits:.4f} bits per byte")
             say(f"             on {tokens:,} tokens, {size:,} bytes, of {run.args.data_dir}")
             continue
         say(evaluation.line(record))

@@ -177,18 +177,31 @@ def planned_tokens(args: argparse.Namespace, world_size: int, tokens_at: TokensA
     for step in range(args.max_steps):
         step_tokens = tokens_at(step, args)
         tokens += step_tokens
-        if step_tokens % micro_batch and not args.eval_only:
-            largest = common_tokens(args, tokens_at) // (args.block_size * world_size)
+        if (step_tokens < micro_batch or step_tokens % micro_batch) and not args.eval_only:
+            largest, rest = divmod(common_tokens(args, tokens_at), args.block_size * world_size)
+            fix = (
+                f"--batch_size {largest}" if largest and not rest else "a lower --batch_ramp, or fewer ranks"
+            )
             raise ValueError(
-                f"step {step} takes {step_tokens} tokens, which are no multiple of a micro-step's "
-                f"{micro_batch}: use " + (f"--batch_size {largest}" if largest else "fewer ranks")
+                f"step {step} takes {step_tokens} tokens, which is not a multiple of the {micro_batch} in a "
+                f"micro-step: use {fix}"
             )
     return tokens
 
 
 def common_tokens(args: argparse.Namespace, tokens_at: TokensAt) -> int:
     """Return the largest number of tokens of which every step takes a multiple."""
-    return math.gcd(*(tokens_at(step, args) for step in range(args.max_steps)))
+    return math.gcd(*{tokens_at(step, args) for step in range(args.max_steps)})
+
+
+def use_random_shards(args: argparse.Namespace, folder: RunFolder) -> None:
+    """Let a dry run read random data. Raises ValueError if the length of the run depends on the data."""
+    if args.epochs:
+        raise ValueError(
+            f"--epochs needs the data in {args.data_dir}: use --max_steps to forecast without it"
+        )
+    args.data_dir = folder.scratch()
+    write_random_shards(Path(args.data_dir), max(args.val_tokens, 1_000_000) + 1)
 
 
 def write_random_shards(folder: Path, tokens: int, ids: int = 256) -> None:
@@ -235,10 +248,9 @@ def check_everything(
         problems.none_on_any_rank()  # the other ranks wait for the shards
     if dist.is_main:
         problems.call(folder.check, args.data_dir, not (args.dry_run or args.eval_only))
-    if args.dry_run and not args.resume and not Path(args.data_dir).exists():
+    if args.dry_run and not args.resume and not dist.any(Path(args.data_dir).exists()):
         dist.say(f"there is no {args.data_dir}: the dry run reads random bytes instead")
-        args.data_dir = folder.scratch()
-        write_random_shards(Path(args.data_dir), max(args.val_tokens, 1_000_000) + 1)
+        problems.call(use_random_shards, args, folder)
     manifest = problems.call(read_set, args.data_dir, args.tokenizer) or {}
     args.tokenizer = manifest.get("tokenizer", args.tokenizer)
     items, resumed = [], None

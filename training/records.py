@@ -126,11 +126,11 @@ class Log:
         """Print the line of a record."""
         if kind == "train":
             if step % self.args.log_every == 0:
-                tqdm.write(describe_step(step, values, self._seconds_left()))
-                rest_s = values["dt_ms"] / 1000 * (self.args.max_steps - step - 1)  # without compilation
-                if rest_s > LONG_RUN_S and 0 < step - self.start_step <= self.args.log_every:
+                left_s = self._seconds_left()
+                tqdm.write(describe_step(step, values, left_s))
+                if left_s and left_s > LONG_RUN_S and step - self.start_step <= self.args.log_every:
                     tqdm.write(
-                        f"warning: at this speed, the rest of the run takes {rest_s / 86400:.0f} days: lower "
+                        f"warning: at this speed, the rest of the run takes {left_s / 86400:.0f} days: lower "
                         "--max_steps, or use --dry_run to see how long another machine would take"
                     )
             self.timed_from = self.timed_from or (time.perf_counter(), self.progress.windows)
