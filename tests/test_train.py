@@ -19,6 +19,7 @@ from conftest import MUON, REPOSITORY, TINY, TINY_GPT, losses, plain_windows, re
 from transformers import GPT2LMHeadModel
 
 import fineweb
+import plot
 import train
 from corpus import shards as shards_module
 from corpus.tokenizer import get_tokenizer
