@@ -48,7 +48,7 @@ from corpus.tokenizer import NAMES, get_tokenizer
 from model import GPT, GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPTConfig
 from plot import curve
 from runtime import absent_gpu, hardware
-from runtime.cli import Parser, Range, check_options, count, run, summary, user_path
+from runtime.cli import LINE_EVERY_S, Parser, Range, check_options, count, run, summary, user_path
 from runtime.files import file_hash, write_json
 from runtime.hardware import synchronize
 from runtime.log import read_log
@@ -711,8 +711,12 @@ def alternate(
     to the first way, and the results of all ways.
     """
     seconds, results = {name: [] for name in ways}, {}
+    said = time.monotonic()
     for round_number in range(rounds + warm_up):
         for name, way in ways.items():
+            if round_number == 0 or time.monotonic() - said > LINE_EVERY_S:
+                said = time.monotonic()
+                print(f"round {round_number + 1} of {rounds + warm_up}: {name}", file=sys.stderr, flush=True)
             synchronize(device)
             start = time.perf_counter()
             results[name] = way()
@@ -733,11 +737,13 @@ def alternate(
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     at_least_1 = Range(count, 1)
     # Options that several subcommands share.
-    parents = [argparse.ArgumentParser(add_help=False) for _ in range(6)]
-    shared, timed, tokenized, sized, small, stepped = parents
+    parents = [argparse.ArgumentParser(add_help=False) for _ in range(7)]
+    shared, timed, tokenized, sized, small, stepped, typed = parents
     add = shared.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--output", type=user_path, help="write the figures to this .json file")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    typed.add_argument("--dtype", choices=dtypes, default="auto", help="dtype, auto as in train.py")
     add = timed.add_argument
     add("--rounds", type=at_least_1, default=2, help="timed runs of each variant")
     add = tokenized.add_argument
@@ -762,21 +768,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         command.set_defaults(bench=bench)
         return command.add_argument
 
-    add = command("hellaswag", bench_hellaswag, timed, tokenized, sized)
+    add = command("hellaswag", bench_hellaswag, timed, tokenized, sized, typed)
     add("--data", type=user_path, default=str(hellaswag.DEMO_ITEMS), help="items to score")
     add("--limit", type=at_least_1, default=20, help="items to score; if there are fewer, they repeat")
     add("--alone", action="store_true", help="leave out the reference")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="model dtype")
     add = command("data", bench_data, timed, tokenized)
     add("--files", type=user_path, nargs="+", required=True, help="parquet files of documents")
     add("--workers", type=at_least_1, default=usable_cores(), help="threads that tokenize")
-    add = command("generate", bench_generate, timed, sized)
+    add = command("generate", bench_generate, timed, sized, typed)
     add("--batch_size", type=at_least_1, default=1, help="sequences")
     add("--prompt_tokens", type=at_least_1, default=8, help="tokens in the prompt")
     add("--max_new_tokens", type=at_least_1, default=256, help="tokens to generate")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="model dtype")
-    add = command("train", bench_train, timed, small, stepped)
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="autocast dtype")
+    command("train", bench_train, timed, small, stepped, typed)
     add = command("sweep", bench_sweep)
     add("--out_dir", type=user_path, default="sweep", help="folder of the runs")
     add("--name", default="run", help="prefix of the run folders")
@@ -817,6 +820,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     device = hardware.choose_device(args.device)
+    if hasattr(args, "dtype"):
+        args.dtype = str(hardware.choose_dtype(args.dtype, device)).removeprefix("torch.")
+        print(f"dtype: {args.dtype}", flush=True)
     rows = args.bench(args, device)
     width = max(len(row["way"]) for row in rows)
     print(" " * width, *(f"{name:>10}" for name in list(rows[0])[1:]))
