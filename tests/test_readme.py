@@ -38,7 +38,9 @@ def docstring_lines(name):
 
 README = (REPOSITORY / "README.md").read_text()
 CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text()
-LINES = {*shell_lines(README + CONTRIBUTING), *(line for name in SCRIPTS for line in docstring_lines(name))}
+NODES = (REPOSITORY / "docs" / "nodes.md").read_text()
+LINES = {*shell_lines(README + NODES + CONTRIBUTING)}
+LINES |= {line for name in SCRIPTS for line in docstring_lines(name)}
 
 
 @pytest.mark.parametrize("line", sorted(LINES))
@@ -81,7 +83,7 @@ def test_every_training_command_makes_sense(line):
 
 
 def test_table_of_cards_matches_the_formula():
-    rows = re.findall(r"^\| .* \| `(.+)` \| `(.+)` \| (\w+) \| ([\d.]+) \|$", README, flags=re.MULTILINE)
+    rows = re.findall(r"^\| .* \| `(.+)` \| `(.+)` \| (\w+) \| ([\d.]+) \|$", NODES, flags=re.MULTILINE)
     assert len(rows) == 7
     for preset, options, dtype, gigabytes in rows:
         args = train.parse_args(["--preset", preset, *options.split()])
@@ -122,12 +124,12 @@ else:
     if name == "scancel":
         os.kill(json.loads(pathlib.Path("srun.json").read_text())[0], signal.SIGTERM)
 """
-(SLURM_JOB,) = re.findall(r"^#!/bin/bash\n.*?(?=^```)", README, flags=re.DOTALL | re.MULTILINE)
+(SLURM_JOB,) = re.findall(r"^#!/bin/bash\n.*?(?=^```)", NODES, flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
 def run_job(tmp_path):
-    """Run the README's Slurm job, which gets a signal if `number` is given; return its status and calls."""
+    """Run the Slurm job, which gets a signal if `number` is given, and return its status and calls."""
 
     def run(status: str = "", number: int = 0) -> tuple[int, list[str]]:
         commands = tmp_path / "commands"
