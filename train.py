@@ -75,6 +75,8 @@ PRESETS = {
     # Measured as a whole at small sizes only (LOG.md). That 45 % of the tokens suffice at this size is a
     # projection. 3.6e-3 is what modded-nanogpt used for the embeddings of a similar network in 10/2024; the
     # ratios are those of the small sizes, and beta1 is what its third track found for 124M weights.
+    # --ramp_steps is left out: it saves tokens at small sizes (LOG.md) but hardly time on eight GPUs, where
+    # steps of a quarter need micro-steps of a quarter, too.
     "speedrun": {
         **dict(n_layer=12, n_head=12, n_embd=768, warmup_steps=250, max_steps=8600, **MUON_WSD),
         **dict(milestone_every=1),  # a checkpoint before the fall of the rates can train on for longer
