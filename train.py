@@ -535,9 +535,9 @@ def option_parser() -> argparse.ArgumentParser:
     batch_size = Range(int_or_auto, 1)
     add("--batch_size", type=batch_size, default=64, help="sequences per rank and micro-step, or auto")
     add("--total_batch_size", type=AT_LEAST_1, default=524288, help="tokens per step, over all ranks")
-    add("--ramp_steps", type=AT_LEAST_0, default=0, help="steps until batches are whole (0: from the start)")
-    ramp = "with --ramp_steps, begin with 1/N of --total_batch_size and double it in equal stages"
-    add("--batch_ramp", type=int, choices=(1, 2, 4, 8, 16), default=4, help=ramp)
+    ramp = "begin with 1/N of --total_batch_size and double it in equal stages (1: disabled)"
+    add("--batch_ramp", type=int, choices=(1, 2, 4, 8, 16), default=1, help=ramp)
+    add("--ramp_steps", type=AT_LEAST_0, default=0, help="steps that --batch_ramp lasts (0: disabled)")
     add("--shuffle", **switch, help="permute every epoch")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -580,7 +580,7 @@ def option_parser() -> argparse.ArgumentParser:
     add("--hellaswag_data", type=user_path, help=f"items to score: {items}")
     add("--sample_every", type=AT_LEAST_0, default=250, help="steps between samples (0: disabled)")
     prompt = "Hello, I'm a language model,"
-    add("--sample_prompt", default=prompt, help="prompt of the samples; for --preset text, how it begins")
+    add("--sample_prompt", default=prompt, help="prompt of the samples; text and finetune: how the text begins")
     add("--sample_tokens", type=AT_LEAST_1, default=64, help="tokens per sample")
     add("--early_stop", type=AT_LEAST_0, default=0, help="patience in validations (0: never stop early)")
     add = parser.add_argument_group("records").add_argument

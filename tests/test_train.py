@@ -591,6 +591,7 @@ def test_fine_tuning_works_with_shorter_windows(run_train, hf_folder):
         ("--init_from hf --n_layer 3", "--n_layer is 3, but hf has 2"),
         ("--init_from hf --block_size 32", "--block_size is 32, but hf has 16"),
         ("--early_stop 1 --val_every 0", "--early_stop counts validations"),
+        ("--batch_ramp 2", "--batch_ramp and --ramp_steps belong together: set both or neither"),
         ("--out_dir .", "--out_dir . contains the working directory"),
         ("--hellaswag_every 1 --hellaswag_data none.jsonl", "no HellaSwag items at none.jsonl"),
         ("--device cuda:99", "device cuda:99 is not available"),

@@ -78,6 +78,8 @@ def check_args(args: argparse.Namespace, world_size: int, parser: argparse.Argum
         problems.append("--price is for the forecast of --dry_run: add it, or leave out --price")
     if args.early_stop and not args.val_every:
         problems.append("--early_stop counts validations, but --val_every is 0: set both or neither")
+    if (args.batch_ramp > 1) != (args.ramp_steps > 0):
+        problems.append("--batch_ramp and --ramp_steps belong together: set both or neither")
     # Sizes may still have to come from --init_from, and out of range they are reported below.
     if (args.n_embd or 0) > 0 and (args.n_head or 0) > 0 and args.n_embd % args.n_head:
         problems.append(
