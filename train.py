@@ -580,7 +580,7 @@ def option_parser() -> argparse.ArgumentParser:
     add("--hellaswag_data", type=user_path, help=f"items to score: {items}")
     add("--sample_every", type=AT_LEAST_0, default=250, help="steps between samples (0: disabled)")
     prompt = "Hello, I'm a language model,"
-    add("--sample_prompt", default=prompt, help="prompt of the samples; text and finetune: how the text begins")
+    add("--sample_prompt", default=prompt, help="prompt of samples; text and finetune: how the text begins")
     add("--sample_tokens", type=AT_LEAST_1, default=64, help="tokens per sample")
     add("--early_stop", type=AT_LEAST_0, default=0, help="patience in validations (0: never stop early)")
     add = parser.add_argument_group("records").add_argument
