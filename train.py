@@ -541,6 +541,7 @@ def option_parser() -> argparse.ArgumentParser:
     add("--shuffle", **switch, help="permute every epoch")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--threads", type=AT_LEAST_1, help="on a CPU (default: OMP_NUM_THREADS, or the cores that are free)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="autocast dtype")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA only)")
     add("--recompute", **switch, help="recompute activations: less memory, more compute")
@@ -611,8 +612,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     # Ranks and device
-    dist = setup_distributed(hardware.choose_device(args.device))
+    dist = setup_distributed(hardware.choose_device(args.device, args.threads))
     parser, device = option_parser(), dist.device
+    args.threads = torch.get_num_threads() if device.type == "cpu" else None  # losses depend on it
     with RunFolder(args.out_dir, is_temporary=args.overfit_batch) as folder:
         # Checks: all problems at once; fills in the options that were left open
         found = check_everything(args, dist, folder, parser, EVALUATIONS)

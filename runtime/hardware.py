@@ -20,7 +20,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from runtime.distributed import Distributed
 from runtime.launcher import read_launcher
-from runtime.machine import is_out_of_memory, keep_freed_memory, nvidia_gpu, usable_cores, usable_memory
+from runtime.machine import (
+    free_cores,
+    is_out_of_memory,
+    keep_freed_memory,
+    nvidia_gpu,
+    usable_cores,
+    usable_memory,
+)
 
 # Dense bf16/fp16 FLOP/s with fp32 accumulation, from NVIDIA's data sheets, keyed by the driver's device name.
 PEAK_FLOPS = {
@@ -44,12 +51,13 @@ OLDEST_DRIVERS = {12: 525, 13: 580}
 NEWER_CUDA, OLDER_CUDA = "cu130", "cu126"
 
 
-def choose_device(name: str = "auto") -> torch.device:
+def choose_device(name: str = "auto", threads: int | None = None) -> torch.device:
     """Return the device with that name, and make it the current one if it is a GPU.
 
     "auto" is the first of cuda, mps and cpu that this machine has. Under torchrun, each rank gets a GPU of
-    its own. On CPUs, torch gets no more threads than this process may use cores. Raises ValueError if this
-    machine lacks the device, and for "auto" if it has an NVIDIA GPU that torch cannot use.
+    its own. On CPUs, torch gets `threads`, or one for each core that is free, unless OMP_NUM_THREADS says
+    otherwise. Raises ValueError if this machine lacks the device, and for "auto" if it has an NVIDIA GPU that
+    torch cannot use.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -64,9 +72,7 @@ def choose_device(name: str = "auto") -> torch.device:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            # torch sees the affinity of a process, but not the quota of a container.
-            if usable_cores() < torch.get_num_threads():
-                torch.set_num_threads(usable_cores())
+            torch.set_num_threads(cpu_threads(threads))
         return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -141,6 +147,20 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def cpu_threads(threads: int | None) -> int:
+    """Return how many threads torch should use of the `threads` that are asked for, or of the free cores.
+
+    While a thread of OpenMP waits for one whose core another process uses, it spins: on two cores, one of
+    them busy, a step takes twice as long with two threads as with one (LOG.md, 2026-11-29).
+    """
+    ranks = read_launcher().local_world_size
+    if threads:
+        return min(threads, usable_cores())
+    if ranks > 1:  # they would see each other start
+        return max(usable_cores() // ranks, 1)
+    return min(free_cores(), torch.get_num_threads())
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Return the device's data-sheet FLOP/s in this dtype, or None if it is not known."""
     if device.type != "cuda" or dtype == torch.float32:
@@ -204,6 +224,8 @@ def describe_compute(
     how = f"{str(dtype).removeprefix('torch.')}, {'compiled' if compiled else 'eager'}"
     if device.type == "cuda" and uses_tf32(device):
         how += ", fp32 products in TF32"
+    if device.type == "cpu":
+        how += f", {torch.get_num_threads()} thread(s)"
     if device.type not in ("cpu", "cuda"):
         return how
     shape = (1, args.n_head, args.block_size, args.n_embd // args.n_head)  # the batch size does not matter

@@ -13,7 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-PROC = Path("/proc/self")  # proc(5), on Linux only
+PROC, STAT = Path("/proc/self"), Path("/proc/stat")  # proc(5), on Linux only
+MEASURED_S = 0.2  # /proc/stat counts hundredths of a second
 IMPORTED = time.monotonic()
 MOST_FILES = 4096  # that a run may open: up to 256 shards of each split, and the sockets of NCCL
 DEVICES, DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
@@ -29,6 +30,36 @@ def usable_cores() -> int:
         for quota, period in cgroup_limits("cpu", names, numbers=2):
             cores = min(cores, math.ceil(quota / period))
     return cores
+
+
+def free_cores() -> int:
+    """Return how many of the usable cores other processes leave idle, at least 1, by watching for MEASURED_S.
+
+    Where that cannot be seen, all usable cores count as free.
+    """
+    cores = usable_cores()
+    try:
+        before = core_ticks()
+        time.sleep(MEASURED_S)
+        after = core_ticks()
+    except (OSError, ValueError):
+        return cores
+    idle = 0.0
+    for core, (idle_before, all_before) in before.items():
+        idle_after, all_after = after.get(core, (idle_before, all_before))
+        idle += (idle_after - idle_before) / max(all_after - all_before, 1)
+    return max(min(round(idle), cores), 1)
+
+
+def core_ticks() -> dict[int, tuple[int, int]]:
+    """Return the ticks that each core of this process has been idle for, and those of all its states."""
+    ticks = {}
+    for core, times in re.findall(r"^cpu(\d+) (.*)$", STAT.read_text(), re.MULTILINE):
+        # user, nice, system, idle, iowait, irq, softirq, steal; the rest is part of user and nice
+        each = [int(word) for word in times.split()[:8]]
+        if int(core) in os.sched_getaffinity(0):
+            ticks[int(core)] = each[3] + each[4], sum(each)
+    return ticks
 
 
 def usable_memory() -> int:

@@ -401,10 +401,60 @@ def test_everything_uses_the_limits_of_a_container(cgroups, monkeypatch, run_tra
         hardware.choose_device("cpu")
         assert torch.get_num_threads() == 3  # as the user says
         monkeypatch.delenv("OMP_NUM_THREADS")
+        monkeypatch.setattr(machine, "STAT", Path("nowhere"))  # all cores count as free
         hardware.choose_device("cpu")
+        assert torch.get_num_threads() == 2
+        hardware.choose_device("cpu", threads=9)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+# The ticks of each core: user, nice, system, idle, iowait, irq, softirq, steal.
+@pytest.mark.parametrize(
+    "cores, free",
+    [
+        (["0 0 0 20 0 0 0 0", "0 0 0 18 1 1 0 0", "9 9 9 99 0 0 0 0"], 2),  # the third is not ours
+        (["19 0 0 1 0 0 0 0", "0 1 0 18 0 0 0 0", "0 0 0 9 0 0 0 0"], 1),  # one other process
+        (["10 0 0 10 0 0 0 0", "0 2 2 8 0 2 2 4", "0 0 0 9 0 0 0 0"], 1),
+        (["20 0 0 0 0 0 0 0", "0 0 20 0 0 0 0 0", "0 0 0 9 0 0 0 0"], 1),  # at least one
+    ],
+)
+def test_free_cores_are_those_that_others_leave_idle(tmp_path, monkeypatch, cores, free):
+    stat = tmp_path / "stat"
+
+    def write(times):
+        lines = [f"cpu{number} {each} 7 7" for number, each in enumerate(times)]
+        stat.write_text("\n".join(["cpu  9 9 9 9 9 9 9 9 7 7", *lines, "intr 1"]))
+
+    write(["0 0 0 0 0 0 0 0"] * 3)
+    monkeypatch.setattr(machine, "STAT", stat)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(machine.time, "sleep", lambda seconds: write(cores))
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
+    assert machine.free_cores() == free
+
+
+def test_run_keeps_the_number_of_threads_with_which_it_began(run_train, monkeypatch, capsys):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(hardware, "usable_cores", lambda: 2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setattr(hardware, "free_cores", lambda: 1)
+        run_train("--max_steps 3")
+        assert "float32, eager, 1 thread(s)" in capsys.readouterr().out
+        monkeypatch.setattr(hardware, "free_cores", lambda: 2)
+        for options, threads in (
+            ("--max_steps 4", 1),
+            ("--max_steps 5 --threads 2", 2),
+            ("--max_steps 6", 2),
+        ):
+            records = run_train(f"{options} --resume")
+            assert records["run"][-1]["args"]["threads"] == torch.get_num_threads() == threads
+        assert "--threads 2 (was 1)" in capsys.readouterr().out
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_many_cores_do_not_start_as_many_tokenizers(monkeypatch):
@@ -469,8 +519,11 @@ def test_out_of_memory_suggests_a_batch_size(shards):
     process = begin(f"{TINY} {sizes}", errors="errors", data_bytes=1 << 30)
     process.join(timeout=120)
     assert process.exitcode == 1
-    assert Path("errors").read_text().splitlines()[-1].startswith(
-        "train.py: error: out of memory with --batch_size 64: try --batch_size 32 or --recompute"
+    assert (
+        Path("errors")
+        .read_text()
+        .splitlines()[-1]
+        .startswith("train.py: error: out of memory with --batch_size 64: try --batch_size 32 or --recompute")
     )
 
 
