@@ -580,8 +580,8 @@ def test_checkpoints_of_other_repositories_load(kind, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(read(idx)[0], model(idx)[0], atol=tolerance, rtol=0)
     if kind.startswith("config object"):
-        expected = {"step": 7, "val_loss": 3.5, "args": None, "best_step": None, "best_val_loss": None}
-        assert read.metadata == {**expected, "notes": []}
+        unknown = dict.fromkeys(("windows", "args", "best_step", "best_val_loss"))
+        assert read.metadata == {"step": 7, "val_loss": 3.5, **unknown, "notes": []}
     assert any("exact GELU" in note for note in read.metadata["notes"]) == ("model_args" in kind)
     assert any("heads of 64" in note for note in read.metadata["notes"]) == ("bare" in kind)
 

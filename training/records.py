@@ -145,7 +145,7 @@ class Log:
         if self.timed_from is None:
             return None
         started, windows = self.timed_from
-        each_s = (time.perf_counter() - started) / (self.progress.windows - windows)
+        each_s = (time.perf_counter() - started) / max(self.progress.windows - windows, 1)
         return each_s * max(self.planned_windows - self.progress.windows, 0)
 
     def _record(self, step: int, kind: str, values: dict) -> None:
