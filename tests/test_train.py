@@ -979,4 +979,6 @@ def test_resumed_run_that_epochs_would_end_before_its_checkpoint_is_refused(run_
     for check in ("", "--dry_run"):
         with pytest.raises(ValueError, match="--max_steps is 3, but the checkpoint in log is at step 6"):
             run_train(f"--resume --max_steps 99 --epochs 0.1 {check}")
+    with pytest.raises(ValueError, match="--epochs only shortens a run, and this one has done its 6 steps"):
+        run_train("--resume --epochs 9")
     assert Path("log/log.jsonl").read_text() == before

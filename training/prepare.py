@@ -169,6 +169,10 @@ def limit_steps(
     args.max_steps = max(bisect(range(1, before + 1), tokens, key=middle_of_last), 1)
     args.epochs = None  # a resumed run may be extended
     args.warmup_steps = min(round(args.warmup_steps * args.max_steps / before), args.max_steps - 1)
+    if resumed and resumed["step"] == args.max_steps == before:
+        raise ValueError(
+            f"--epochs only shortens a run, and this one has done its {before} steps: use --max_steps"
+        )
     if resumed:
         check_step(resumed["step"], args)
 
