@@ -645,7 +645,7 @@ def main(args: argparse.Namespace) -> None:
             if args.epochs:
                 tokens = args.epochs * train_data.windows * args.block_size
                 limit_steps(args, tokens, tokens_at, found.resumed)
-            planned = planned_tokens(args, dist.world_size, tokens_at)
+            planned = planned_tokens(args, dist.world_size, tokens_at, found.resumed)
 
         # Optimizer, scaler, autocast
         optimizer = build_optimizer(raw_model, args, dist)
@@ -675,9 +675,6 @@ def main(args: argparse.Namespace) -> None:
             recent = found.resumed.get("recent", {})
             restore(run, found.resumed, of_this_command(parser))  # of the optimizer, its moments only
             found.resumed = None  # frees its memory
-            # With other options, the steps until here would have taken other numbers of tokens.
-            taken = sum(tokens_at(step, args) for step in range(run.progress.step))
-            run.planned_tokens += run.progress.windows * args.block_size - taken
         elif args.resume:
             dist.say(folder.nothing_to_resume())
         train_data.seek(run.progress.windows)

@@ -150,8 +150,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def cpu_threads(threads: int | None) -> int:
     """Return how many threads torch should use of the `threads` that are asked for, or of the free cores.
 
-    While a thread of OpenMP waits for one whose core another process uses, it spins: on two cores, one of
-    them busy, a step takes twice as long with two threads as with one (LOG.md, 2026-11-29).
+    A thread of OpenMP spins while it waits for one whose core another process uses. Beside two busy processes
+    on two cores, a step takes three times as long with two threads as with one (LOG.md, 2026-11-29).
     """
     ranks = read_launcher().local_world_size
     if threads:

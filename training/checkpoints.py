@@ -167,6 +167,12 @@ def other_rates(args: argparse.Namespace, changed: set[str]) -> str:
     return ", ".join(f"--{name} {value:g}" for name, value in values.items() if value is not None)
 
 
+def consumed_windows(resumed: dict) -> int:
+    """Return the windows that a run had consumed at this checkpoint; those of older versions lack them."""
+    before = resumed["args"]
+    return resumed.get("windows", resumed["step"] * before["total_batch_size"] // before["block_size"])
+
+
 def restore(run, resumed: dict, ignored: set[str]) -> None:
     """Load the state of optimizer and scaler and the progress of a run, and say what differs from before.
 
@@ -181,9 +187,8 @@ def restore(run, resumed: dict, ignored: set[str]) -> None:
             run.scaler.load_state_dict(resumed["scaler"])
     before = resumed["args"]
     changed = {name for name, value in vars(args).items() if before.get(name, value) != value} - ignored
-    # Checkpoints of older versions lack `windows` and `data`, and shuffled in another order.
-    consumed = resumed["step"] * before["total_batch_size"] // before["block_size"]
-    known = {"windows": consumed, **resumed}
+    # Checkpoints of older versions lack `data`, too, and shuffled in another order.
+    known = {**resumed, "windows": consumed_windows(resumed)}
     progress = run.progress = Progress(**{field.name: known[field.name] for field in fields(Progress)})
     older = "data" not in resumed
     other_data = {

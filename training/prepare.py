@@ -6,9 +6,7 @@ network comes after everything local.
 
 import argparse
 import importlib.util
-import json
 import math
-from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,8 +23,9 @@ from model import GPT, GPTConfig
 from runtime import hardware
 from runtime.cli import check_options
 from runtime.distributed import Distributed, Problems
+from runtime.files import write_json
 from runtime.machine import allow_open_files
-from training.checkpoints import check_step, load_training_state
+from training.checkpoints import check_step, consumed_windows, load_training_state
 from training.folder import RunFolder
 
 DATA_DIR, DEMO_DATA_DIR = "edu_fineweb10B", "demo_data"
@@ -160,14 +159,11 @@ def limit_steps(
 
     Raises ValueError if the resumed checkpoint is past them.
     """
-
-    def middle_of_last(steps: int) -> float:
-        args.max_steps = steps  # on which the size of each step may depend
-        return sum(tokens_at(step, args) for step in range(steps)) - tokens_at(steps - 1, args) / 2
-
-    before = args.max_steps
-    args.max_steps = max(bisect(range(1, before + 1), tokens, key=middle_of_last), 1)
-    args.epochs = None  # a resumed run may be extended
+    steps, before = 0, args.max_steps
+    while steps < before and tokens >= tokens_at(steps, args) / 2:
+        tokens -= tokens_at(steps, args)
+        steps += 1
+    args.max_steps, args.epochs = max(steps, 1), None  # a resumed run may be extended
     args.warmup_steps = min(round(args.warmup_steps * args.max_steps / before), args.max_steps - 1)
     if resumed and resumed["step"] == args.max_steps == before:
         raise ValueError(
@@ -177,8 +173,13 @@ def limit_steps(
         check_step(resumed["step"], args)
 
 
-def planned_tokens(args: argparse.Namespace, world_size: int, tokens_at: TokensAt) -> int:
-    """Return the tokens of a whole run. Raises ValueError for a step that is no number of micro-steps."""
+def planned_tokens(
+    args: argparse.Namespace, world_size: int, tokens_at: TokensAt, resumed: dict | None = None
+) -> int:
+    """Return the tokens of a whole run: those that were taken before it was resumed, and those to come.
+
+    Raises ValueError for a step that is no number of micro-steps.
+    """
     micro_batch, tokens = args.batch_size * args.block_size * world_size, 0
     for step in range(args.max_steps):
         step_tokens = tokens_at(step, args)
@@ -192,6 +193,9 @@ def planned_tokens(args: argparse.Namespace, world_size: int, tokens_at: TokensA
                 f"step {step} takes {step_tokens} tokens, which is not a multiple of the {micro_batch} in a "
                 f"micro-step: use {fix}"
             )
+    if resumed:  # with other options, the steps until here would have taken other numbers of tokens
+        tokens += consumed_windows(resumed) * args.block_size
+        tokens -= sum(tokens_at(step, args) for step in range(resumed["step"]))
     return tokens
 
 
@@ -214,11 +218,9 @@ def write_random_shards(folder: Path, tokens: int, ids: int = 256) -> None:
     """Write a shard of so many random tokens for each split. Bytes are ids of any tokenizer."""
     shards = [{"name": f"{split}.npy", "tokens": tokens} for split in ("val", "train")]
     for number, shard in enumerate(shards):
-        np.save(
-            folder / shard["name"], np.random.default_rng(number).integers(ids, size=tokens, dtype=np.uint16)
-        )
-    manifest = {"complete": True, "source": {"random": True}, "shards": shards}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+        rng = np.random.default_rng(number)
+        np.save(folder / shard["name"], rng.integers(ids, size=tokens, dtype=np.uint16))
+    write_json(folder / "manifest.json", {"complete": True, "source": {"random": True}, "shards": shards})
 
 
 def first_words(tokens: np.ndarray, tokenizer) -> str:
