@@ -20,7 +20,7 @@ from typing import NoReturn, TextIO, TypeVar
 
 from tqdm import tqdm
 
-from runtime.launcher import read_launcher
+from runtime.launcher import read_launcher, tell_torchrun
 
 USER_ERRORS = (ValueError, OSError, MemoryError)  # what users and their machines can cause
 LONGEST_LINE = 700
@@ -349,6 +349,7 @@ def run(
         if name == "stdout" and hasattr(stream, "reconfigure"):  # a console may not show every character
             stream.reconfigure(errors="replace")
         setattr(sys, name, stream if needs_output else Unbreakable(stream))
+    args = None
     try:
         args = parse_args()
         try:
@@ -365,7 +366,10 @@ def run(
             return flush_or_drop(sys.stdout)
         script = Path(sys.argv[0]).name
         flush_or_drop(sys.stdout)
-        sys.exit("\n".join(f"{script}: error: {line}" for line in error_lines(error)))
+        message = "\n".join(f"{script}: error: {line}" for line in error_lines(error))
+        # All ranks find the same mistakes in their command line.
+        is_repeated = tell_torchrun(message) and args is None and os.environ.get("RANK") != "0"
+        sys.exit(1 if is_repeated else message)
 
 
 Batch = TypeVar("Batch")

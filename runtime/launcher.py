@@ -1,6 +1,9 @@
 """What torchrun or another launcher of ranks sets in the environment, read in this file only."""
 
+import contextlib
+import json
 import os
+import time
 from dataclasses import dataclass
 
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -58,3 +61,17 @@ def read_number(name: str, default: int | None = None) -> int | None:
     if not text.isdecimal():
         raise ValueError(f"{name} is {text}, which is not a number of at least 0: {ADVICE}")
     return int(text)
+
+
+def tell_torchrun(message: str) -> bool:
+    """Write an error to the file whose text ends torchrun's own report. Returns whether there is one.
+
+    A rank cannot keep torchrun from printing that report, some ten lines a rank, after the error.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return False
+    error = {"message": message, "extraInfo": {"timestamp": int(time.time())}}
+    with contextlib.suppress(OSError), open(path, "w") as file:
+        json.dump({"message": error}, file)
+    return True

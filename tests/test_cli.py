@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, torchrun_options
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import bench
 import fineweb
@@ -255,3 +256,21 @@ def test_control_characters_do_not_reach_a_terminal():
     assert len(shown) == len(text)
     changed = {a for a, b in zip(text, shown, strict=True) if a != b}
     assert changed == {c for c in text if unicodedata.category(c) == "Cc"} - {"\n", "\t"}
+
+
+@pytest.mark.parametrize("rank, when, printed", [("0", "options", 1), ("1", "options", 0), ("1", "main", 1)])
+def test_torchruns_report_ends_with_the_error_and_ranks_do_not_repeat_that_of_options(
+    rank, when, printed, monkeypatch, tmp_path
+):
+    def fail(*args):
+        raise ValueError("no such option")
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(fail, fail if when == "options" else argparse.Namespace)
+    line = "train.py: error: no such option"
+    assert ended.value.code == (line if printed else 1)
+    failure = ProcessFailure(local_rank=int(rank), pid=1, exitcode=1, error_file=str(tmp_path / "error.json"))
+    assert ChildFailedError("train.py", {int(rank): failure}).format_msg().splitlines()[-2].endswith(line)
