@@ -38,15 +38,17 @@ def docstring_lines(name):
 
 README = (REPOSITORY / "README.md").read_text()
 CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text()
-NODES = (REPOSITORY / "docs" / "nodes.md").read_text()
-LINES = {*shell_lines(README + NODES + CONTRIBUTING)}
+DOCS = {path.stem: path.read_text() for path in (REPOSITORY / "docs").glob("*.md")}
+NODES = DOCS["nodes"]
+LINES = {line for text in (README, CONTRIBUTING, *DOCS.values()) for line in shell_lines(text)}
 LINES |= {line for name in SCRIPTS for line in docstring_lines(name)}
 
 
 @pytest.mark.parametrize("line", sorted(LINES))
-def test_every_command_parses(line):
+def test_every_command_parses(line, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     for part in line.split("&&"):
-        words = shlex.split(part, comments=True)
+        words = shlex.split(os.path.expandvars(part), comments=True)
         scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
         if words[:3] == ["pip", "install", "-r"]:
             assert (REPOSITORY / words[3]).exists()
@@ -63,6 +65,20 @@ def test_every_command_parses(line):
             helps = pytest.raises(SystemExit, match="^0$")
             with helps if words[-1] == "--help" else contextlib.nullcontext():
                 script.parse_args(words[scripts[0] + 1 :])
+
+
+PAGES = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", path.read_text()):
+        name, _, anchor = target.partition("#")
+        linked = path.parent / name if name else path
+        assert linked.exists(), target
+        headings = re.findall(r"^#+ (.*)$", linked.read_text(), flags=re.MULTILINE) if anchor else []
+        anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert not anchor or anchor in anchors, target
 
 
 TRAINING = [line for line in sorted(LINES) if re.search(r"^[^#]* train\.py(?! --help)", line)]
