@@ -225,5 +225,5 @@ def test_python_of_the_readme_runs_and_agrees_with_transformers(monkeypatch, cap
 
 
 def test_ci_runs_the_readmes_test_command():
-    (command,) = [line for line in shell_lines(README) if "pytest" in line]
+    (command,) = [line for line in shell_lines(README) if line.endswith("pytest -n 2")]
     assert command in (REPOSITORY / ".ci" / "run").read_text().splitlines()
