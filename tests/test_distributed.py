@@ -6,8 +6,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -49,7 +47,7 @@ torch.compile = functools.partial(torch.compile, backend=counted)
 
 class Counted(train.DistributedDataParallel):
     def __init__(self, *args, **options):
-        super().__init__(*args, **options)
+        super().__init__(*args, **options, bucket_cap_mb={bucket_cap_mb})
         self.register_comm_hook(None, reduce)
 
     def __del__(self):
@@ -76,16 +74,16 @@ for i, args in enumerate({runs}):
 
 
 def test_two_ranks_match_one_with_one_reduction_per_step(run_train, two_ranks):
-    one = run_train("--batch_size 4 --sample_every 3")
+    one = run_train("--batch_size 4 --sample_every 3 --sample_tokens 4")
     args = {**one["run"][0]["args"], "batch_size": 1}
     shutil.copytree("log", "resumed")
     Path("resumed/model_00006.pt").unlink()
     Path("resumed/model_best.pt").unlink()
-    runs = [{**args, "compile": True, "out_dir": "two", "recompute": True}]
+    runs = [{**args, "out_dir": "two", "recompute": True}]
     runs += [{**args, "resume": True, "out_dir": "resumed"}]
     muon = run_train(f"{MUON} --muon_lr 0.05 --batch_ramp 2 --ramp_steps 3", out_dir="one_muon")
     runs += [{**muon["run"][0]["args"], "batch_size": 1, "out_dir": "two_muon"}]
-    Path("two.py").write_text(TWO_RANKS_SCRIPT.format(runs=runs))
+    Path("two.py").write_text(TWO_RANKS_SCRIPT.format(runs=runs, bucket_cap_mb=None))
     output = two_ranks("two.py")
     for folder in ("two", "resumed"):
         two = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
@@ -103,12 +101,12 @@ def test_two_ranks_match_one_with_one_reduction_per_step(run_train, two_ranks):
 
 
 def test_compiled_ranks_with_several_buckets_match_eager_ones(shards, two_ranks):
-    # The block is larger than the first bucket, of 1 MB, and the head is larger than the others, of 25 MB.
-    sizes = "--n_layer 1 --n_embd 160 --vocab_size 50304 --batch_size 1"
+    # The block and the head are larger than a bucket of 1 MB.
+    sizes = "--n_layer 1 --n_embd 160 --vocab_size 2048 --batch_size 1"
     options = f"{TINY} {sizes} --dtype bfloat16 --max_steps 3 --checkpoint_every 0"
     args = vars(train.parse_args(options.split()))
-    runs = [{**args, "out_dir": "eager"}, {**args, "compile": True, "out_dir": "compiled"}]
-    Path("two.py").write_text(TWO_RANKS_SCRIPT.format(runs=runs))
+    runs = [{**args, "out_dir": "eager"}, {**args, "compile": True, "recompute": True, "out_dir": "compiled"}]
+    Path("two.py").write_text(TWO_RANKS_SCRIPT.format(runs=runs, bucket_cap_mb=1))
     output = two_ranks("two.py")
     figures = []
     for folder in ("eager", "compiled"):
@@ -223,7 +221,7 @@ def test_ranks_join_with_their_device_and_wait_for_hours(monkeypatch, capsys, de
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_stops_and_the_run_can_be_resumed(shards, run_train, number):
-    options = "--max_steps 30 --total_batch_size 256 --checkpoint_every 400 --log_every 1 --dropout 0.1"
+    options = "--max_steps 30 --total_batch_size 128 --checkpoint_every 400 --log_every 1 --dropout 0.1"
     life = begin(f"{TINY} {options}", "printed")
     wait_until(lambda: count_lines("log") > 10)
     os.kill(life.pid, number)
@@ -248,7 +246,8 @@ EVALUATIONS = {
 @pytest.mark.parametrize("kind", EVALUATIONS)
 @pytest.mark.parametrize("step", [0, 3])
 def test_signal_ends_an_evaluation_and_the_run_can_be_resumed(run_train, monkeypatch, capsys, kind, step):
-    options = "--hellaswag_data demo --hellaswag_every 3 --sample_every 3 --dropout 0.1"
+    options = "--hellaswag_data demo --hellaswag_every 3 --sample_every 3 --dropout 0.1 "
+    options += "--hellaswag_limit 12 --sample_tokens 4"
     run_train(options, out_dir="whole")
     where, name, counts = EVALUATIONS[kind]
     original, calls = getattr(where, name), []
@@ -305,30 +304,26 @@ def test_torchrun_restarts_a_killed_worker_and_the_run_continues(shards, run_tra
     assert_close(read_losses(kind="val"), read_losses("one", "val"))
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs nohup")
 def test_closed_terminal_stops_torchrun_under_nohup_unless_it_leaves_the_signal_alone(shards):
-    def start(folder: str, *launcher: str) -> subprocess.Popen:
-        options = f"{TINY} --max_steps 4000 --checkpoint_every 4000 --val_every 0 --out_dir {folder}".split()
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-        command = ["nohup", *torchrun, *launcher, str(REPOSITORY / "train.py"), *options]
-        return subprocess.Popen(command, stdout=open(f"{folder}.txt", "w"), stderr=subprocess.STDOUT)
+    def start(folder: str, launcher: str = ""):
+        options = f"{TINY} --max_steps 4000 --checkpoint_every 4000 --val_every 0 --out_dir {folder}"
+        launcher = f"{STANDALONE} --nproc_per_node=1 --monitor-interval=0.1 {launcher}"
+        return torchrun(launcher, options, f"{folder}.txt", nohup=True)
 
     stops, goes_on = start("stops"), start("goes_on", "--signals_to_handle=SIGTERM,SIGINT")
-    try:
-        for folder, process in (("stops", stops), ("goes_on", goes_on)):
-            wait_until(lambda folder=folder: count_lines(folder) > 10, seconds=120)
-            process.send_signal(signal.SIGHUP)
-        assert stops.wait(60) == 1
-        done = len(read_losses("stops"))
-        assert load_checkpoint("stops")["step"] == done < 4000
-        again = "python train.py --resume --out_dir stops continues"
-        assert f"before step {done}: {again}" in Path("stops.txt").read_text()
-        before = count_lines("goes_on")
-        wait_until(lambda: count_lines("goes_on") > before + 10)
-    finally:
-        for process in (stops, goes_on):
-            process.terminate()
-            process.wait(60)
+    for folder, process in (("stops", stops), ("goes_on", goes_on)):
+        wait_until(lambda folder=folder: count_lines(folder) > 10)
+        os.kill(process.pid, signal.SIGHUP)
+    stops.join(60)
+    assert stops.exitcode == 1
+    done = len(read_losses("stops"))
+    assert load_checkpoint("stops")["step"] == done < 4000
+    again = "python train.py --resume --out_dir stops continues"
+    assert f"before step {done}: {again}" in Path("stops.txt").read_text()
+    before = count_lines("goes_on")
+    wait_until(lambda: count_lines("goes_on") > before + 10)
+    goes_on.terminate()
+    goes_on.join(60)
 
 
 def test_rank_that_hangs_ends_the_others_with_step_and_collective(shards):
@@ -403,10 +398,9 @@ def test_failing_rank_ends_the_job_with_its_error(shards):
         "train.learning_rate_at = fails\n"
         "train.main(train.parse_args(sys.argv[1:]))\n"
     )
-    command = f"-m torch.distributed.run --standalone --nproc_per_node=2 one_fails.py {TINY}".split()
-    options = dict(capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
-    ended = subprocess.run([sys.executable, *command], **options, timeout=120)
-    assert ended.returncode != 0 and "RuntimeError: rank 1 is broken" in ended.stderr
+    agent = torchrun(f"{STANDALONE} --nproc_per_node=2", TINY, "printed", "one_fails.py")
+    agent.join(timeout=120)
+    assert agent.exitcode == 1 and "RuntimeError: rank 1 is broken" in Path("printed").read_text()
 
 
 UNREADABLE_SHARDS_SCRIPT = """
