@@ -7,9 +7,10 @@
 
 Writes `edufineweb_{val|train}_{index:06d}.npy` to --out_dir: one-dimensional uint16 arrays of --shard_size
 tokens. The first shard is for validation, and every document starts with the end-of-text token.
-`manifest.json` describes the set. A set that fits into one shard is split instead: its last tenth becomes
-`val` and the rest `train`, as is usual for Tiny Shakespeare. FineWeb-Edu's sample of about 10 billion tokens
-gives about 100 shards of 200 MB. The same command continues an interrupted set and repairs a finished one.
+`manifest.json` describes the set. A set that fits into one shard is split instead: the last tenth of each of
+its --files becomes `val` and the rest `train`, as is usual for Tiny Shakespeare. FineWeb-Edu's sample of
+about 10 billion tokens gives about 100 shards of 200 MB. The same command continues an interrupted set and
+repairs a finished one.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, fields
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ from corpus.inputs import (
     stdlib_inputs,
 )
 from corpus.shards import SAME_IN_ALL_TASKS, difference, read_manifests, read_task_manifest
-from corpus.tokenizer import NAMES, SIZES, BatchTokenizer, get_tokenizer
+from corpus.tokenizer import END_OF_TEXT, NAMES, SIZES, BatchTokenizer, get_tokenizer
 from runtime.cli import (
     Parser,
     Range,
@@ -68,6 +69,7 @@ SMALL_TEXT = 100_000_000  # tokens; `train.py --preset text` is meant for fewer
 # those that tokenize, so three to nine of them keep it busy (LOG.md, 2026-11-29).
 MOST_WORKERS = 8
 MOST_VALIDATION = 0.2  # share of a set; where the first shard is more, a tenth of the set is validation
+MOST_NAMED, SHOWN_TOKENS = 5, 12  # files, and the beginning of a document, on the console
 
 
 def encode_chunk(chunk: Chunk, tokenizer: BatchTokenizer) -> tuple[np.ndarray, int]:
@@ -165,6 +167,7 @@ class ShardSet:
         task = manifest["task_index"], manifest["task_count"]
         self.path = out_dir / f"{task_name('manifest', *task)}.json"
         self.sizes = np.cumsum([0, *(each.size for each in fetcher.inputs)])
+        self.input_tokens = np.zeros(len(fetcher.inputs), dtype=int)  # those that `shards` has read
 
     def shards(
         self, start: Position, size: int, left: int, done: int = 0, skipped: int = 0
@@ -177,6 +180,7 @@ class ShardSet:
         chunks = read_chunks(self.fetcher, form, start[:2])
         stream = encode_chunks(chunks, self.tokenizer, self.workers)
         buffer, filled, drop = np.empty(size, dtype=np.uint16), 0, start[2]
+        self.input_tokens[:] = 0
         if left + done == sys.maxsize:  # no limit
             self.fetcher.prefetch(start[0], len(self.sizes))
         with tqdm(
@@ -186,9 +190,11 @@ class ShardSet:
                 taken = min(drop, len(tokens))
                 drop -= taken
                 tokens = tokens[: taken + left]
-                left -= len(tokens) - taken
-                done += len(tokens) - taken  # a bar that is not shown does not count
-                bar.update(len(tokens) - taken)
+                new = len(tokens) - taken
+                self.input_tokens[chunk.input] += new
+                left -= new
+                done += new  # a bar that is not shown does not count
+                bar.update(new)
                 done_bytes = self.sizes[chunk.input] + chunk.share * self.fetcher.inputs[chunk.input].size
                 bar.total = min(int(done * self.sizes[-1] / max(done_bytes, 1)), total)
                 # A limited set ends about here, with as many tokens per byte as before.
@@ -215,12 +221,13 @@ class ShardSet:
         for tokens, following, skipped_now in self.shards(start, size, left, done, skipped):
             parts = [tokens]
             if following is None and not records and task_count == 1:
-                cut = int(0.9 * len(tokens))
-                if cut == 0:
+                is_val = self.held_out(len(tokens))
+                if is_val.all():
                     raise ValueError(
                         f"{len(tokens)} tokens are too few for a val and a train shard: add more text"
                     )
-                parts = [tokens[cut:], tokens[:cut]]
+                self.describe_split(tokens, is_val)
+                parts = [tokens[is_val], tokens[~is_val]]
             made = [self.write(len(records) + i, part) for i, part in enumerate(parts)]
             records += [{**record, "next": following, "skipped": skipped_now} for record in made]
             if following is None and task_count == 1:
@@ -229,6 +236,32 @@ class ShardSet:
             self.manifest["complete"] = following is None
             self.save_manifest()
             self.fetcher.release(following[0] if following else len(self.fetcher.inputs))
+
+    def held_out(self, total: int) -> np.ndarray:
+        """Return which tokens of a set that is split are for validation: the last tenth of each file.
+
+        Sets of older versions, and those that are not made of --files, have the last tenth of all tokens.
+        """
+        is_val = np.zeros(total, dtype=bool)
+        ends = np.cumsum(self.input_tokens) if self.manifest.get("splits_each_file") else [total]
+        for start, end in pairwise([0, *ends]):
+            is_val[start + int(0.9 * (end - start)) : end] = True
+        return is_val
+
+    def describe_split(self, tokens: np.ndarray, is_val: np.ndarray) -> None:
+        """Say which files have a part in the validation shard, and which documents are also in training."""
+        if self.manifest.get("splits_each_file"):
+            names = [self.fetcher.inputs[index].path for index in np.flatnonzero(self.input_tokens)]
+            more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
+            tqdm.write(f"validation is the last tenth of each file: {', '.join(names[:MOST_NAMED])}{more}")
+        if found := repeated_documents(tokens, is_val, self.manifest["eot_token"]):
+            index = np.searchsorted(np.cumsum(self.input_tokens), found[0], side="right")
+            beginning = self.tokenizer.encoding.decode(tokens[found[0] + 1 :][:SHOWN_TOKENS].tolist())
+            tqdm.write(
+                f"warning: {len(found):,} document(s) are in both training and validation, the first is in "
+                f"{self.fetcher.inputs[index].path} and begins with {beginning.partition(END_OF_TEXT)[0]!r}: "
+                "remove repeated documents, or the validation loss is too low"
+            )
 
     def reopen(self) -> None:
         """Make a set that a limit has ended one that `extend` continues, as if there had been no limit.
@@ -295,8 +328,6 @@ class ShardSet:
     def start(self, number: int) -> Position:
         """Return where the tokens of a shard begin."""
         records = self.manifest["shards"]
-        if len(records) == 2 and records[0]["next"] is None:  # one shard that was split: its end is val
-            return (0, 0, 0) if number else (0, 0, records[1]["tokens"])
         if number == 0:
             return (0, 0, 0)
         # Nothing follows the last regular shard but the rest of the first one.
@@ -304,10 +335,33 @@ class ShardSet:
 
     def repair(self, number: int) -> None:
         """Rebuild one shard. Raises ValueError if the inputs no longer give the same tokens."""
-        record = self.manifest["shards"][number]
-        start, done = self.start(number), sum(r["tokens"] for r in self.manifest["shards"][:number])
-        tokens, _, _ = next(self.shards(start, record["tokens"], record["tokens"], done))
+        records = self.manifest["shards"]
+        record, sizes = records[number], [each["tokens"] for each in records]
+        if len(records) == 2 and records[0]["next"] is None:  # one shard that was split
+            tokens, _, _ = next(self.shards((0, 0, 0), sum(sizes), sum(sizes)))
+            is_val = self.held_out(len(tokens))
+            tokens = tokens[~is_val if number else is_val]
+        else:
+            done = sum(sizes[:number])
+            tokens, _, _ = next(self.shards(self.start(number), sizes[number], sizes[number], done))
         self.write(number, tokens, record["sha256"])
+
+
+def repeated_documents(tokens: np.ndarray, is_val: np.ndarray, eot_token: int) -> list[int]:
+    """Return where the documents begin that are validated on what an equal one trains on; one of each kind.
+
+    A document has its first tokens in training and the others in validation. Where two equal ones differ in
+    how many that are, they share some.
+    """
+    starts = np.flatnonzero(tokens == eot_token)
+    val_tokens = np.add.reduceat(is_val, starts, dtype=int)
+    spans = pairwise([*starts, len(tokens)])
+    hashes = np.fromiter((hash(tokens[start:end].tobytes()) for start, end in spans), int, len(starts))
+    order = np.lexsort((val_tokens, hashes))
+    before, after = order[:-1], order[1:]
+    repeats = after[(hashes[before] == hashes[after]) & (val_tokens[before] < val_tokens[after])]
+    _, first_of_kind = np.unique(hashes[repeats], return_index=True)
+    return sorted(starts[repeats[first_of_kind]].tolist())
 
 
 class TokenShardSet(ShardSet):
@@ -447,6 +501,7 @@ def prepare(
     n_vocab = SIZES["gpt2"] if names else get_tokenizer(recipe.tokenizer).n_vocab
     manifest = asdict(recipe) | {"vocab_size": n_vocab, "eot_token": n_vocab - 1}
     manifest |= {"skipped_documents": 0, "shards": [], "complete": False}
+    manifest["splits_each_file"] = "files" in recipe.source and not names
     found = read_task_manifest(out_dir, task_index, task_count)
     is_continued = resume and found and found["shards"]
     check_same_set(out_dir, manifest, replaced=None if is_continued else found)

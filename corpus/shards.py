@@ -24,6 +24,7 @@ MANIFEST_TYPES = (
         **{"max_tokens": int | None, "task_index": int, "task_count": int, "skipped_documents": int},
     },
 )
+NEWER_TYPES = {"contents": list, "splits_each_file": bool}  # which older versions lack
 CONTENT_TYPES = {"size": int, "modified_ns": int, "sha256": str}  # of `corpus.inputs.content_of`
 SHARD_TYPES = ({"name": str, "tokens": int}, {"documents": int, "sha256": str, "next": list | None})
 NEWER_SHARD_TYPES = {"skipped": int}  # documents before its end; older versions lack it
@@ -52,7 +53,7 @@ def read_manifests(out_dir: Path) -> list[dict]:
     for path in sorted(out_dir.glob("manifest*.json")):
         with parsing(path, "a manifest of shards", "make the set again in another folder"):
             manifest = json.loads(path.read_bytes())
-            check_types(manifest, MANIFEST_TYPES[0], MANIFEST_TYPES[1] | {"contents": list})
+            check_types(manifest, MANIFEST_TYPES[0], MANIFEST_TYPES[1] | NEWER_TYPES)
             for content in manifest.get("contents", []):
                 check_types(content, CONTENT_TYPES)
             if not 0 < manifest.get("vocab_size", 1) <= 2**16 or not 0 < manifest.get("shard_size", 1):

@@ -89,6 +89,99 @@ def test_set_of_one_shard_is_split_and_its_last_tenth_is_val():
     assert shards["edufineweb_val_000000.npy"].tolist() == [ord("x")] * 100
 
 
+def last_tenths(parts):
+    """The validation and training tokens of files with these tokens, in plain Python."""
+    cuts = [int(0.9 * len(part)) for part in parts]
+    val = [token for part, cut in zip(parts, cuts, strict=True) for token in part[cut:]]
+    return val, [token for part, cut in zip(parts, cuts, strict=True) for token in part[:cut]]
+
+
+def test_validation_is_the_last_tenth_of_each_file_for_any_number_of_workers(files, capsys, monkeypatch):
+    monkeypatch.setattr(documents, "DOCUMENTS_PER_CHUNK", 1)
+    for name, text in (("empty.txt", ""), ("tiny.txt", "x"), ("long.txt", "a b " * 300)):
+        Path(name).write_text(text)
+    arguments = ("--files", *files, "empty.txt", "tiny.txt", "long.txt", "--tokenizer", "byte", "--out_dir")
+    for workers in (1, 3):
+        cli(*arguments, f"out{workers}", "--workers", workers)
+    assert contents("out1") == contents("out3")
+    texts = [TEXTS[:2], TEXTS[2:3], TEXTS[3:5], TEXTS[5:], ["x"], ["a b " * 300]]
+    val, train = last_tenths([expected_tokens(part) for part in texts])
+    shards = load_shards("out1")
+    assert shards["edufineweb_val_000000.npy"].tolist() == val
+    assert shards["edufineweb_train_000001.npy"].tolist() == train
+    manifest = json.loads(Path("out1/manifest.json").read_text())
+    assert sum(shard["documents"] for shard in manifest["shards"]) == 7
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("validation")]
+    names = [*(str(Path(files[1]).with_name(name)) for name in ("1.jsonl", "2.txt", "3.jsonl.gz")), files[1]]
+    assert said == 2 * [f"validation is the last tenth of each file: {', '.join(names)}, tiny.txt and 1 more"]
+
+
+def test_set_of_several_files_is_repaired_and_split_again_when_its_limit_is_raised(files):
+    arguments = ("--files", *files, "--tokenizer", "byte", "--out_dir")
+    cli(*arguments, "whole")
+    for limit in (["--max_tokens", 50], []):
+        cli(*arguments, "out", *limit)
+    assert contents("out") == contents("whole")
+    for shard in Path("out").glob("*.npy"):
+        shard.unlink()
+    cli(*arguments, "out")
+    assert contents("out") == contents("whole")
+
+
+def test_set_of_several_files_from_an_older_version_keeps_the_last_tenth_of_all(files):
+    """Those sets say nothing about it in their manifest."""
+    arguments = ("--files", *files, "--tokenizer", "byte", "--out_dir", "out")
+    cli(*arguments, "--max_tokens", 100)
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    assert manifest.pop("splits_each_file") is True
+    stream = expected_tokens()
+    for record, tokens in zip(manifest["shards"], (stream[90:100], stream[:90]), strict=True):
+        np.save(Path("out", record["name"]), np.array(tokens, dtype=np.uint16))
+        digest = hashlib.sha256(Path("out", record["name"]).read_bytes()).hexdigest()
+        record |= {"tokens": len(tokens), "documents": tokens.count(EOT), "sha256": digest}
+    Path("out/manifest.json").write_text(json.dumps(manifest, indent=2))
+    before = {name: tokens.tolist() for name, tokens in load_shards("out").items()}
+    for name in before:
+        Path("out", name).unlink()
+        cli(*arguments, "--max_tokens", 100)
+        assert {name: tokens.tolist() for name, tokens in load_shards("out").items()} == before
+    cli(*arguments)  # without the limit
+    cut = int(0.9 * len(stream))
+    assert [tokens.tolist() for tokens in load_shards("out").values()] == [stream[cut:], stream[:cut]]
+
+
+def overlapping_documents(parts):
+    """The texts of which one copy is validated on a byte that another copy trains on, in plain Python."""
+    seen = {}
+    for texts in parts:
+        places = [(text, place) for text in texts for place in range(len(text) + 1)]  # with end-of-text
+        for number, (text, place) in enumerate(places):
+            is_val = number >= int(0.9 * len(places))
+            seen.setdefault(text, {}).setdefault(place, set()).add(is_val)
+    return {text for text, places in seen.items() if any(len(splits) == 2 for splits in places.values())}
+
+
+def test_repeated_documents_in_training_and_validation_are_counted(capsys):
+    rng = np.random.default_rng(0)
+    counts = set()
+    for number in range(20):
+        kinds = [f"text {kind} {'z' * int(rng.integers(20))}" for kind in range(25)]
+        parts = [[str(rng.choice(kinds)) for _ in range(rng.integers(1, 12))] for _ in range(3)]
+        for name, texts in zip("abc", parts, strict=True):
+            Path(f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        cli("--files", "a.jsonl", "b.jsonl", "c.jsonl", "--tokenizer", "byte", "--out_dir", f"out{number}")
+        warning = "warning: ([0-9]+) document.* is in (.).jsonl and begins with '(.*)':"
+        said = re.findall(warning, capsys.readouterr().out)
+        expected = overlapping_documents(parts)
+        assert len(said) == bool(expected)
+        for count, name, beginning in said:
+            assert int(count) == len(expected)
+            texts = expected & {*parts["abc".index(name)]}
+            assert beginning and any(text.startswith(beginning) for text in texts)
+        counts.add(len(expected))
+    assert {0, 1, 2} <= counts
+
+
 def test_max_tokens_limits_the_set(files):
     cli("--files", *files, "--tokenizer", "byte", "--shard_size", 20, "--max_tokens", 50, "--out_dir", "out")
     assert token_stream("out") == expected_tokens()[:50]
