@@ -27,7 +27,6 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from corpus.documents import Chunk, Format, Position, not_empty, read_chunks, read_token_file
 from corpus.inputs import (
@@ -52,6 +51,8 @@ from runtime.cli import (
     run,
     this_command,
     user_path,
+    watched,
+    watching,
 )
 from runtime.files import (
     FolderLock,
@@ -179,15 +180,13 @@ class ShardSet:
         buffer, filled, drop = np.empty(size, dtype=np.uint16), 0, start[2]
         if left + done == sys.maxsize:  # no limit
             self.fetcher.prefetch(start[0], len(self.sizes))
-        with tqdm(
-            unit="tok", unit_scale=True, desc="tokenizing", initial=done, disable=None, leave=False
-        ) as bar:
+        with watching("tokenizing", unit="tokens", unit_scale=True, initial=done) as bar:
             for chunk, tokens, skipped_here in stream:
                 taken = min(drop, len(tokens))
                 drop -= taken
                 tokens = tokens[: taken + left]
                 left -= len(tokens) - taken
-                done += len(tokens) - taken  # a bar that is not shown does not count
+                done += len(tokens) - taken
                 bar.update(len(tokens) - taken)
                 done_bytes = self.sizes[chunk.input] + chunk.share * self.fetcher.inputs[chunk.input].size
                 bar.total = min(int(done * self.sizes[-1] / max(done_bytes, 1)), total)
@@ -326,7 +325,7 @@ class TokenShardSet(ShardSet):
         for each in inputs[len(records) :]:
             if each.repo is None:
                 read_token_file(Path(each.path))  # before anything is written
-        with tqdm(total=len(inputs), initial=len(records), unit="file", disable=None, leave=False) as bar:
+        with watching("reading", len(inputs), "files", initial=len(records)) as bar:
             while not self.manifest["complete"]:
                 number = len(records)
                 done = sum(record["tokens"] for record in records)
@@ -380,8 +379,8 @@ def bad_shards(out_dir: Path, manifest: dict) -> list[int]:
         path = out_dir / record["name"]
         return path.exists() and file_hash(path) == record["sha256"]
 
-    bar = tqdm(manifest["shards"], desc="verifying", disable=None, leave=False)
-    return [number for number, record in enumerate(bar) if not is_intact(record)]
+    shards = watched(manifest["shards"], "verifying", "shards")
+    return [number for number, record in enumerate(shards) if not is_intact(record)]
 
 
 def shard_name(number: int, manifest: dict) -> str:

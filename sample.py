@@ -27,7 +27,7 @@ from corpus.tokenizer import encode, tokenizer_for
 from formats.checkpoint import describe_pretrained
 from formats.hugging_face import export
 from model import GPT, KVCache
-from runtime.cli import SEED, Parser, Range, check_options, command_line, run, user_path, visible
+from runtime.cli import SEED, Parser, Range, check_options, command_line, run, user_path, visible, watching
 from runtime.files import check_new_folder
 from runtime.hardware import can_compile, choose_device, masked_attention
 
@@ -315,7 +315,8 @@ def main(args: argparse.Namespace) -> None:
     if line := describe_pretrained(args.model, model.metadata):
         print(line, file=sys.stderr, flush=True)
     if args.export:
-        export(model, args.model, args.export)
+        with watching(f"writing {args.export}"):
+            export(model, args.model, args.export)
         print(f"wrote {args.export}: {command_line('sample.py', '--model', args.export)}")
         return
     tokenizer = tokenizer_for(model)

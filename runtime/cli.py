@@ -5,6 +5,8 @@ import contextlib
 import difflib
 import errno
 import inspect
+import io
+import math
 import operator
 import os
 import re
@@ -24,7 +26,7 @@ from runtime.launcher import read_launcher
 
 USER_ERRORS = (ValueError, OSError, MemoryError)  # what users and their machines can cause
 LONGEST_LINE = 700
-BAR_AFTER_S, LINE_EVERY_S = 1.0, 30.0  # of an evaluation, on a terminal and otherwise
+BAR_EVERY_S, LINE_EVERY_S = 1.0, 10.0  # in which `watching` shows how far it is, on a terminal and otherwise
 THIS_COMMAND = "this command"  # the group of options that a resumed run does not take over
 # What to do about an error of the system.
 ADVICE = {
@@ -347,7 +349,7 @@ def run(
     for name in ("stdout", "stderr"):  # None if it was closed
         stream = getattr(sys, name) or open(os.devnull, "w")
         if name == "stdout" and hasattr(stream, "reconfigure"):  # a console may not show every character
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace", line_buffering=True)  # a file or pipe gets lines at once
         setattr(sys, name, stream if needs_output else Unbreakable(stream))
     try:
         args = parse_args()
@@ -368,20 +370,59 @@ def run(
         sys.exit("\n".join(f"{script}: error: {line}" for line in error_lines(error)))
 
 
+class Lines(tqdm):
+    """A progress bar where there is no terminal: it prints lines."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if msg is None:  # otherwise it is removed
+            done = "{n_fmt} of {total_fmt} {unit}, {elapsed} so far, about {remaining} left"
+            self.bar_format = "{desc}: " + (done if self.total else "{elapsed} so far")
+            print(self, file=sys.stderr, flush=True)
+
+
+in_progress: list[tqdm] = []
+
+
+@contextlib.contextmanager
+def watching(what: str, total: int | None = None, unit: str = "", **options) -> Iterator[tqdm]:
+    """Show on the main rank how far a block is that takes long, by a bar or, without a terminal, by lines.
+
+    The block calls the bar's `update`. What it is doing shows even if it does not get to that. Of blocks
+    inside one another, only the innermost one shows itself.
+    """
+    options |= dict(desc=what, total=total, unit=unit, leave=False, disable=read_launcher().rank > 0)
+    if sys.stderr.isatty():
+        bar, every_s = tqdm(delay=BAR_EVERY_S, **options), BAR_EVERY_S
+    else:
+        bar, every_s = Lines(file=io.StringIO(), delay=math.inf, **options), LINE_EVERY_S
+    ended = threading.Event()
+
+    def show() -> None:
+        while not ended.wait(every_s):
+            if bar is in_progress[-1]:
+                bar.refresh()
+                bar.last_print_t = time.time()  # or `close` would not remove it
+
+    in_progress.append(bar)
+    threading.Thread(target=show, daemon=True).start()
+    try:
+        yield bar
+    finally:
+        ended.set()
+        in_progress.remove(bar)
+        bar.close()
+
+
 Batch = TypeVar("Batch")
 
 
-def watched(batches: Sequence[Batch], what: str, *, shown: bool, stop: object = False) -> Iterator[Batch]:
-    """Yield the batches of an evaluation until `stop` is true; a bar or, without a terminal, lines tell how
-    far it is if they are `shown`."""
-    said = time.monotonic()
-    with tqdm(
-        batches, what, unit="batch", leave=False, delay=BAR_AFTER_S, disable=None if shown else True
-    ) as bar:
-        for i, batch in enumerate(bar):
+def watched(
+    batches: Sequence[Batch], what: str, unit: str = "batches", stop: object = False
+) -> Iterator[Batch]:
+    """Yield the batches until `stop` is true, and show how far that is."""
+    with watching(what, len(batches), unit) as bar:
+        for batch in batches:
             if stop:
                 return
-            if shown and bar.disable and time.monotonic() - said > LINE_EVERY_S:
-                tqdm.write(f"{what}: {i:,} of {len(batches):,} batches")
-                said = time.monotonic()
             yield batch
+            bar.update()

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from diagnosis.published import name_of
 from runtime import hardware
+from runtime.cli import watched, watching
 from runtime.distributed import Distributed, together
 from runtime.machine import process_age
 from training.checkpoints import to_host, training_state
@@ -79,6 +80,7 @@ def keep_targets(batch: Batch, first: int, end: int) -> Batch:
     return x, kept
 
 
+@watching("comparing gradients")
 def check_gradients(run) -> None:
     """Compute the gradient of a micro-batch in ways that have to agree, and print how much they differ.
 
@@ -156,6 +158,7 @@ class Stopwatch:
         (seconds,) = self.dist.sum(time.perf_counter() - started)
         return seconds / self.dist.world_size
 
+    @watching("measuring an evaluation")
     def extrapolate(self, call: Callable[[int], object], whole: int) -> float:
         """Return the seconds of call(whole), measured with a smaller number if that would take long.
 
@@ -167,6 +170,7 @@ class Stopwatch:
         return seconds * whole / n
 
 
+@watching("measuring steps")
 def time_steps(run, train_step: Callable, stopwatch: Stopwatch) -> tuple[list[float], list[dict]]:
     """Return the seconds of a few steps, after two to warm up, and the records of all.
 
@@ -189,6 +193,7 @@ def time_steps(run, train_step: Callable, stopwatch: Stopwatch) -> tuple[list[fl
     return [each * micro_steps / n for each in seconds], records
 
 
+@watching("measuring a micro-step")
 def cut_batch_size(run, stopwatch: Stopwatch) -> int:
     """Lower the batch size of the loaders if a micro-step would take long, and return it.
 
@@ -286,7 +291,7 @@ def rehearse(run, train_step: Callable, evaluations: list, tokens_at: Callable) 
         # Any validation may be the best one so far; without validation, none is written at the start.
         times = times_due(step, args.max_steps, args.checkpoint_every, args.val_every)
         times -= not args.val_every and step % args.checkpoint_every == 0
-        for _ in range(2):  # the first one reserves the memory
+        for _ in watched(range(2), "copying a checkpoint", "times"):  # the first one reserves the memory
             held_s = stopwatch(lambda: to_host(training_state(run), host) if dist.is_main else None)
         costs.append(("checkpoints", times, held_s * dist.world_size))
     if memory := hardware.memory(dist.device):
