@@ -27,6 +27,7 @@ from runtime import hardware
 from runtime.cli import LINE_EVERY_S, command_line, watching, with_these_ranks
 from runtime.files import is_same_file, write_atomically
 from runtime.log import read_records
+from runtime.machine import idle_cores
 from training.checkpoints import CheckpointWriter, is_last_step, is_sound, numbered, training_state
 from training.describe import about_run
 from training.folder import RunFolder
@@ -61,6 +62,7 @@ class Log:
                     kept.append(record)
                     wandb_id = record.get("wandb") or wandb_id
                     self.watch.feed(record)  # what it has said before is not said again
+        self.watch.idle_cores = idle_cores
         lines = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(path, lambda file: file.write(lines.encode()))
         self.file = open(path, "ab+", buffering=0)
