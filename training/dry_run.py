@@ -20,7 +20,6 @@ from runtime.cli import watched, watching
 from runtime.distributed import Distributed, together
 from runtime.machine import process_age
 from training.checkpoints import to_host, training_state
-from training.facts import expectations
 from training.prepare import common_tokens
 from training.records import speed_of
 
@@ -275,9 +274,6 @@ def rehearse(run, train_step: Callable, evaluations: list, tokens_at: Callable) 
         parts.append(f"mfu {speed['mfu']:.1%}")
     dist.say(f"{'speed':12} {', '.join(parts)}{cut}")
     report_losses(dist, records, args.vocab_size)
-    with together(dist):
-        for name, line in expectations(run, tokens_at) if dist.is_main else ():
-            dist.say(f"{name:12} {line}")
 
     costs = [("steps", args.max_steps - step, tokens_left / speed["tokens_per_s"] / (args.max_steps - step))]
     for evaluation in evaluations:
