@@ -53,7 +53,7 @@ from runtime.cli import Parser, Range, check_options, count, run, summary, user_
 from runtime.files import file_hash, write_json
 from runtime.hardware import synchronize
 from runtime.log import read_log
-from runtime.machine import usable_cores
+from runtime.machine import free_cores, usable_cores
 from sample import generate
 from training.prepare import write_random_shards
 
@@ -418,6 +418,7 @@ def usual_steps(options: dict, device: torch.device) -> tuple[float, float, floa
     """Run the usual loop with transformers; return `step_times` and the peak memory."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    torch.set_num_threads(options["threads"])
     sizes = {name: options[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     rates = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
     config = GPT2Config(n_positions=options["block_size"], **sizes, **rates)
@@ -473,6 +474,7 @@ def bench_train(args: argparse.Namespace, device: torch.device) -> list[dict]:
     names = ("n_layer", "n_head", "n_embd", "batch_size", "block_size", "dtype")
     options = {name: getattr(args, name) for name in names}
     options |= {"vocab_size": PADDED_VOCAB_SIZE, "max_steps": args.steps + WARM_UP_STEPS}
+    options["threads"] = torch.get_num_threads()  # on CPUs, for all ways what is free now
     ranks = ranks_on(device)
     ours = functools.partial(run_train, device=device, ranks=ranks)
     muon = options | {"optimizer": "muon"}
@@ -548,7 +550,7 @@ def bench_sweep(args: argparse.Namespace, device: torch.device) -> list[dict]:
     grid = [[(name, value) for value in values or [""]] for name, values in args.options.items()]
     varied = {name for name, values in args.options.items() if len(values) > 1}
     folder = Path(args.out_dir)
-    threads = {**os.environ, "OMP_NUM_THREADS": str(max(usable_cores() // args.jobs, 1))}
+    threads = {**os.environ, "OMP_NUM_THREADS": str(max(free_cores() // args.jobs, 1))}
 
     def train_once(settings: tuple[tuple[str, str], ...], seed: str) -> None:
         name = ",".join([args.name, *(f"{key}={value}" for key, value in settings if key in varied)])
@@ -717,8 +719,8 @@ def alternate(
     runs = list(itertools.product(range(rounds + warm_up), ways.items()))
     with watching("", len(runs), "runs") as bar:
         for round_number, (name, way) in runs:
-            what = f"round {round_number + 1} of {rounds + warm_up}, {name}"
-            bar.set_description_str(what, refresh=round_number == 0)
+            text = f"round {round_number + 1} of {rounds + warm_up}, {name}"
+            bar.set_description_str(text, refresh=round_number == 0)
             synchronize(device)
             start = time.perf_counter()
             results[name] = way()
