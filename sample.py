@@ -323,25 +323,30 @@ def main(args: argparse.Namespace) -> None:
     model.to(device=device, dtype=getattr(torch, args.dtype))
     generator = torch.Generator(device).manual_seed(args.seed)
     warn = functools.partial(print, file=sys.stderr, flush=True)
-    compiled = args.compile and can_compile(device, warn, "leave out --compile")
+    with watching("trying torch.compile"):
+        compiled = args.compile and can_compile(device, warn, "leave out --compile")
+    if compiled:
+        warn("the first text waits until its code is compiled")
 
     def say(text: str) -> None:
         print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
 
     def answer(prompts: list[str]) -> None:
-        first, *others = complete(
-            model,
-            tokenizer,
-            prompts,
-            args.max_new_tokens,
-            num_samples=args.num_samples,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            generator=generator,
-            compiled=compiled,
-            on_text=say,
-        )
+        # On a terminal, the first text shows itself.
+        with contextlib.nullcontext() if sys.stdout.isatty() else watching("writing texts"):
+            first, *others = complete(
+                model,
+                tokenizer,
+                prompts,
+                args.max_new_tokens,
+                num_samples=args.num_samples,
+                temperature=args.temperature,
+                top_k=args.top_k,
+                top_p=args.top_p,
+                generator=generator,
+                compiled=compiled,
+                on_text=say,
+            )
         say("".join(SEPARATOR + text for text in others) + "\n")
 
     if not args.interactive:

@@ -380,7 +380,7 @@ class Lines(tqdm):
             print(self, file=sys.stderr, flush=True)
 
 
-in_progress: list[tqdm] = []
+in_progress: list[threading.Event] = []  # of the blocks that are at work, the end of each
 
 
 @contextlib.contextmanager
@@ -399,17 +399,17 @@ def watching(what: str, total: int | None = None, unit: str = "", **options) -> 
 
     def show() -> None:
         while not ended.wait(every_s):
-            if bar is in_progress[-1]:
+            if in_progress[-1:] == [ended]:
                 bar.refresh()
                 bar.last_print_t = time.time()  # or `close` would not remove it
 
-    in_progress.append(bar)
+    in_progress.append(ended)
     threading.Thread(target=show, daemon=True).start()
     try:
         yield bar
     finally:
         ended.set()
-        in_progress.remove(bar)
+        in_progress.remove(ended)
         bar.close()
 
 
