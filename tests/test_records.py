@@ -61,7 +61,7 @@ def test_console_describes_the_run_and_aligns_steps(run_train, shards, capsys):
         f"in nats per byte, the lower the better: guessing has {guessing:.2f}, knowing only how frequent "
         f"each byte is {frequencies:.2f}"
     )
-    assert about["plan"].startswith("every 3 steps validation; every 2 steps checkpoints; the lines of steps")
+    assert about["plan"].startswith("every 3 steps validations; every 2 steps checkpoints; the lines of")
     weights = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() > 1)
     rest = model.num_params() - weights
     assert sorted(about["optimizer"].split("; ")) == [

@@ -18,12 +18,8 @@ from training.checkpoints import disk_usage
 from training.facts import data_facts, prospects
 
 FEW_EPOCHS, MANY_EPOCHS = 0.1, 10.0
-NAMES = {
-    "val": "validation",
-    "HellaSwag items": "HellaSwag",
-    "sample": "samples",
-    "checkpoint": "checkpoints",
-}
+# Of what is due every so many steps.
+NAMES = {"val": "validations", "hellaswag": "HellaSwag", "sample": "samples", "checkpoint": "checkpoints"}
 OTHER_FILES = 64  # besides shards: sockets, libraries, log, checkpoints
 
 

@@ -20,6 +20,7 @@ from runtime.cli import watched, watching
 from runtime.distributed import Distributed, together
 from runtime.machine import process_age
 from training.checkpoints import to_host, training_state
+from training.describe import NAMES
 from training.prepare import common_tokens
 from training.records import speed_of
 
@@ -30,7 +31,6 @@ FP16_SCALE = 1024.0  # keeps small gradients from vanishing, and large ones fini
 MICRO_STEP_S, STEPS_S, EVALUATION_S = 8.0, 15.0, 2.0  # about how long a measurement may take
 MOST_STEPS = 500
 UNSTEADY = 2.0  # the slowest tenth of the steps takes this many times as long as the fastest
-NAMES = {"val": "validations", "hellaswag": "HellaSwag", "sample": "samples"}  # in the forecast
 SLOW_DATA = 0.03  # from this share of a step on, waiting for data is worth a word
 
 Batch = tuple[torch.Tensor, torch.Tensor]

@@ -14,6 +14,7 @@ from corpus.shards import Shards, open_shard
 from diagnosis.history import History
 from diagnosis.published import dataset_of, expectation, token_of, unit_of
 from diagnosis.signs import DATA_SIGNS
+from training.overfit import ENOUGH
 
 # Of so many, the entropy of the 30,000 of GPT-2's ids that occur comes out too low by about
 # 30,000 / 2 / 2 ** 20 = 0.014 nats (Miller 1955, "Note on the Bias of Information Estimates").
@@ -88,6 +89,9 @@ def prospects(run, tokens_at: Callable, expected: str | None) -> list[tuple[str,
     consumed = list(accumulate((tokens_at(step, args) for step in steps), initial=0))
     history.run = {"args": vars(args), "data": data_facts(run)}
     scale += f", knowing only how frequent each {token} is {history.data['unigram_entropy']:.2f}"
-    lines = [("loss", scale), ("expect", expectation(history, consumed) or expected)]
+    good = expectation(history, consumed) or expected
+    if args.overfit_batch:
+        good = f"a loss of one batch below {ENOUGH}"
+    lines = [("loss", scale), ("expect", good)]
     lines += [("warning", sign(history)) for sign in DATA_SIGNS if args.dry_run]
     return [(name, line) for name, line in lines if line]
