@@ -571,9 +571,9 @@ def bench_sweep(args: argparse.Namespace, device: torch.device) -> list[dict]:
 
     # Seeds are the outer loop, so that a change in the speed of the machine affects all settings.
     runs = [(each, seed) for seed in args.seeds for each in itertools.product(*grid)]
-    with ThreadPoolExecutor(args.jobs) as pool, watching("sweep", len(runs), "runs") as bar:
+    with ThreadPoolExecutor(args.jobs) as pool, watching("sweep", len(runs), "runs") as work:
         for _ in pool.map(lambda each: train_once(*each), runs):
-            bar.update()
+            work.update()
     return compare_runs(folder, args.baseline)
 
 
@@ -717,10 +717,11 @@ def alternate(
     """
     seconds, results = {name: [] for name in ways}, {}
     runs = list(itertools.product(range(rounds + warm_up), ways.items()))
-    with watching("", len(runs), "runs") as bar:
+    with watching("", len(runs), "runs") as work:
         for round_number, (name, way) in runs:
-            text = f"round {round_number + 1} of {rounds + warm_up}, {name}"
-            bar.set_description_str(text, refresh=round_number == 0)
+            work.what = f"round {round_number + 1} of {rounds + warm_up}, {name}"
+            if round_number == 0:
+                work.show()
             synchronize(device)
             start = time.perf_counter()
             results[name] = way()
@@ -728,7 +729,7 @@ def alternate(
             taken = time.perf_counter() - start
             if round_number >= warm_up:
                 seconds[name].append(results[name] if isinstance(results[name], float) else taken)
-            bar.update()
+            work.update()
     base = next(iter(seconds.values()))
     rows = []
     for name, each in seconds.items():

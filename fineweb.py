@@ -180,16 +180,16 @@ class ShardSet:
         buffer, filled, drop = np.empty(size, dtype=np.uint16), 0, start[2]
         if left + done == sys.maxsize:  # no limit
             self.fetcher.prefetch(start[0], len(self.sizes))
-        with watching("tokenizing", unit="tokens", unit_scale=True, initial=done) as bar:
+        with watching("tokenizing", unit="tokens", unit_scale=True, initial=done) as work:
             for chunk, tokens, skipped_here in stream:
                 taken = min(drop, len(tokens))
                 drop -= taken
                 tokens = tokens[: taken + left]
                 left -= len(tokens) - taken
                 done += len(tokens) - taken
-                bar.update(len(tokens) - taken)
+                work.update(len(tokens) - taken)
                 done_bytes = self.sizes[chunk.input] + chunk.share * self.fetcher.inputs[chunk.input].size
-                bar.total = min(int(done * self.sizes[-1] / max(done_bytes, 1)), total)
+                work.total = min(int(done * self.sizes[-1] / max(done_bytes, 1)), total)
                 # A limited set ends about here, with as many tokens per byte as before.
                 last_byte = done_bytes * (1 + left / max(done, 1))
                 self.fetcher.prefetch(chunk.input, np.searchsorted(self.sizes, last_byte))
@@ -325,7 +325,7 @@ class TokenShardSet(ShardSet):
         for each in inputs[len(records) :]:
             if each.repo is None:
                 read_token_file(Path(each.path))  # before anything is written
-        with watching("reading", len(inputs), "files", initial=len(records)) as bar:
+        with watching("reading", len(inputs), "files", initial=len(records)) as work:
             while not self.manifest["complete"]:
                 number = len(records)
                 done = sum(record["tokens"] for record in records)
@@ -338,7 +338,7 @@ class TokenShardSet(ShardSet):
                 self.manifest["complete"] = is_last
                 self.save_manifest()
                 self.fetcher.release(number + 1)
-                bar.update()
+                work.update()
 
     def reopen(self) -> None:
         """Make a set that a limit has ended one that `extend` continues."""

@@ -370,10 +370,10 @@ def write_samples(run: Run, tokens: int) -> dict:
 
     def on_text(piece: str) -> None:
         run.stop.check()
-        bar.update()
+        work.update()
 
     options = dict(num_samples=2, top_k=50, generator=generator, on_text=on_text)
-    with contextlib.suppress(Interrupted), watching("samples", tokens, "tokens") as bar:
+    with contextlib.suppress(Interrupted), watching("samples", tokens, "tokens") as work:
         texts = sample.complete(run.raw_model, run.tokenizer, [run.args.sample_prompt], tokens, **options)
     if run.dist.any(run.stop):
         raise Interrupted

@@ -5,8 +5,6 @@ import contextlib
 import difflib
 import errno
 import inspect
-import io
-import math
 import operator
 import os
 import re
@@ -17,6 +15,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import NoReturn, TextIO, TypeVar
 
@@ -370,47 +370,79 @@ def run(
         sys.exit("\n".join(f"{script}: error: {line}" for line in error_lines(error)))
 
 
-class Lines(tqdm):
-    """A progress bar where there is no terminal: it prints lines."""
+@dataclass(eq=False)
+class Work:
+    """What a block does that takes long: `n` of `total` units are done, if their number is known."""
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if msg is None:  # otherwise it is removed
-            done = "{n_fmt} of {total_fmt} {unit}, {elapsed} so far, about {remaining} left"
-            self.bar_format = "{desc}: " + (done if self.total else "{elapsed} so far")
-            print(self, file=sys.stderr, flush=True)
+    what: str
+    total: int | None
+    unit: str
+    n: int
+    options: dict  # of tqdm
+    started: float = field(default_factory=time.time)
+    shown: float = field(default_factory=time.time)
+    bar: tqdm | None = None
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+
+    def show(self) -> None:
+        """Print a line. On a terminal, it takes the place of the one before and is removed in the end."""
+        self.shown, far = time.time(), "{elapsed} so far"
+        if self.total:
+            far = "{n_fmt} of {total_fmt} {unit}, {elapsed} so far, about {remaining} left"
+        form = dict(total=self.total, unit=self.unit, bar_format=f"{{desc}}: {far}", **self.options)
+        if not sys.stderr.isatty():
+            line = tqdm.format_meter(self.n, elapsed=self.shown - self.started, prefix=self.what, **form)
+            print(line, file=sys.stderr, flush=True)
+            return
+        if self.bar is None:
+            self.bar = tqdm(desc=self.what, leave=False, **form)
+            self.bar.start_t = self.started
+        self.bar.desc, self.bar.n, self.bar.total = self.what, self.n, self.total
+        self.bar.bar_format = form["bar_format"]
+        self.bar.refresh()
 
 
-in_progress: list[threading.Event] = []  # of the blocks that are at work, the end of each
+in_progress: list[Work] = []
+showing = threading.Lock()
+
+
+@cache
+def start_showing() -> None:
+    """Start the thread that shows the innermost work in progress, on the main rank."""
+
+    def show() -> None:
+        while True:
+            every_s = BAR_EVERY_S if sys.stderr.isatty() else LINE_EVERY_S
+            time.sleep(min(every_s, BAR_EVERY_S))
+            with showing:
+                is_due = in_progress and time.time() - in_progress[-1].shown >= every_s
+                if is_due and read_launcher().rank == 0:
+                    in_progress[-1].show()
+
+    threading.Thread(target=show, daemon=True).start()
 
 
 @contextlib.contextmanager
-def watching(what: str, total: int | None = None, unit: str = "", **options) -> Iterator[tqdm]:
-    """Show on the main rank how far a block is that takes long, by a bar or, without a terminal, by lines.
+def watching(
+    what: str, total: int | None = None, unit: str = "", initial: int = 0, **options
+) -> Iterator[Work]:
+    """Show how far a block is that takes long.
 
-    The block calls the bar's `update`. What it is doing shows even if it does not get to that. Of blocks
-    inside one another, only the innermost one shows itself.
+    The block calls `update`. What it is doing shows even if it does not get to that. Of blocks inside one
+    another, the innermost one shows itself. A block that is short costs some microseconds.
     """
-    options |= dict(desc=what, total=total, unit=unit, leave=False, disable=read_launcher().rank > 0)
-    if sys.stderr.isatty():
-        bar, every_s = tqdm(delay=BAR_EVERY_S, **options), BAR_EVERY_S
-    else:
-        bar, every_s = Lines(file=io.StringIO(), delay=math.inf, **options), LINE_EVERY_S
-    ended = threading.Event()
-
-    def show() -> None:
-        while not ended.wait(every_s):
-            if in_progress[-1:] == [ended]:
-                bar.refresh()
-                bar.last_print_t = time.time()  # or `close` would not remove it
-
-    in_progress.append(ended)
-    threading.Thread(target=show, daemon=True).start()
+    start_showing()
+    work = Work(what, total, unit, initial, options | {"initial": initial})
+    in_progress.append(work)
     try:
-        yield bar
+        yield work
     finally:
-        ended.set()
-        in_progress.remove(ended)
-        bar.close()
+        with showing:
+            in_progress.remove(work)
+            if work.bar is not None:
+                work.bar.close()
 
 
 Batch = TypeVar("Batch")
@@ -420,9 +452,9 @@ def watched(
     batches: Sequence[Batch], what: str, unit: str = "batches", stop: object = False
 ) -> Iterator[Batch]:
     """Yield the batches until `stop` is true, and show how far that is."""
-    with watching(what, len(batches), unit) as bar:
+    with watching(what, len(batches), unit) as work:
         for batch in batches:
             if stop:
                 return
             yield batch
-            bar.update()
+            work.update()

@@ -169,8 +169,8 @@ def test_line_reaches_a_pipe_when_it_is_printed():
 def test_long_work_shows_itself_without_a_terminal(monkeypatch, capsys):
     """Each wait ends with a line, so this does not depend on the time."""
     shown = threading.Event()
-    display = cli.Lines.display
-    monkeypatch.setattr(cli.Lines, "display", lambda *args, **pos: (display(*args, **pos), shown.set()))
+    show = cli.Work.show
+    monkeypatch.setattr(cli.Work, "show", lambda work: (show(work), shown.set()))
     monkeypatch.setattr(cli, "LINE_EVERY_S", 0.01)
 
     def wait() -> list[str]:
@@ -190,8 +190,13 @@ def test_long_work_shows_itself_without_a_terminal(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "node")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    with cli.watching("loading") as bar:
-        assert bar.disable  # only the main rank shows itself
+    asked, rank = threading.Event(), cli.read_launcher
+    monkeypatch.setattr(cli, "read_launcher", lambda: (asked.set(), rank())[1])
+    monkeypatch.setattr(cli.Work, "show", lambda work: pytest.fail("only the main rank shows itself"))
+    with cli.watching("loading"):
+        for _ in range(2):  # the second one shows that nothing has come of the first
+            asked.clear()
+            assert asked.wait(60)
     assert [i for i in cli.watched(range(4), "validation", stop=False)] == [0, 1, 2, 3]
     assert [i for i in cli.watched(range(4), "validation", stop=True)] == []
 

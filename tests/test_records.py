@@ -97,9 +97,9 @@ def test_first_step_is_shown_and_then_one_every_ten_seconds(run_train, monkeypat
 
 
 def test_every_long_part_of_a_command_shows_itself(run_train, monkeypatch):
-    seen, begin = set(), cli.Lines.__init__
-    begin_seen = lambda bar, **options: seen.add(options["desc"]) or begin(bar, **options)  # noqa: E731
-    monkeypatch.setattr(cli.Lines, "__init__", begin_seen)
+    seen, begin = set(), cli.Work.__init__
+    begin_seen = lambda work, what, *rest: seen.add(what) or begin(work, what, *rest)  # noqa: E731
+    monkeypatch.setattr(cli.Work, "__init__", begin_seen)
     run_train("--sample_every 3 --batch_size auto", picture=True)
     start = {"checking options and data", "loading or initializing the model", "opening the shards"}
     start.add("trying torch.compile")
