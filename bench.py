@@ -189,7 +189,7 @@ def bench_generate(args: argparse.Namespace, device: torch.device) -> list[dict]
     torch.manual_seed(0)
     config = config_of(args)
     model, dtype, n = GPT(config).eval(), getattr(torch, args.dtype), args.max_new_tokens
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, watching("making the models"):
         model.save_pretrained(folder, vocab_size=config.vocab_size)
         theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).eval().to(device)
     model.to(device=device, dtype=dtype)

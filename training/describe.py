@@ -36,7 +36,7 @@ def describe_run(run, evaluations: list, tokens_at: Callable, expected: str | No
     if args.ramp_steps:
         ramp = f", from 1/{args.batch_ramp} of it on, growing for {args.ramp_steps:,} steps"
     source = f"from {args.init_from}" if args.init_from else "from scratch"
-    done = f" from step {run.progress.step:,} on" if run.progress.step else ""
+    done = f", continuing at step {run.progress.step:,}" if run.progress.step else ""
     epochs = f"{run.planned_tokens / epoch_tokens:.2f} epochs of {epoch_tokens:,} in {args.data_dir}"
     is_random = run.train_data.shards.source.get("random", False)
     with run.attention():
