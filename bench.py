@@ -38,6 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import fineweb
 import hellaswag
@@ -48,11 +49,11 @@ from corpus.tokenizer import NAMES, get_tokenizer
 from model import GPT, GPT2_VOCAB_SIZE, PADDED_VOCAB_SIZE, GPTConfig
 from plot import curve
 from runtime import absent_gpu, hardware
-from runtime.cli import LINE_EVERY_S, Parser, Range, check_options, count, run, summary, user_path
+from runtime.cli import Parser, Range, check_options, count, run, summary, user_path, watched, watching
 from runtime.files import file_hash, write_json
 from runtime.hardware import synchronize
 from runtime.log import read_log
-from runtime.machine import usable_cores
+from runtime.machine import free_cores, usable_cores
 from sample import generate
 from training.prepare import write_random_shards
 
@@ -150,7 +151,8 @@ def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """MB of text per second of whole commands: the usual script, and fineweb.py with one worker and more."""
     fetcher, shards = Fetcher(local_inputs(args.files), Path(), keep=True), {}
     chunks = documents.read_chunks(fetcher, documents.Format(), (0, 0))
-    megabytes = sum(documents.not_empty(chunk.read()).nbytes for chunk in chunks) / 1e6
+    with watching("reading the files"):
+        megabytes = sum(documents.not_empty(chunk.read()).nbytes for chunk in chunks) / 1e6
     files = [each.path for each in fetcher.inputs]
 
     def hashes(name: str, command: list[str]) -> float:
@@ -187,7 +189,7 @@ def bench_generate(args: argparse.Namespace, device: torch.device) -> list[dict]
     torch.manual_seed(0)
     config = config_of(args)
     model, dtype, n = GPT(config).eval(), getattr(torch, args.dtype), args.max_new_tokens
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, watching("making the models"):
         model.save_pretrained(folder, vocab_size=config.vocab_size)
         theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).eval().to(device)
     model.to(device=device, dtype=dtype)
@@ -264,13 +266,12 @@ def bench_memory(args: argparse.Namespace, device: torch.device) -> list[dict]:
         raise ValueError("memory is measured on Linux and on CUDA devices only")
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed memory returns to the system at once
     config = config_of(args)
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for recompute in (False, True):
-            call = (config, args.batch_size, dtype, recompute, device)
-            peak, formula = in_process(measure_training_bytes, *call)  # the peak is per process
-            way = f"{str(dtype).removeprefix('torch.')}{', --recompute' if recompute else ''}"
-            rows.append({"way": way, "MB": peak / 1e6, "formula": formula / 1e6, "ratio": peak / formula})
+    rows, ways = [], list(itertools.product((torch.float32, torch.bfloat16), (False, True)))
+    for dtype, recompute in watched(ways, "training", "ways"):
+        call = (config, args.batch_size, dtype, recompute, device)
+        peak, formula = in_process(measure_training_bytes, *call)  # the peak is per process
+        way = f"{str(dtype).removeprefix('torch.')}{', --recompute' if recompute else ''}"
+        rows.append({"way": way, "MB": peak / 1e6, "formula": formula / 1e6, "ratio": peak / formula})
     return rows
 
 
@@ -289,6 +290,7 @@ def cuda_python() -> str:
     return str(CUDA_PYTHON)
 
 
+@watching("compiling for the GPU")
 def count_kernels(folder: Path, args: argparse.Namespace) -> dict:
     """Return what `runtime/absent_gpu.py` counts for the model.py of a folder."""
     options = json.dumps({name: value for name, value in vars(args).items() if name != "bench"})
@@ -416,6 +418,7 @@ def usual_steps(options: dict, device: torch.device) -> tuple[float, float, floa
     """Run the usual loop with transformers; return `step_times` and the peak memory."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    torch.set_num_threads(options["threads"])
     sizes = {name: options[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     rates = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
     config = GPT2Config(n_positions=options["block_size"], **sizes, **rates)
@@ -471,6 +474,7 @@ def bench_train(args: argparse.Namespace, device: torch.device) -> list[dict]:
     names = ("n_layer", "n_head", "n_embd", "batch_size", "block_size", "dtype")
     options = {name: getattr(args, name) for name in names}
     options |= {"vocab_size": PADDED_VOCAB_SIZE, "max_steps": args.steps + WARM_UP_STEPS}
+    options["threads"] = torch.get_num_threads()  # on CPUs, for all ways what is free now
     ranks = ranks_on(device)
     ours = functools.partial(run_train, device=device, ranks=ranks)
     muon = options | {"optimizer": "muon"}
@@ -546,7 +550,7 @@ def bench_sweep(args: argparse.Namespace, device: torch.device) -> list[dict]:
     grid = [[(name, value) for value in values or [""]] for name, values in args.options.items()]
     varied = {name for name, values in args.options.items() if len(values) > 1}
     folder = Path(args.out_dir)
-    threads = {**os.environ, "OMP_NUM_THREADS": str(max(usable_cores() // args.jobs, 1))}
+    threads = {**os.environ, "OMP_NUM_THREADS": str(max(free_cores() // args.jobs, 1))}
 
     def train_once(settings: tuple[tuple[str, str], ...], seed: str) -> None:
         name = ",".join([args.name, *(f"{key}={value}" for key, value in settings if key in varied)])
@@ -563,12 +567,13 @@ def bench_sweep(args: argparse.Namespace, device: torch.device) -> list[dict]:
         command = [sys.executable, train.__file__, *words]
         done = subprocess.run(command, capture_output=True, text=True, env=threads)
         outcome = done.stderr.strip().splitlines()[-1:] if done.returncode else ["done"]
-        print(f"{out_dir.name}: {' '.join(outcome)}", flush=True)
+        tqdm.write(f"{out_dir.name}: {' '.join(outcome)}")
 
     # Seeds are the outer loop, so that a change in the speed of the machine affects all settings.
     runs = [(each, seed) for seed in args.seeds for each in itertools.product(*grid)]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda each: train_once(*each), runs))
+    with ThreadPoolExecutor(args.jobs) as pool, watching("sweep", len(runs), "runs") as work:
+        for _ in pool.map(lambda each: train_once(*each), runs):
+            work.update()
     return compare_runs(folder, args.baseline)
 
 
@@ -711,12 +716,12 @@ def alternate(
     to the first way, and the results of all ways.
     """
     seconds, results = {name: [] for name in ways}, {}
-    said = time.monotonic()
-    for round_number in range(rounds + warm_up):
-        for name, way in ways.items():
-            if round_number == 0 or time.monotonic() - said > LINE_EVERY_S:
-                said = time.monotonic()
-                print(f"round {round_number + 1} of {rounds + warm_up}: {name}", file=sys.stderr, flush=True)
+    runs = list(itertools.product(range(rounds + warm_up), ways.items()))
+    with watching("", len(runs), "runs") as work:
+        for round_number, (name, way) in runs:
+            work.what = f"round {round_number + 1} of {rounds + warm_up}, {name}"
+            if round_number == 0:
+                work.show()
             synchronize(device)
             start = time.perf_counter()
             results[name] = way()
@@ -724,6 +729,7 @@ def alternate(
             taken = time.perf_counter() - start
             if round_number >= warm_up:
                 seconds[name].append(results[name] if isinstance(results[name], float) else taken)
+            work.update()
     base = next(iter(seconds.values()))
     rows = []
     for name, each in seconds.items():

@@ -28,7 +28,6 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from corpus.documents import Chunk, Format, Position, not_empty, read_chunks, read_token_file
 from corpus.inputs import (
@@ -53,6 +52,8 @@ from runtime.cli import (
     run,
     this_command,
     user_path,
+    watched,
+    watching,
 )
 from runtime.files import (
     FolderLock,
@@ -183,9 +184,7 @@ class ShardSet:
         self.input_tokens[:] = 0
         if left + done == sys.maxsize:  # no limit
             self.fetcher.prefetch(start[0], len(self.sizes))
-        with tqdm(
-            unit="tok", unit_scale=True, desc="tokenizing", initial=done, disable=None, leave=False
-        ) as bar:
+        with watching("tokenizing", unit="tokens", unit_scale=True, initial=done) as work:
             for chunk, tokens, skipped_here in stream:
                 taken = min(drop, len(tokens))
                 drop -= taken
@@ -193,10 +192,10 @@ class ShardSet:
                 new = len(tokens) - taken
                 self.input_tokens[chunk.input] += new
                 left -= new
-                done += new  # a bar that is not shown does not count
-                bar.update(new)
+                done += new
+                work.update(new)
                 done_bytes = self.sizes[chunk.input] + chunk.share * self.fetcher.inputs[chunk.input].size
-                bar.total = min(int(done * self.sizes[-1] / max(done_bytes, 1)), total)
+                work.total = min(int(done * self.sizes[-1] / max(done_bytes, 1)), total)
                 # A limited set ends about here, with as many tokens per byte as before.
                 last_byte = done_bytes * (1 + left / max(done, 1))
                 self.fetcher.prefetch(chunk.input, np.searchsorted(self.sizes, last_byte))
@@ -380,7 +379,7 @@ class TokenShardSet(ShardSet):
         for each in inputs[len(records) :]:
             if each.repo is None:
                 read_token_file(Path(each.path))  # before anything is written
-        with tqdm(total=len(inputs), initial=len(records), unit="file", disable=None, leave=False) as bar:
+        with watching("reading", len(inputs), "files", initial=len(records)) as work:
             while not self.manifest["complete"]:
                 number = len(records)
                 done = sum(record["tokens"] for record in records)
@@ -393,7 +392,7 @@ class TokenShardSet(ShardSet):
                 self.manifest["complete"] = is_last
                 self.save_manifest()
                 self.fetcher.release(number + 1)
-                bar.update()
+                work.update()
 
     def reopen(self) -> None:
         """Make a set that a limit has ended one that `extend` continues."""
@@ -434,8 +433,8 @@ def bad_shards(out_dir: Path, manifest: dict) -> list[int]:
         path = out_dir / record["name"]
         return path.exists() and file_hash(path) == record["sha256"]
 
-    bar = tqdm(manifest["shards"], desc="verifying", disable=None, leave=False)
-    return [number for number, record in enumerate(bar) if not is_intact(record)]
+    shards = watched(manifest["shards"], "verifying", "shards")
+    return [number for number, record in enumerate(shards) if not is_intact(record)]
 
 
 def shard_name(number: int, manifest: dict) -> str:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from diagnosis.published import CHANCE, REFERENCES, curve_points, items_of, name_of, unit_of, with_error
 from diagnosis.watch import Watch
-from runtime.cli import Parser, Range, check_options, user_path
+from runtime.cli import Parser, Range, check_options, user_path, watching
 from runtime.cli import run as run_script
 from runtime.files import check_output, write_atomically
 from runtime.log import curves_of, is_number, read_log
@@ -439,10 +439,12 @@ def main(args: argparse.Namespace) -> None:
     said: list[str] = []
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            runs = read_runs(args.runs, args.references, wait=args.follow > 0)
+            with watching(f"drawing {output}"):
+                runs = read_runs(args.runs, args.references, wait=args.follow > 0)
+                if runs:
+                    draw = report if str(output).endswith(".html") else plot
+                    draw(runs, output, args.against, args.references)
             if runs:
-                draw = report if str(output).endswith(".html") else plot
-                draw(runs, output, args.against, args.references)
                 before, said = said, list(what_runs_are(runs, args.references))
                 print(*(f"{line}\n" for line in said if line not in before), sep="", end="")
             print(f"wrote {output}" if runs else "waiting for the first step", flush=True)

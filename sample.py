@@ -27,7 +27,7 @@ from corpus.tokenizer import encode, tokenizer_for
 from formats.checkpoint import describe_pretrained
 from formats.hugging_face import export
 from model import GPT, KVCache
-from runtime.cli import SEED, Parser, Range, check_options, command_line, run, user_path, visible
+from runtime.cli import SEED, Parser, Range, check_options, command_line, run, user_path, visible, watching
 from runtime.files import check_new_folder
 from runtime.hardware import can_compile, choose_device, masked_attention
 
@@ -315,32 +315,38 @@ def main(args: argparse.Namespace) -> None:
     if line := describe_pretrained(args.model, model.metadata):
         print(line, file=sys.stderr, flush=True)
     if args.export:
-        export(model, args.model, args.export)
+        with watching(f"writing {args.export}"):
+            export(model, args.model, args.export)
         print(f"wrote {args.export}: {command_line('sample.py', '--model', args.export)}")
         return
     tokenizer = tokenizer_for(model)
     model.to(device=device, dtype=getattr(torch, args.dtype))
     generator = torch.Generator(device).manual_seed(args.seed)
     warn = functools.partial(print, file=sys.stderr, flush=True)
-    compiled = args.compile and can_compile(device, warn, "leave out --compile")
+    with watching("trying torch.compile"):
+        compiled = args.compile and can_compile(device, warn, "leave out --compile")
+    if compiled:
+        warn("the first text waits until its code is compiled")
 
     def say(text: str) -> None:
         print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
 
     def answer(prompts: list[str]) -> None:
-        first, *others = complete(
-            model,
-            tokenizer,
-            prompts,
-            args.max_new_tokens,
-            num_samples=args.num_samples,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            generator=generator,
-            compiled=compiled,
-            on_text=say,
-        )
+        # On a terminal, the first text shows itself.
+        with contextlib.nullcontext() if sys.stdout.isatty() else watching("writing texts"):
+            first, *others = complete(
+                model,
+                tokenizer,
+                prompts,
+                args.max_new_tokens,
+                num_samples=args.num_samples,
+                temperature=args.temperature,
+                top_k=args.top_k,
+                top_p=args.top_p,
+                generator=generator,
+                compiled=compiled,
+                on_text=say,
+            )
         say("".join(SEPARATOR + text for text in others) + "\n")
 
     if not args.interactive:

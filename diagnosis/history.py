@@ -3,9 +3,10 @@
 import statistics
 from dataclasses import dataclass
 
-from runtime.log import is_number
+from runtime.log import NEEDED, is_number
 
 BEFORE, AFTER = 100, 10  # steps around a spike, see `signs.spike`
+MINUTE_S = 60.0
 # At the same step, the order in which the loop of train.py logs.
 ORDER = {"run": 0, "val": 1, "hellaswag": 2, "warning": 3, "train": 4, "end": 5}
 
@@ -29,10 +30,20 @@ class Interval:
     seconds: float = 0.0
 
 
+@dataclass
+class Minute:
+    """Training steps of at least MINUTE_S: the first one, and medians."""
+
+    step: int
+    dt_ms: float
+    speed: float  # tokens per second
+
+
 class History:
     """The records of a run. `run` and `scores`, of HellaSwag, are the newest of their kinds, `first` is the
     first step.
 
+    `minutes` are those since the run was last started, and `minute` the steps after the last of them.
     `recent` are the steps since the last validation but one, and the BEFORE + AFTER before them. `tokens` is
     what all steps have taken. `resumed_at` is the number of intervals when the run was last started.
     """
@@ -43,6 +54,9 @@ class History:
         self.first: dict | None = None
         self.recent: list[dict] = []
         self.intervals: list[Interval] = []
+        self.minutes: list[Minute] = []
+        self.minute: list[dict] = []
+        self.minute_ms = 0.0
         self.fresh, self.skipped, self.resumed_at, self.tokens = 0, 0, 0, 0.0
 
     @property
@@ -62,12 +76,14 @@ class History:
         """Add the next record. Records of other kinds than run, train, hellaswag and val are ignored."""
         if record["kind"] == "run":
             self.run, self.resumed_at = record, len(self.intervals)
+            self.minutes, self.minute, self.minute_ms = [], [], 0.0
             self.tokens = number(record, "tokens") or self.tokens  # a branch goes on where another run was
         elif record["kind"] == "train":
             self.first = self.first or record
             if self.fresh == 0:
                 del self.recent[: -(BEFORE + AFTER)]
             self.recent.append(record)
+            self._add_to_minute(record)
             self.fresh += 1
             self.tokens += record["tokens_per_s"] * record["dt_ms"] / 1000
             self.skipped = max(number(record, "skipped") or 0, self.skipped)
@@ -76,6 +92,14 @@ class History:
         elif record["kind"] == "val":
             self.intervals.append(self._interval(record))
             self.fresh = 0
+
+    def _add_to_minute(self, step: dict) -> None:
+        self.minute.append(step)
+        self.minute_ms += step["dt_ms"]
+        if self.minute_ms >= 1000 * MINUTE_S:
+            medians = (statistics.median(each[name] for each in self.minute) for name in NEEDED["train"])
+            self.minutes.append(Minute(self.minute[0]["step"], *medians))
+            self.minute, self.minute_ms = [], 0.0
 
     def _interval(self, record: dict) -> Interval:
         tokens = number(record, "tokens")

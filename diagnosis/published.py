@@ -82,6 +82,11 @@ def unit_of(tokenizer: object) -> str:
     return {"byte": "nats per byte", "gpt2": "nats per GPT-2 token"}.get(str(tokenizer), "nats per token")
 
 
+def token_of(tokenizer: object) -> str:
+    """Return what a model of these tokens predicts one by one."""
+    return unit_of(tokenizer).removeprefix("nats per ")
+
+
 def items_of(scores: dict) -> str:
     """Return what the items are called that a record of HellaSwag's scores is about."""
     found = scores.get("fingerprint")

@@ -6,6 +6,7 @@ is warned about for nothing teaches its user not to read warnings.
 
 import math
 import statistics
+from collections.abc import Callable
 
 from diagnosis.history import AFTER, BEFORE, History, number
 
@@ -27,6 +28,7 @@ WORSE, BETTER, PATIENCE = 0.05, 0.02, 5
 SPIKE, RAISED = 10, 3
 MIN_DEVIATION = 0.01  # nats; where losses are almost equal, rounding must not count as a spike
 HOUR_S, SLOWER = 3600, 1.2
+MUCH_SLOWER = 2.0  # as two threads are beside one busy process on two cores: 203 ms instead of 51 (LOG.md)
 # Share of the most frequent id. Measured: bytes of Python 0.30; GPT-2's tokens of Python 0.42, because every
 # space of an indentation is a token.
 MOST_COMMON = 0.6
@@ -159,6 +161,27 @@ def slower(history: History) -> str | None:
         data_dir = history.options.get("data_dir")
         return f"{line}. They wait for data {waited:.0%} of the time: copy {data_dir} to a local disk"
     return f"{line}. It is not the data: look for heat (nvidia-smi -q -d PERFORMANCE) or other processes"
+
+
+def crowded(history: History, idle_cores: Callable[[], float]) -> str | None:
+    """Return why the minute of steps that has just ended took so long, if other processes use the cores.
+
+    `idle_cores` measures how many are left for this process, and is asked only after a slow minute. This is
+    `slower` for those who sit before the machine, and takes its place.
+    """
+    threads, minutes = number(history.options, "threads"), history.minutes
+    if not threads or len(minutes) < 2 or history.run.get("world_size") != 1:
+        return None
+    last, was = minutes[-1], statistics.median(each.speed for each in minutes[:-1])
+    if was <= MUCH_SLOWER * last.speed or (idle := round(idle_cores())) >= threads:
+        return None
+    before_ms, remedy = last.dt_ms * last.speed / was, "stop them"
+    if threads > 1 and history.options.get("checkpoint_every"):
+        remedy += f", or stop this run and continue it with --resume --threads {max(idle, 1)}"
+    return (
+        f"steps take {last.dt_ms:,.0f} ms instead of {before_ms:,.0f} since step {last.step:,}: other "
+        f"processes use the machine; {remedy}"
+    )
 
 
 def equal_shards(history: History) -> str | None:

@@ -9,10 +9,12 @@ The loop of train.py feeds each record that it writes, and plot.py those that it
 """
 
 import statistics
+from collections.abc import Callable
+from functools import partial
 
 from diagnosis.history import ORDER, History, number
 from diagnosis.published import Comparison, above_published, beside, compare, verdict
-from diagnosis.signs import SIGNS
+from diagnosis.signs import SIGNS, crowded, slower
 from runtime.log import is_record
 
 ALL_SIGNS = [above_published, *SIGNS]
@@ -20,10 +22,14 @@ NORMAL = "no sign that anything is wrong"
 
 
 class Watch:
-    """`said` has the line of each sign that has been seen, also by an earlier part of a resumed run."""
+    """`said` has the line of each sign that has been seen, also by an earlier part of a resumed run.
+
+    `idle_cores` measures, while a run is training, how many cores other processes leave to it.
+    """
 
     def __init__(self, dataset: str | None = None):
         self.history, self.said, self.dataset = History(), {}, dataset
+        self.idle_cores: Callable[[], float] | None = None
 
     @classmethod
     def of_log(cls, log: dict[str, list[dict]], dataset: str | None = None) -> "Watch":
@@ -42,12 +48,16 @@ class Watch:
             return []
         is_first, new = self.history.first is None, []
         self.history.add(record)
-        if record["kind"] == "hellaswag" or (record["kind"] == "train" and not is_first):
-            return []  # signs are looked for with every validation
-        for sign in ALL_SIGNS:
-            if sign.__name__ not in self.said and (line := sign(self.history)):
-                self.said[sign.__name__] = line
-                new.append((sign.__name__, line))
+        # All signs are looked for with every validation, and one of them with every minute of steps.
+        found = {}
+        if record["kind"] == "train" and not self.history.minute and self.idle_cores:
+            found = {slower.__name__: partial(crowded, idle_cores=self.idle_cores)}
+        if record["kind"] in ("run", "val", "end") or is_first:
+            found |= {sign.__name__: sign for sign in ALL_SIGNS}
+        for name, sign in found.items():
+            if name not in self.said and (line := sign(self.history)):
+                self.said[name] = line
+                new.append((name, line))
         return new
 
     @property

@@ -20,6 +20,7 @@ import torch
 from formats.hugging_face import HUB_NAMES, check_size, read_hugging_face, transpose
 from model import GPTConfig
 from runtime import hub
+from runtime.cli import watching
 from runtime.files import parsing
 from runtime.machine import is_out_of_memory
 
@@ -202,6 +203,7 @@ def load_newest(paths: list[Path]) -> dict | None:
     return None
 
 
+@watching("reading the weights")
 def read_pretrained(
     source: str | Path | dict, n_head: int | None = None
 ) -> tuple[dict, dict[str, torch.Tensor], dict]:

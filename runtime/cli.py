@@ -15,6 +15,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import NoReturn, TextIO, TypeVar
 
@@ -24,7 +26,7 @@ from runtime.launcher import read_launcher, tell_torchrun
 
 USER_ERRORS = (ValueError, OSError, MemoryError)  # what users and their machines can cause
 LONGEST_LINE = 700
-BAR_AFTER_S, LINE_EVERY_S = 1.0, 30.0  # of an evaluation, on a terminal and otherwise
+BAR_EVERY_S, LINE_EVERY_S = 1.0, 10.0  # in which `watching` shows how far it is, on a terminal and otherwise
 THIS_COMMAND = "this command"  # the group of options that a resumed run does not take over
 # What to do about an error of the system.
 ADVICE = {
@@ -347,7 +349,7 @@ def run(
     for name in ("stdout", "stderr"):  # None if it was closed
         stream = getattr(sys, name) or open(os.devnull, "w")
         if name == "stdout" and hasattr(stream, "reconfigure"):  # a console may not show every character
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace", line_buffering=True)  # a file or pipe gets lines at once
         setattr(sys, name, stream if needs_output else Unbreakable(stream))
     args = None
     try:
@@ -372,20 +374,91 @@ def run(
         sys.exit(1 if is_repeated else message)
 
 
+@dataclass(eq=False)
+class Work:
+    """What a block does that takes long: `n` of `total` units are done, if their number is known."""
+
+    what: str
+    total: int | None
+    unit: str
+    n: int
+    options: dict  # of tqdm
+    started: float = field(default_factory=time.time)
+    shown: float = field(default_factory=time.time)
+    bar: tqdm | None = None
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+
+    def show(self) -> None:
+        """Print a line. On a terminal, it takes the place of the one before and is removed in the end."""
+        self.shown, far = time.time(), "{elapsed} so far"
+        if self.total:
+            far = "{n_fmt} of {total_fmt} {unit}, {elapsed} so far, about {remaining} left"
+        form = dict(total=self.total, unit=self.unit, bar_format=f"{{desc}}: {far}", **self.options)
+        if not sys.stderr.isatty():
+            line = tqdm.format_meter(self.n, elapsed=self.shown - self.started, prefix=self.what, **form)
+            print(line, file=sys.stderr, flush=True)
+            return
+        if self.bar is None:
+            self.bar = tqdm(desc=self.what, leave=False, **form)
+            self.bar.start_t = self.started
+        self.bar.desc, self.bar.n, self.bar.total = self.what, self.n, self.total
+        self.bar.bar_format = form["bar_format"]
+        self.bar.refresh()
+
+
+in_progress: list[Work] = []
+showing = threading.Lock()
+
+
+@cache
+def start_showing() -> None:
+    """Start the thread that shows the innermost work in progress, on the main rank."""
+
+    def show() -> None:
+        while True:
+            every_s = BAR_EVERY_S if sys.stderr.isatty() else LINE_EVERY_S
+            time.sleep(min(every_s, BAR_EVERY_S))
+            with showing:
+                is_due = in_progress and time.time() - in_progress[-1].shown >= every_s
+                if is_due and read_launcher().rank == 0:
+                    in_progress[-1].show()
+
+    threading.Thread(target=show, daemon=True).start()
+
+
+@contextlib.contextmanager
+def watching(
+    what: str, total: int | None = None, unit: str = "", initial: int = 0, **options
+) -> Iterator[Work]:
+    """Show how far a block is that takes long.
+
+    The block calls `update`. What it is doing shows even if it does not get to that. Of blocks inside one
+    another, the innermost one shows itself. A block that is short costs some microseconds.
+    """
+    start_showing()
+    work = Work(what, total, unit, initial, options | {"initial": initial})
+    in_progress.append(work)
+    try:
+        yield work
+    finally:
+        with showing:
+            in_progress.remove(work)
+            if work.bar is not None:
+                work.bar.close()
+
+
 Batch = TypeVar("Batch")
 
 
-def watched(batches: Sequence[Batch], what: str, *, shown: bool, stop: object = False) -> Iterator[Batch]:
-    """Yield the batches of an evaluation until `stop` is true; a bar or, without a terminal, lines tell how
-    far it is if they are `shown`."""
-    said = time.monotonic()
-    with tqdm(
-        batches, what, unit="batch", leave=False, delay=BAR_AFTER_S, disable=None if shown else True
-    ) as bar:
-        for i, batch in enumerate(bar):
+def watched(
+    batches: Sequence[Batch], what: str, unit: str = "batches", stop: object = False
+) -> Iterator[Batch]:
+    """Yield the batches until `stop` is true, and show how far that is."""
+    with watching(what, len(batches), unit) as work:
+        for batch in batches:
             if stop:
                 return
-            if shown and bar.disable and time.monotonic() - said > LINE_EVERY_S:
-                tqdm.write(f"{what}: {i:,} of {len(batches):,} batches")
-                said = time.monotonic()
             yield batch
+            work.update()

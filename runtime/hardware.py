@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from runtime.cli import watched
 from runtime.distributed import Distributed
 from runtime.launcher import read_launcher
 from runtime.machine import (
@@ -355,7 +356,8 @@ def find_batch_size(
     Raises ValueError if not even 1 fits. A collective.
     """
     most = step_tokens // (block_size * dist.world_size)
-    for batch_size in (n for n in range(most, 0, -1) if most % n == 0):
+    divisors = [n for n in range(most, 0, -1) if most % n == 0]
+    for batch_size in watched(divisors, "largest batch size", "trials"):
         fits_here = fits(model, batch_size, block_size, dtype, dist.device)
         (misfits,) = dist.sum(not fits_here)
         if dist.device.type == "cuda":

@@ -33,22 +33,26 @@ def usable_cores() -> int:
 
 
 def free_cores() -> int:
-    """Return how many of the usable cores other processes leave idle, at least 1, by watching for MEASURED_S.
+    """Return how many of the usable cores other processes leave idle, at least 1."""
+    return max(min(round(idle_cores()), usable_cores()), 1)
 
-    Where that cannot be seen, all usable cores count as free.
+
+def idle_cores() -> float:
+    """Return how many of its cores other processes leave to this one, by watching for MEASURED_S.
+
+    Where that cannot be seen, all usable cores count as idle.
     """
-    cores = usable_cores()
     try:
-        before = core_ticks()
+        before, own_s = core_ticks(), time.process_time()
         time.sleep(MEASURED_S)
-        after = core_ticks()
+        after, own_s = core_ticks(), time.process_time() - own_s
     except (OSError, ValueError):
-        return cores
-    idle = 0.0
+        return usable_cores()
+    idle = own_s / MEASURED_S  # by the other threads of this process
     for core, (idle_before, all_before) in before.items():
         idle_after, all_after = after.get(core, (idle_before, all_before))
         idle += (idle_after - idle_before) / max(all_after - all_before, 1)
-    return max(min(round(idle), cores), 1)
+    return idle
 
 
 def core_ticks() -> dict[int, tuple[int, int]]:

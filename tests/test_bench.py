@@ -41,7 +41,8 @@ def test_subcommand_writes_its_figures(command, ways, tmp_path, capsys):
     record, (printed, progress) = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr()
     dtype = record["args"]["dtype"]
     assert dtype == str(bench.hardware.choose_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
-    assert printed.startswith(f"dtype: {dtype}\n") and f"round 1 of 2: {record['rows'][0]['way']}" in progress
+    assert printed.startswith(f"dtype: {dtype}\n")
+    assert f"round 1 of 2, {record['rows'][0]['way']}: 0 of " in progress
     for row, way in zip(record["rows"], ways, strict=True):
         assert row["way"].startswith(way)
     assert all(row["way"] in printed and list(row.values())[1] > 0 for row in record["rows"])

@@ -128,14 +128,13 @@ import argparse
 {imports}
 from runtime import cli
 def main(args):
-    print("x" * 100, flush={flush})
+    print("x" * 100)
     open("done", "w").close()
 cli.run(main, argparse.Namespace, needs_output={needs_output})
 """
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("flush", [True, False])
 @pytest.mark.parametrize(
     "needs_output, shell, ending",
     [
@@ -147,16 +146,63 @@ cli.run(main, argparse.Namespace, needs_output={needs_output})
         (False, "{} >&- 2>&-", ""),
     ],
 )
+<<<<<<< HEAD
 def test_output_that_nobody_can_get_ends_only_what_needs_it(needs_output, shell, ending, flush):
     # Importing the scripts takes seconds: they are imported once, without any stream.
     imports = "import bench, fineweb, hellaswag, plot, sample, train" if "2>&-" in shell and flush else ""
     Path("script.py").write_text(SCRIPT.format(imports=imports, needs_output=needs_output, flush=flush))
+=======
+def test_output_that_nobody_can_get_ends_only_what_needs_it(needs_output, shell, ending):
+    Path("script.py").write_text(SCRIPT.format(needs_output=needs_output))
+>>>>>>> 83c6df6e58dc194298f9fd065cfd140d24c3a33f
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": ""}
     command = ["bash", "-c", shell.format(f"{sys.executable} script.py")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert result.stderr.startswith(ending) and result.stderr.count("\n") == (ending != "")
     assert result.returncode == ("error" in ending)
-    assert Path("done").exists() or (needs_output and flush)
+    assert Path("done").exists() or needs_output
+
+
+def test_line_reaches_a_pipe_when_it_is_printed():
+    script = "import os; from runtime import cli; cli.run(lambda _: [print('x'), os._exit(0)], lambda: None)"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout == "x\n"  # nothing flushes when a process ends like this
+
+
+def test_long_work_shows_itself_without_a_terminal(monkeypatch, capsys):
+    """Each wait ends with a line, so this does not depend on the time."""
+    shown = threading.Event()
+    show = cli.Work.show
+    monkeypatch.setattr(cli.Work, "show", lambda work: (show(work), shown.set()))
+    monkeypatch.setattr(cli, "LINE_EVERY_S", 0.01)
+
+    def wait() -> list[str]:
+        shown.clear()
+        assert shown.wait(60)
+        return capsys.readouterr().err.splitlines()
+
+    with cli.watching("loading"):
+        assert re.fullmatch(r"loading: \d\d:\d\d so far", wait()[0])
+        for i in cli.watched(range(4), "validation"):
+            wait()  # may have lines of before
+            line = rf"validation: {i} of 4 batches, \d\d:\d\d so far, about .* left"
+            assert all(re.fullmatch(line, each) for each in wait())
+        assert wait()[-1].startswith("loading: ")
+    assert not cli.in_progress
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "node")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    asked, rank = threading.Event(), cli.read_launcher
+    monkeypatch.setattr(cli, "read_launcher", lambda: (asked.set(), rank())[1])
+    monkeypatch.setattr(cli.Work, "show", lambda work: pytest.fail("only the main rank shows itself"))
+    with cli.watching("loading"):
+        for _ in range(2):  # the second one shows that nothing has come of the first
+            asked.clear()
+            assert asked.wait(60)
+    assert [i for i in cli.watched(range(4), "validation", stop=False)] == [0, 1, 2, 3]
+    assert [i for i in cli.watched(range(4), "validation", stop=True)] == []
 
 
 def test_failure_of_a_thread_is_one_line(capsys):

@@ -11,8 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import plot
-from diagnosis import published
+import train
+from diagnosis import history, published
 from diagnosis.watch import Watch
+from training import records
 from training.facts import repeated
 
 CLASSIC = {
@@ -351,6 +353,56 @@ def test_drift_of_the_time_of_a_step():
     step, line = drift(0.4)["slower"]
     assert step >= 720 and "in the first hour" in line and "It is not the data: look for heat" in line
     assert "copy fineweb10B to a local disk" in drift(0.4, waited=1.0)["slower"][1]
+
+
+def crowded(dt_ms, idle=0.9, options=(), world_size=1, speed=None):
+    """Return what a run says, with the step, whose steps take so many ms and which sees so many idle cores.
+
+    Also returns how often it has measured them.
+    """
+    options = SMALL | {"threads": 2, "checkpoint_every": 800} | dict(options)
+    run = run_record(data={"dataset": None}, **options) | {"world_size": world_size}
+    measured, watch, found = [], Watch(), []
+    watch.idle_cores = lambda: measured.append(idle) or idle
+    speed = speed or (lambda step: 1e6 / dt_ms(step))
+    for record in log_of(falling, steps=3000, every=100, run=run, dt_ms=dt_ms, tokens_per_s=speed):
+        found += [(record["step"], line) for _, line in watch.feed(record)]
+    return found, len(measured)
+
+
+def test_steps_that_are_slow_beside_other_processes():
+    def slow(step):  # the first minute has 900 fast steps and 70 slow ones, the second 296
+        return 203.0 if step >= 900 else 51.0
+
+    ((step, line),), measured = crowded(slow)
+    assert measured == 1 and step == 1265 and line == (
+        "steps take 203 ms instead of 51 since step 970: other processes use the machine; stop them, or "
+        "stop this run and continue it with --resume --threads 1"
+    )
+    assert crowded(slow, options={"checkpoint_every": 0})[0][0][1].endswith("machine; stop them")
+    assert crowded(slow, idle=0.3, options={"threads": 1})[0][0][1].endswith("machine; stop them")
+    found, measured = crowded(slow, idle=1.8)
+    assert not found and measured == 2  # not other processes: measured again after the next slow minute
+    assert crowded(slow, options={"threads": None}) == crowded(slow, world_size=2) == ([], 0)  # a GPU; ranks
+    assert crowded(lambda step: 100.0 if step >= 900 else 51.0) == ([], 0)
+    assert crowded(lambda step: 5000.0 if step % 300 == 0 else 51.0) == ([], 0)  # single steps
+    # With --ramp_steps, longer steps take more tokens.
+    assert crowded(slow, speed=lambda step: 2e4) == ([], 0)
+    assert not small(falling, dt_ms=slow)  # without a measure, as in plot.py
+
+
+def test_run_says_once_that_it_is_crowded(run_train, monkeypatch, capsys):
+    monkeypatch.setattr(history, "MINUTE_S", 0.0)  # every step is a minute
+    monkeypatch.setattr(records, "idle_cores", lambda: 0.0)
+    step = train.train_step
+    slow = {"dt_ms": 300.0, "tokens_per_s": 1.0}
+    fast = {"dt_ms": 100.0, "tokens_per_s": 3.0}
+    take = lambda run, number: step(run, number) | (slow if number >= 4 else fast)  # noqa: E731
+    monkeypatch.setattr(train, "train_step", take)
+    (warning,) = run_train()["warning"]
+    assert warning["step"] == 4 and warning["sign"] == "slower"
+    assert f"warning: {warning['text']}\n" in capsys.readouterr().out
+    assert run_train("--resume --max_steps 9")["warning"] == [warning]
 
 
 @pytest.mark.parametrize(

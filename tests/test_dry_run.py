@@ -296,7 +296,7 @@ def test_without_data_random_ones_are_forecast_and_removed(rehearse, capsys, tmp
     rehearse("--data_dir nowhere --val_tokens 64")
     out = capsys.readouterr().out
     assert "there is no nowhere: the dry run reads random bytes instead" in out
-    assert "in all" in out and "384 tokens, here of random bytes" in out
+    assert "in all" in out and "384 bytes, here of random bytes" in out
     assert "of the training data will be read" not in out
     with pytest.raises(ValueError, match="--epochs needs the data in nowhere: use --max_steps"):
         rehearse("--data_dir nowhere --epochs 1")

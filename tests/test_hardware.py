@@ -412,15 +412,16 @@ def test_everything_uses_the_limits_of_a_container(cgroups, monkeypatch, run_tra
 
 # The ticks of each core: user, nice, system, idle, iowait, irq, softirq, steal.
 @pytest.mark.parametrize(
-    "cores, free",
+    "cores, own_s, free",
     [
-        (["0 0 0 20 0 0 0 0", "0 0 0 18 1 1 0 0", "9 9 9 99 0 0 0 0"], 2),  # the third is not ours
-        (["19 0 0 1 0 0 0 0", "0 1 0 18 0 0 0 0", "0 0 0 9 0 0 0 0"], 1),  # one other process
-        (["10 0 0 10 0 0 0 0", "0 2 2 8 0 2 2 4", "0 0 0 9 0 0 0 0"], 1),
-        (["20 0 0 0 0 0 0 0", "0 0 20 0 0 0 0 0", "0 0 0 9 0 0 0 0"], 1),  # at least one
+        (["0 0 0 20 0 0 0 0", "0 0 0 18 1 1 0 0", "9 9 9 99 0 0 0 0"], 0, 2),  # the third is not ours
+        (["19 0 0 1 0 0 0 0", "0 1 0 18 0 0 0 0", "0 0 0 9 0 0 0 0"], 0, 1),  # one other process
+        (["19 0 0 1 0 0 0 0", "0 1 0 18 0 0 0 0", "0 0 0 9 0 0 0 0"], 0.2, 2),  # a thread of this one
+        (["10 0 0 10 0 0 0 0", "0 2 2 8 0 2 2 4", "0 0 0 9 0 0 0 0"], 0, 1),
+        (["20 0 0 0 0 0 0 0", "0 0 20 0 0 0 0 0", "0 0 0 9 0 0 0 0"], 0, 1),  # at least one
     ],
 )
-def test_free_cores_are_those_that_others_leave_idle(tmp_path, monkeypatch, cores, free):
+def test_free_cores_are_those_that_others_leave_idle(tmp_path, monkeypatch, cores, own_s, free):
     stat = tmp_path / "stat"
 
     def write(times):
@@ -431,6 +432,7 @@ def test_free_cores_are_those_that_others_leave_idle(tmp_path, monkeypatch, core
     monkeypatch.setattr(machine, "STAT", stat)
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: {0, 1})
     monkeypatch.setattr(machine.time, "sleep", lambda seconds: write(cores))
+    monkeypatch.setattr(machine.time, "process_time", iter([1.0, 1.0 + own_s]).__next__)
     monkeypatch.setattr(machine, "usable_cores", lambda: 2)
     assert machine.free_cores() == free
 

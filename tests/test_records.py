@@ -6,6 +6,7 @@ import importlib.machinery
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -46,12 +48,32 @@ from training.folder import RunFolder
 def test_console_describes_the_run_and_aligns_steps(run_train, shards, capsys):
     run_train(f"{MUON} --log_every 1 --checkpoint_every 2 --keep 1 --milestone_every 2 --learning_rate 1e-3")
     lines = capsys.readouterr().out.splitlines()
-    about = dict(line.split(maxsplit=1) for line in lines if not line.startswith(("step", "muon", "adamw")))
+    first = next(i for i, line in enumerate(lines) if line.startswith("step"))
+    about = dict(line.split(maxsplit=1) for line in lines[:first])
     model, tokens = GPT.from_pretrained("log"), 16 * len(plain_windows(shards))
-    assert about["model"].startswith(f"{model.num_params():,} parameters: 2 layers, 2 heads, width 32")
+    assert about["model"] == (
+        f"GPT from scratch, {model.num_params():,} parameters: 2 layers, 2 heads, width 32; predicts the "
+        "next byte from up to 16 before it"
+    )
+    ids = np.load(shards / "edufineweb_train_000001.npy")
+    shares = np.unique(ids, return_counts=True)[1] / len(ids)
+    guessing, frequencies = math.log(model.config.vocab_size), -(shares * np.log(shares)).sum()
+    assert about["loss"] == (
+        f"in nats per byte, the lower the better: guessing has {guessing:.2f}, knowing only how frequent "
+        f"each byte is {frequencies:.2f}"
+    )
+    assert about["plan"].startswith("every 3 steps validations; every 2 steps checkpoints; the lines of")
+    weights = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() > 1)
+    rest = model.num_params() - weights
+    assert sorted(about["optimizer"].split("; ")) == [
+        f"adamw with learning rates up to 1.00e-03 for {rest:,} parameters",
+        f"muon with learning rates up to 2.00e-02 for {weights:,} parameters",
+    ]
+    assert sum(line.count("nats per") for line in lines) == 1 and "expect" not in about
+    assert len([line for line in lines[:first] if not line.startswith("warning")]) <= 10
     assert about["batch"] == "64 tokens per step: 2 sequences x 16 tokens x 1 rank(s) x 2 micro-step(s)"
-    assert about["run"] == f"6 steps, 384 tokens, {384 / tokens:.2f} epochs of {tokens:,} in shards"
-    assert about["losses"] == "in nats per byte" and "scores" not in about
+    assert about["run"] == f"6 steps, 384 bytes, {384 / tokens:.2f} epochs of {tokens:,} in shards"
+    assert "scores" not in about
     sizes = re.match(r"([\d.]+)kB each, at most ([\d.]+)MB in log, where \S+B are free", about["checkpoints"])
     files = [path.stat().st_size / 1000 for path in Path("log").glob("model_*.pt")]
     assert len(files) == 3  # 4, 6 and the best
@@ -60,6 +82,36 @@ def test_console_describes_the_run_and_aligns_steps(run_train, shards, capsys):
     steps = [line for line in lines if " tok/s" in line]
     assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in steps[1:]}) == 1
     assert len(steps) == 6 and "left" not in steps[0] and steps[-1].endswith("left 00:00")
+
+
+def test_first_step_is_shown_and_then_one_every_ten_seconds(run_train, monkeypatch, capsys):
+    def shown(options):
+        capsys.readouterr()
+        run_train(f"--log_every 100 {options}")
+        out = capsys.readouterr().out
+        return [int(step) for step in re.findall(r"^step +(\d+) \| loss", out, re.MULTILINE)]
+
+    assert shown("") == [0]
+    assert shown("--resume --max_steps 9") == [6]
+    monkeypatch.setattr(records, "LINE_EVERY_S", -1.0)
+    assert shown("--resume --max_steps 12") == [9, 10, 11]
+
+
+def test_every_long_part_of_a_command_shows_itself(run_train, monkeypatch):
+    seen, begin = set(), cli.Work.__init__
+    begin_seen = lambda work, what, *rest: seen.add(what) or begin(work, what, *rest)  # noqa: E731
+    monkeypatch.setattr(cli.Work, "__init__", begin_seen)
+    run_train("--sample_every 3 --batch_size auto", picture=True)
+    start = {"checking options and data", "loading or initializing the model", "opening the shards"}
+    start.add("trying torch.compile")
+    assert seen == start | {
+        *("largest batch size", "validation", "samples", *(f"step {step}" for step in range(6))),
+        *("finishing the previous checkpoint", "writing the last checkpoint", "drawing the loss curve"),
+    }
+    seen.clear()
+    run_train("--dry_run --max_steps 3 --compile")
+    assert seen >= start | {"measuring a micro-step", "comparing gradients", "step 0"}
+    assert seen >= {"measuring steps", "measuring an evaluation", "validation", "copying a checkpoint"}
 
 
 def test_log_has_rates_and_decay_of_each_group(run_train):
@@ -506,7 +558,7 @@ def test_table_tells_the_rate_that_is_reached_and_what_will_disappoint(run_train
     monkeypatch.setattr(train, "train_step", take_step)
     records = run_train("--max_steps 8 --warmup_steps 7 --embedding_lr 9e-3 --val_every 0")
     reached = max(record["lrs"]["embeddings"] for record in records["train"])
-    assert f"embeddings, learning rate up to {reached:.2e}" in capsys.readouterr().out
+    assert f"learning rates up to {reached:.2e}" in capsys.readouterr().out
 
 
 def test_gpus_that_a_run_leaves_idle_are_named_with_the_command_that_uses_them(run_train, monkeypatch):
@@ -514,7 +566,7 @@ def test_gpus_that_a_run_leaves_idle_are_named_with_the_command_that_uses_them(r
         on_gpu = Distributed(rank=0, world_size=run.args.seed, device=torch.device("cuda"))
         return "\n".join(describe.what_disappoints(dataclasses.replace(run, dist=on_gpu), epochs=1))
 
-    monkeypatch.setattr(train, "describe_run", lambda run: described.append(warnings(run)) or "")
+    monkeypatch.setattr(train, "describe_run", lambda run, *rest: described.append(warnings(run)) or "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(sys, "argv", ["train.py", "--out_dir", "my run"])
     described: list[str] = []
@@ -538,7 +590,7 @@ def test_what_first_runs_fail_on_is_said_before_the_first_step(run_train, monkey
 
     gpu = SimpleNamespace(name="NVIDIA H100", total_memory=80 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    monkeypatch.setattr(train, "describe_run", lambda run: described.append(warnings(run)) or "")
+    monkeypatch.setattr(train, "describe_run", lambda run, *rest: described.append(warnings(run)) or "")
     monkeypatch.setattr(describe, "open_file_limit", lambda: 66)
     monkeypatch.setattr(describe, "filesystem_of", lambda path: "overlay")
     described: list[str] = []

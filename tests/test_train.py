@@ -357,7 +357,7 @@ def test_run_resumed_with_another_total_batch_size_reads_every_window_once(
     assert windows == list(range(24))
     out = capsys.readouterr().out
     assert "continues at window 12 of epoch 0, the first one that it has not read" in out
-    assert f"5 steps, {24 * 16} tokens, " in out  # 3 steps of 64, then 2 of 96
+    assert f"5 steps, continuing at step 3, {24 * 16} bytes, " in out  # 3 steps of 64, then 2 of 96
     assert torch.load("log/model_00005.pt", weights_only=True)["windows"] == 24
 
 

@@ -24,6 +24,7 @@ from formats.checkpoint import (
     load_newest,
     step_of,
 )
+from runtime.cli import watching
 from runtime.files import (
     check_types,
     existing_folder,
@@ -332,7 +333,8 @@ class CheckpointWriter:
     def save(self, names: list[str], checkpoint: dict, device: torch.device) -> None:
         """Start writing the checkpoint under each of the names."""
         started = time.perf_counter()
-        self.pending.result()
+        with watching("finishing the previous checkpoint"):
+            self.pending.result()
         checkpoint = to_host(checkpoint, self.host)
         synchronize(device)
         held_ms = 1000 * (time.perf_counter() - started)

@@ -1,50 +1,66 @@
 """What a run is about to do, in lines for the console and as a record. `run` is the Run of train.py."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from corpus.shards import MOST_OPEN
-from diagnosis.published import CHANCE, items_of, unit_of
+from diagnosis.published import CHANCE, items_of, name_of, token_of
 from runtime import hardware
 from runtime.cli import command_line
 from runtime.files import existing_folder
 from runtime.launcher import read_launcher
 from runtime.machine import filesystem_of, open_file_limit
 from training.checkpoints import disk_usage
-from training.facts import data_facts
+from training.facts import data_facts, prospects
 
 FEW_EPOCHS, MANY_EPOCHS = 0.1, 10.0
+# Of what is due every so many steps.
+NAMES = {"val": "validations", "hellaswag": "HellaSwag", "sample": "samples", "checkpoint": "checkpoints"}
 OTHER_FILES = 64  # besides shards: sockets, libraries, log, checkpoints
 
 
-def describe_run(run) -> str:
-    """Return what a run is about to do, one line per thing that its user may want to change, and warnings."""
+def describe_run(run, evaluations: list, tokens_at: Callable, expected: str | None) -> str:
+    """Return what a run is about to do and what a good result is, in ten lines at most, and warnings.
+
+    `evaluations` and `tokens_at` are those of train.py, and `expected` is what it says about the preset.
+    Every rank has to call this. Raises OSError or ValueError if the shards cannot be read.
+    """
+    warnings = what_fails_later(run)  # a collective, before anything can fail
     args, ranks, machine = run.args, run.dist.world_size, hardware.describe_machine(run.dist.device)
-    epoch_tokens = run.train_data.windows * run.train_data.block_size
+    epoch_tokens, token = run.train_data.windows * args.block_size, token_of(args.tokenizer)
     step_tokens, ramp = args.total_batch_size, ""
     if args.ramp_steps:
         ramp = f", from 1/{args.batch_ramp} of it on, growing for {args.ramp_steps:,} steps"
+    source = f"from {args.init_from}" if args.init_from else "from scratch"
+    done = f", continuing at step {run.progress.step:,}" if run.progress.step else ""
     epochs = f"{run.planned_tokens / epoch_tokens:.2f} epochs of {epoch_tokens:,} in {args.data_dir}"
     is_random = run.train_data.shards.source.get("random", False)
     with run.attention():
         how = hardware.describe_compute(args, run.dtype, run.dist.device, run.is_compiled)
     size, needed, free = (tqdm.format_sizeof(n, "B") for n in disk_usage(run))
     checkpoints = f"{size} each, at most {needed} in {args.out_dir}, where {free} are free"
+    items, scores = run.benchmark.examples, []
+    if items:
+        what = items_of(run.benchmark.about)
+        scores = [("scores", f"of {len(items):,} {what}; chance is {CHANCE:.0%}, ± is one standard error")]
     lines = [
         (
-            "device",
-            f"{ranks} x {machine['hardware']['device']}, {machine['hardware']['cpu_count']} core(s) of "
-            f"{machine['hardware']['cpu']}",
-        ),
-        ("compute", f"torch {machine['versions']['torch']}, {how}"),
-        (
             "model",
-            f"{run.raw_model.num_params():,} parameters: {args.n_layer} layers, {args.n_head} heads, width "
-            f"{args.n_embd}, context {args.block_size}, {args.vocab_size:,} token ids",
+            f"GPT {source}, {run.raw_model.num_params():,} parameters: {args.n_layer} layers, {args.n_head} "
+            f"heads, width {args.n_embd}; predicts the next {token} from up to {args.block_size:,} before it",
         ),
+        (
+            "run",
+            f"{args.max_steps:,} steps{done}, {run.planned_tokens:,} {token}s, "
+            + ("here of random bytes" if is_random else epochs),
+        ),
+        ("plan", describe_plan(run, evaluations)),
+        *prospects(run, tokens_at, expected),
+        *scores,
         (
             "batch",
             f"{step_tokens:,} tokens per step: {args.batch_size} sequences x {args.block_size} "
@@ -52,25 +68,38 @@ def describe_run(run) -> str:
             f"micro-step(s){ramp}",
         ),
         (
-            "run",
-            f"{args.max_steps:,} steps, {run.planned_tokens:,} tokens, "
-            + ("here of random bytes" if is_random else epochs),
+            "device",
+            f"{ranks} x {machine['hardware']['device']}, {machine['hardware']['cpu_count']} core(s) of "
+            f"{machine['hardware']['cpu']}, torch {machine['versions']['torch']}, {how}",
         ),
-        ("losses", f"in {unit_of(args.tokenizer)}"),
+        ("optimizer", describe_optimizer(run)),
         ("checkpoints", checkpoints if args.checkpoint_every else "none"),
     ]
-    if items := run.benchmark.examples:
-        what = items_of(run.benchmark.about)
-        lines.append(("scores", f"of {len(items):,} {what}; chance is {CHANCE:.0%}, ± is one standard error"))
-    for group in describe_groups(run):
-        what = f"{group['params']:,} {group['name']}, learning rate up to {group['lr']:.2e}"
-        lines.append((group["optimizer"], f"{what}, weight decay {group['weight_decay']:g}"))
-    warnings = what_fails_later(run)
     warnings += what_disappoints(run, None if is_random else run.planned_tokens / epoch_tokens)
     lines += [("warning", text) for text in warnings]
     if args.eval_only:
-        lines = [line for line in lines if line[0] in ("device", "compute", "model", "scores")]
+        lines = [line for line in lines if line[0] in ("model", "loss", "device", "scores")]
     return "\n".join(f"{name:12} {text}" for name, text in lines)
+
+
+def describe_plan(run, evaluations: list) -> str:
+    """Return what is due during a run, and where its user sees how long it takes."""
+    due: dict[int, list[str]] = {}
+    for kind in (*(each.kind for each in evaluations), "checkpoint"):
+        if every := getattr(run.args, f"{kind}_every"):
+            name = name_of(kind, run.benchmark.about)
+            due.setdefault(every, []).append(NAMES.get(name, name))
+    parts = [f"every {every:,} steps {', '.join(names)}" for every, names in due.items()]
+    return "; ".join([*parts, "the lines of steps end with the time that is left"])
+
+
+def describe_optimizer(run) -> str:
+    """Return the optimizers of a run with their highest rates; its log has the groups."""
+    params: dict[str, int] = {}
+    for group in describe_groups(run):
+        what = f"{group['optimizer']} with learning rates up to {group['lr']:.2e}"
+        params[what] = params.get(what, 0) + group["params"]
+    return "; ".join(f"{what} for {number:,} parameters" for what, number in params.items())
 
 
 def what_fails_later(run) -> list[str]:

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from diagnosis.published import name_of
 from runtime import hardware
+from runtime.cli import watched, watching
 from runtime.distributed import Distributed, together
 from runtime.machine import process_age
 from training.checkpoints import to_host, training_state
-from training.facts import expectations
+from training.describe import NAMES
 from training.prepare import common_tokens
 from training.records import speed_of
 
@@ -30,7 +31,6 @@ FP16_SCALE = 1024.0  # keeps small gradients from vanishing, and large ones fini
 MICRO_STEP_S, STEPS_S, EVALUATION_S = 8.0, 15.0, 2.0  # about how long a measurement may take
 MOST_STEPS = 500
 UNSTEADY = 2.0  # the slowest tenth of the steps takes this many times as long as the fastest
-NAMES = {"val": "validations", "hellaswag": "HellaSwag", "sample": "samples"}  # in the forecast
 SLOW_DATA = 0.03  # from this share of a step on, waiting for data is worth a word
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -79,6 +79,7 @@ def keep_targets(batch: Batch, first: int, end: int) -> Batch:
     return x, kept
 
 
+@watching("comparing gradients")
 def check_gradients(run) -> None:
     """Compute the gradient of a micro-batch in ways that have to agree, and print how much they differ.
 
@@ -156,6 +157,7 @@ class Stopwatch:
         (seconds,) = self.dist.sum(time.perf_counter() - started)
         return seconds / self.dist.world_size
 
+    @watching("measuring an evaluation")
     def extrapolate(self, call: Callable[[int], object], whole: int) -> float:
         """Return the seconds of call(whole), measured with a smaller number if that would take long.
 
@@ -167,6 +169,7 @@ class Stopwatch:
         return seconds * whole / n
 
 
+@watching("measuring steps")
 def time_steps(run, train_step: Callable, stopwatch: Stopwatch) -> tuple[list[float], list[dict]]:
     """Return the seconds of a few steps, after two to warm up, and the records of all.
 
@@ -189,6 +192,7 @@ def time_steps(run, train_step: Callable, stopwatch: Stopwatch) -> tuple[list[fl
     return [each * micro_steps / n for each in seconds], records
 
 
+@watching("measuring a micro-step")
 def cut_batch_size(run, stopwatch: Stopwatch) -> int:
     """Lower the batch size of the loaders if a micro-step would take long, and return it.
 
@@ -270,9 +274,6 @@ def rehearse(run, train_step: Callable, evaluations: list, tokens_at: Callable) 
         parts.append(f"mfu {speed['mfu']:.1%}")
     dist.say(f"{'speed':12} {', '.join(parts)}{cut}")
     report_losses(dist, records, args.vocab_size)
-    with together(dist):
-        for name, line in expectations(run, tokens_at) if dist.is_main else ():
-            dist.say(f"{name:12} {line}")
 
     costs = [("steps", args.max_steps - step, tokens_left / speed["tokens_per_s"] / (args.max_steps - step))]
     for evaluation in evaluations:
@@ -286,7 +287,7 @@ def rehearse(run, train_step: Callable, evaluations: list, tokens_at: Callable) 
         # Any validation may be the best one so far; without validation, none is written at the start.
         times = times_due(step, args.max_steps, args.checkpoint_every, args.val_every)
         times -= not args.val_every and step % args.checkpoint_every == 0
-        for _ in range(2):  # the first one reserves the memory
+        for _ in watched(range(2), "copying a checkpoint", "times"):  # the first one reserves the memory
             held_s = stopwatch(lambda: to_host(training_state(run), host) if dist.is_main else None)
         costs.append(("checkpoints", times, held_s * dist.world_size))
     if memory := hardware.memory(dist.device):

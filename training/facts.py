@@ -3,6 +3,7 @@
 `run` is the Run of train.py.
 """
 
+import math
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 
 from corpus.shards import Shards, open_shard
 from diagnosis.history import History
-from diagnosis.published import dataset_of, expectation
+from diagnosis.published import dataset_of, expectation, token_of, unit_of
 from diagnosis.signs import DATA_SIGNS
+from training.overfit import ENOUGH
 
 # Of so many, the entropy of the 30,000 of GPT-2's ids that occur comes out too low by about
 # 30,000 / 2 / 2 ** 20 = 0.014 nats (Miller 1955, "Note on the Bias of Information Estimates").
@@ -71,15 +73,25 @@ def repeated(ids: np.ndarray) -> float:
     return 1 - len(np.unique(sample)) / len(sample) if len(sample) else 0.0
 
 
-def expectations(run, tokens_at: Callable) -> list[tuple[str, str]]:
-    """Return lines, each with a name: what a run should reach, if known, and what is wrong with the data.
+def prospects(run, tokens_at: Callable, expected: str | None) -> list[tuple[str, str]]:
+    """Return lines, each with a name: what the losses of a run mean and which are good.
 
-    Random data have none. `tokens_at` is that of train.py.
+    A dry run also says what is wrong with the data, of which random ones say nothing; the log of a run does
+    that by itself. `tokens_at` is that of train.py, and `expected` is what it says about the preset.
     """
+    args, token = run.args, token_of(run.args.tokenizer)
+    scale = (
+        f"in {unit_of(args.tokenizer)}, the lower the better: guessing has {math.log(args.vocab_size):.2f}"
+    )
     if run.train_data.shards.source.get("random"):
-        return []
-    history, steps = History(), range(run.args.max_steps)
-    consumed = list(accumulate((tokens_at(step, run.args) for step in steps), initial=0))
-    history.run = {"args": vars(run.args), "data": data_facts(run)}
-    lines = [("expect", expectation(history, consumed)), *(("warning", sign(history)) for sign in DATA_SIGNS)]
+        return [("loss", scale)]
+    history, steps = History(), range(args.max_steps)
+    consumed = list(accumulate((tokens_at(step, args) for step in steps), initial=0))
+    history.run = {"args": vars(args), "data": data_facts(run)}
+    scale += f", knowing only how frequent each {token} is {history.data['unigram_entropy']:.2f}"
+    good = expectation(history, consumed) or expected
+    if args.overfit_batch:
+        good = f"a loss of one batch below {ENOUGH}"
+    lines = [("loss", scale), ("expect", good)]
+    lines += [("warning", sign(history)) for sign in DATA_SIGNS if args.dry_run]
     return [(name, line) for name, line in lines if line]

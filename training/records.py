@@ -24,9 +24,10 @@ from tqdm import tqdm
 from diagnosis.published import name_of
 from diagnosis.watch import Watch
 from runtime import hardware
-from runtime.cli import command_line, with_these_ranks
+from runtime.cli import LINE_EVERY_S, command_line, watching, with_these_ranks
 from runtime.files import is_same_file, write_atomically
 from runtime.log import read_records
+from runtime.machine import idle_cores
 from training.checkpoints import CheckpointWriter, is_last_step, is_sound, numbered, training_state
 from training.describe import about_run
 from training.folder import RunFolder
@@ -61,6 +62,7 @@ class Log:
                     kept.append(record)
                     wandb_id = record.get("wandb") or wandb_id
                     self.watch.feed(record)  # what it has said before is not said again
+        self.watch.idle_cores = idle_cores
         lines = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(path, lambda file: file.write(lines.encode()))
         self.file = open(path, "ab+", buffering=0)
@@ -85,7 +87,8 @@ class Log:
         self.bar = tqdm(total=args.max_steps, initial=start_step, unit="step", disable=None)
         self.progress, self.planned_windows = run.progress, run.planned_tokens / args.block_size
         self.timed_from: tuple[float, int] | None = None  # end of the first step, and the windows until then
-        self.drawn = time.monotonic()
+        self.shown_s, self.drawn = -math.inf, time.monotonic()  # when a step was shown, and the picture drawn
+        self.is_forecast = False  # a line has said how long the rest will take
 
     def _curve(self, kind: str) -> str | None:
         """Return the number of an evaluation that is drawn."""
@@ -125,10 +128,12 @@ class Log:
     def _show(self, step: int, kind: str, values: dict) -> None:
         """Print the line of a record."""
         if kind == "train":
-            if step % self.args.log_every == 0:
-                left_s = self._seconds_left()
+            # Also the first one, and as often as `watching` shows itself.
+            if step % self.args.log_every == 0 or time.monotonic() - self.shown_s > LINE_EVERY_S:
+                self.shown_s, left_s = time.monotonic(), self._seconds_left()
                 tqdm.write(describe_step(step, values, left_s))
-                if left_s and left_s > LONG_RUN_S and step - self.start_step <= self.args.log_every:
+                is_first, self.is_forecast = not self.is_forecast, left_s is not None
+                if is_first and self.is_forecast and left_s > LONG_RUN_S:
                     tqdm.write(
                         f"warning: at this speed, the rest of the run takes {left_s / 86400:.0f} days: lower "
                         "--max_steps, or use --dry_run to see how long another machine would take"
@@ -268,7 +273,9 @@ class Log:
             for line in self.watch.lines():
                 tqdm.write(f"verdict:    {line}")
             model, prompt = self.folder.name, self.args.sample_prompt
-            tqdm.write(f"loss curve: {self.draw()}")
+            with watching("drawing the loss curve"):
+                picture = self.draw()
+            tqdm.write(f"loss curve: {picture}")
             report = command_line("plot.py", model, "--output", f"{model}/report.html")
             sample = command_line("sample.py", "--model", model, "--prompt", prompt)
             tqdm.write(f"report:     {report}")
@@ -352,7 +359,8 @@ class Records:
 
     def finish(self) -> None:
         """Wait for the last checkpoint, and log the end of a run that no signal has stopped."""
-        self.writer.close()
+        with watching("writing the last checkpoint"):
+            self.writer.close()
         self.run.stop.restore()
         if not self.run.stopping:
             used = hardware.memory(self.run.dist.device)
