@@ -28,6 +28,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from corpus.documents import Chunk, Format, Position, not_empty, read_chunks, read_token_file
 from corpus.inputs import (

@@ -146,15 +146,10 @@ cli.run(main, argparse.Namespace, needs_output={needs_output})
         (False, "{} >&- 2>&-", ""),
     ],
 )
-<<<<<<< HEAD
-def test_output_that_nobody_can_get_ends_only_what_needs_it(needs_output, shell, ending, flush):
-    # Importing the scripts takes seconds: they are imported once, without any stream.
-    imports = "import bench, fineweb, hellaswag, plot, sample, train" if "2>&-" in shell and flush else ""
-    Path("script.py").write_text(SCRIPT.format(imports=imports, needs_output=needs_output, flush=flush))
-=======
 def test_output_that_nobody_can_get_ends_only_what_needs_it(needs_output, shell, ending):
-    Path("script.py").write_text(SCRIPT.format(needs_output=needs_output))
->>>>>>> 83c6df6e58dc194298f9fd065cfd140d24c3a33f
+    # Importing the scripts takes seconds: they are imported once, without any stream.
+    imports = "import bench, fineweb, hellaswag, plot, sample, train" if "2>&-" in shell else ""
+    Path("script.py").write_text(SCRIPT.format(imports=imports, needs_output=needs_output))
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": ""}
     command = ["bash", "-c", shell.format(f"{sys.executable} script.py")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
