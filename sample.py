@@ -323,8 +323,7 @@ def main(args: argparse.Namespace) -> None:
     model.to(device=device, dtype=getattr(torch, args.dtype))
     generator = torch.Generator(device).manual_seed(args.seed)
     warn = functools.partial(print, file=sys.stderr, flush=True)
-    with watching("trying torch.compile"):
-        compiled = args.compile and can_compile(device, warn, "leave out --compile")
+    compiled = args.compile and can_compile(device, warn, "leave out --compile")
     if compiled:
         warn("the first text waits until its code is compiled")
 

@@ -637,8 +637,7 @@ def main(args: argparse.Namespace) -> None:
     args.threads = torch.get_num_threads() if device.type == "cpu" else None  # losses depend on it
     with RunFolder(args.out_dir, is_temporary=args.overfit_batch) as folder:
         # Checks: all problems at once; fills in the options that were left open
-        with watching("checking options and data"):
-            found = check_everything(args, dist, folder, parser, EVALUATIONS)
+        found = check_everything(args, dist, folder, parser, EVALUATIONS)
 
         # Model: --resume, --init_from, or a new one
         torch.manual_seed(args.seed)
@@ -663,9 +662,7 @@ def main(args: argparse.Namespace) -> None:
         with together(dist):
             hint = f"the ranks see different shards; {args.data_dir} has to be the same on every node"
             dist.check_same([val_data.description, train_data.description], hint)  # or one alone may fail
-            if args.epochs:
-                tokens = args.epochs * train_data.windows * args.block_size
-                limit_steps(args, tokens, tokens_at, found.resumed)
+            limit_steps(args, train_data.windows * args.block_size, tokens_at, found.resumed)
             planned = planned_tokens(args, dist.world_size, tokens_at, found.resumed)
 
         # Optimizer, scaler, autocast
@@ -679,7 +676,7 @@ def main(args: argparse.Namespace) -> None:
         if dist.world_size > 1:
             model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
         asked = device.type == "cuda" if args.compile is None else args.compile
-        with together(dist), watching("trying torch.compile"):
+        with together(dist):
             is_compiled = asked and hardware.can_compile(device, dist.say)
         if is_compiled:
             model = torch.compile(model)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from runtime.cli import watched
+from runtime.cli import watched, watching
 from runtime.distributed import Distributed
 from runtime.launcher import read_launcher
 from runtime.machine import (
@@ -241,6 +241,7 @@ def uses_tf32(device: torch.device) -> bool:
     return is_new and torch.get_float32_matmul_precision() != "highest"
 
 
+@watching("trying torch.compile")
 def can_compile(
     device: torch.device, say: Callable[[str], None], otherwise: str = "use train.py --no-compile"
 ) -> bool:

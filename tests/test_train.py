@@ -474,8 +474,8 @@ def test_validation_needs_the_memory_of_one_batch(tmp_path):
 
 def test_evaluation_does_not_change_training(run_train):
     without = run_train("--dropout 0.2 --val_every 0")
-    every_step = "--val_every 1 --sample_every 1 --sample_tokens 4 --checkpoint_every 1"
-    evaluated = run_train(f"--dropout 0.2 {every_step}")
+    often = "--val_every 1 --sample_every 1 --sample_tokens 4 --checkpoint_every 1"
+    evaluated = run_train(f"--dropout 0.2 {often}")
     assert losses(evaluated) == losses(without)
 
 
@@ -935,16 +935,16 @@ def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
     assert (before.max_steps, before.preset, before.data_dir) == (69, "text", "shards")
     assert before.epochs is None and train.parse_args(["--resume", "--max_steps", "99"]).max_steps == 99
     short = train.parse_args([*options, "--epochs", "2"])
-    prepare.limit_steps(short, 2 * 110 * 16, train.tokens_at)
+    prepare.limit_steps(short, 110 * 16, train.tokens_at)
     assert (short.max_steps, short.warmup_steps) == (28, 1)
     short = train.parse_args([*options, "--epochs", "2", "--warmup_steps", "1999"])
-    prepare.limit_steps(short, 2 * 110 * 16, train.tokens_at)
+    prepare.limit_steps(short, 110 * 16, train.tokens_at)
     assert short.warmup_steps < short.max_steps
     for words, message in {"--total_batch_size 0": "--total_batch_size is 0", "--epochs inf": "less"}.items():
         with pytest.raises(ValueError, match=message):
             train.main(train.parse_args([*options, *words.split()]))
     long = train.parse_args([*options, "--max_steps", "50", "--warmup_steps", "7"])
-    prepare.limit_steps(long, 5 * 110 * 16, train.tokens_at)
+    prepare.limit_steps(long, 110 * 16, train.tokens_at)
     assert (long.max_steps, long.warmup_steps) == (50, 7)
 
 
@@ -952,7 +952,7 @@ def test_steps_may_take_more_and_more_tokens(run_train, capsys):
     """A run that doubles its batches is resumed where it was, and knows its end."""
     options = "--max_steps 8 --val_every 4 --batch_ramp 2 --ramp_steps 4"
     whole = run_train(options, out_dir="whole")
-    assert "8 steps, 384 tokens, 0.22 epochs of 1,760" in capsys.readouterr().out
+    assert "8 steps, 384 bytes, 0.22 epochs of 1,760" in capsys.readouterr().out
     run_train(f"{options} --checkpoint_every 5 --keep 0")
     for name in ("model_00008.pt", "model_best.pt"):
         Path("log", name).unlink()
@@ -963,7 +963,7 @@ def test_steps_may_take_more_and_more_tokens(run_train, capsys):
     uneven = "step 0 takes 32 tokens, which is not a multiple of the 64 in a micro-step: use --batch_size 2"
     with pytest.raises(ValueError, match=uneven):
         run_train(f"{options} --batch_size 4", out_dir="uneven")
-    limited = train.parse_args(f"{TINY} --max_steps 99 --batch_ramp 4 --ramp_steps 25".split())
+    limited = train.parse_args(f"{TINY} --epochs 1 --max_steps 99 --batch_ramp 4 --ramp_steps 25".split())
     prepare.limit_steps(limited, 1760, train.tokens_at)
     taken = [train.tokens_at(step, limited) for step in range(limited.max_steps)]
     assert abs(sum(taken) - 1760) <= 32

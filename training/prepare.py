@@ -21,7 +21,7 @@ from corpus.tokenizer import get_tokenizer, is_padded, name_for
 from formats.checkpoint import describe_pretrained
 from model import GPT, GPTConfig
 from runtime import hardware
-from runtime.cli import check_options
+from runtime.cli import check_options, watching
 from runtime.distributed import Distributed, Problems
 from runtime.files import write_json
 from runtime.machine import allow_open_files
@@ -153,13 +153,15 @@ def fit_batch_size(
 
 
 def limit_steps(
-    args: argparse.Namespace, tokens: float, tokens_at: TokensAt, resumed: dict | None = None
+    args: argparse.Namespace, epoch_tokens: int, tokens_at: TokensAt, resumed: dict | None = None
 ) -> None:
-    """Lower --max_steps to the steps that this many tokens take; the warm-up shrinks in proportion.
+    """Lower --max_steps to the steps that --epochs takes, if it is given; the warm-up shrinks in proportion.
 
     Raises ValueError if the resumed checkpoint is past them.
     """
-    steps, before = 0, args.max_steps
+    if not args.epochs:
+        return
+    tokens, steps, before = args.epochs * epoch_tokens, 0, args.max_steps
     while steps < before and tokens >= tokens_at(steps, args) / 2:
         tokens -= tokens_at(steps, args)
         steps += 1
@@ -231,6 +233,7 @@ def first_words(tokens: np.ndarray, tokenizer) -> str:
     return " ".join(text.strip("\ufffd").split()[:5])
 
 
+@watching("checking options and data")
 def check_everything(
     args: argparse.Namespace,
     dist: Distributed,
