@@ -416,10 +416,12 @@ showing = threading.Lock()
 def start_showing() -> None:
     """Start the thread that shows the innermost work in progress, on the main rank."""
 
+    never = threading.Event()
+
     def show() -> None:
         while True:
             every_s = BAR_EVERY_S if sys.stderr.isatty() else LINE_EVERY_S
-            time.sleep(min(every_s, BAR_EVERY_S))
+            never.wait(min(every_s, BAR_EVERY_S))
             with showing:
                 is_due = in_progress and time.time() - in_progress[-1].shown >= every_s
                 if is_due and read_launcher().rank == 0:
