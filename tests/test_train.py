@@ -474,8 +474,8 @@ def test_validation_needs_the_memory_of_one_batch(tmp_path):
 
 def test_evaluation_does_not_change_training(run_train):
     without = run_train("--dropout 0.2 --val_every 0")
-    often = "--val_every 1 --sample_every 1 --sample_tokens 4 --checkpoint_every 1"
-    evaluated = run_train(f"--dropout 0.2 {often}")
+    every_step = "--val_every 1 --sample_every 1 --sample_tokens 4 --checkpoint_every 1"
+    evaluated = run_train(f"--dropout 0.2 {every_step}")
     assert losses(evaluated) == losses(without)
 
 
