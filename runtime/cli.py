@@ -383,8 +383,8 @@ class Work:
     unit: str
     n: int
     options: dict  # of tqdm
-    started: float = field(default_factory=time.time)
-    shown: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.monotonic)
+    shown: float = field(default_factory=time.monotonic)
     bar: tqdm | None = None
 
     def update(self, n: int = 1) -> None:
@@ -392,7 +392,7 @@ class Work:
 
     def show(self) -> None:
         """Print a line. On a terminal, it takes the place of the one before and is removed in the end."""
-        self.shown, far = time.time(), "{elapsed} so far"
+        self.shown, far = time.monotonic(), "{elapsed} so far"
         if self.total:
             far = "{n_fmt} of {total_fmt} {unit}, {elapsed} so far, about {remaining} left"
         form = dict(total=self.total, unit=self.unit, bar_format=f"{{desc}}: {far}", **self.options)
@@ -402,7 +402,7 @@ class Work:
             return
         if self.bar is None:
             self.bar = tqdm(desc=self.what, leave=False, **form)
-            self.bar.start_t = self.started
+            self.bar.start_t -= self.shown - self.started
         self.bar.desc, self.bar.n, self.bar.total = self.what, self.n, self.total
         self.bar.bar_format = form["bar_format"]
         self.bar.refresh()
@@ -416,12 +416,14 @@ showing = threading.Lock()
 def start_showing() -> None:
     """Start the thread that shows the innermost work in progress, on the main rank."""
 
+    never = threading.Event()
+
     def show() -> None:
         while True:
             every_s = BAR_EVERY_S if sys.stderr.isatty() else LINE_EVERY_S
-            time.sleep(min(every_s, BAR_EVERY_S))
+            never.wait(min(every_s, BAR_EVERY_S))
             with showing:
-                is_due = in_progress and time.time() - in_progress[-1].shown >= every_s
+                is_due = in_progress and time.monotonic() - in_progress[-1].shown >= every_s
                 if is_due and read_launcher().rank == 0:
                     in_progress[-1].show()
 
