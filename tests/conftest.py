@@ -25,13 +25,17 @@ from model import GPT, GPTConfig
 from training import records
 
 REPOSITORY = Path(train.__file__).parent
+if not torch.cuda.is_available():
+    # torch.manual_seed formats the stack for each kind of GPU that is absent: a sixth of a tiny run.
+    for kind in (torch.cuda, torch.mtia, torch.xpu):
+        kind.manual_seed_all = lambda seed: None
 with contextlib.suppress(ImportError):  # test_damage.py is skipped without it
     from hypothesis import HealthCheck, Phase, settings
 
     # The fixtures of a test are the same for all of its examples.
     checks, phases = list(HealthCheck), [Phase.generate]
     examples = settings(None, deadline=None, database=None, phases=phases, suppress_health_check=checks)
-    settings.register_profile("short", examples, max_examples=25, derandomize=True)
+    settings.register_profile("short", examples, max_examples=15, derandomize=True)
     settings.register_profile("long", examples, max_examples=1000)
     settings.load_profile("short")
 

@@ -1,7 +1,7 @@
 """Damaged and malicious files, given to every command that reads them: one line, little memory, no hang.
 
-    python -m pytest tests/test_damage.py                              # some hundred files
-    python -m pytest tests/test_damage.py --hypothesis-profile=long    # forty times as many
+    python -m pytest tests/test_damage.py                              # two hundred files
+    python -m pytest tests/test_damage.py --hypothesis-profile=long    # sixty times as many
 """
 
 import copy

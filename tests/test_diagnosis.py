@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import plot
 from diagnosis import published
@@ -406,6 +407,7 @@ def test_plot_says_the_same_as_the_run():
 def test_plot_draws_the_curve_and_says_the_verdict(monkeypatch, capsys):
     drawn = {}
     draw = Axes.plot
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: None)  # takes a second
     monkeypatch.setattr(
         Axes,
         "plot",

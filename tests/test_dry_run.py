@@ -77,8 +77,8 @@ def test_wrong_gradient_ends_the_command_and_names_the_tensor(rehearse, monkeypa
 @pytest.mark.parametrize(
     "options",
     [
-        "--compile",
-        "--compile --dtype bfloat16 --optimizer muon --recompute",
+        "--compile --n_layer 1",
+        "--compile --n_layer 1 --dtype bfloat16 --optimizer muon --recompute",
         "--dtype float16 --dropout 0.1",
         "--batch_size 1 --block_size 15 --total_batch_size 60",
     ],

@@ -228,7 +228,7 @@ def test_second_backward_pass_is_an_error_not_a_wrong_gradient():
 
 
 def test_compiled_loss_is_one_graph_with_the_same_gradients():
-    model, idx = tiny_gpt(), torch.randint(320, (2, 16))
+    model, idx = GPT(GPTConfig(16, 320, 1, 2, 32)), torch.randint(320, (2, 16))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for dtype in (torch.float32, torch.bfloat16):
         eager, other = (

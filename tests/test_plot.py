@@ -66,6 +66,7 @@ def test_follow_redraws_until_the_run_ends(tmp_path, monkeypatch, capsys):
         write_log("log", 10 * len(waits) + 10)
 
     monkeypatch.setattr(plot.time, "sleep", sleep)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: None)  # takes a second
     monkeypatch.setattr(plot, "read_log", lambda folder: reads.append(folder) or read(folder))
     plot.main(plot.parse_args(["log", "--follow", "7"]))
     out = capsys.readouterr().out.splitlines()
@@ -100,6 +101,7 @@ def test_follow_waits_for_the_first_step_and_for_all_runs(tmp_path, monkeypatch,
 
     events = [begin, first_steps, early_stop, other_begins, other_ends]
     monkeypatch.setattr(plot.time, "sleep", lambda seconds: events.pop(0)())
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: None)  # takes a second
     plot.main(plot.parse_args(["log", "other", "--follow", "7", "--output", "a.png"]))
     out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("w")]
     assert out == 2 * ["waiting for the first step"] + 4 * ["wrote a.png"]

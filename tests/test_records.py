@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -289,15 +290,17 @@ def test_run_folder_that_cannot_be_written_is_refused_at_once(run_train, check):
 
 
 def test_folder_in_use_is_refused_and_the_run_in_it_is_not_disturbed(run_train, shards, monkeypatch):
-    alone = run_train("--max_steps 150 --val_every 0", out_dir="alone")
-    process = begin(f"{TINY} --max_steps 150 --val_every 0")
+    alone = run_train("--max_steps 30 --val_every 0", out_dir="alone")
+    process = begin(f"{TINY} --max_steps 30 --val_every 0")
     wait_until(lambda: count_lines("log") > 10)
+    os.kill(process.pid, signal.SIGSTOP)  # it must not end before the others are refused
     for options in ("", "--resume"):
         with pytest.raises(ValueError, match=f"/log is in use by process {process.pid} on .*: wait until it"):
             run_train(options)
     plot.main(plot.parse_args(["log", "--output", "picture.png"]))  # readers are not refused
     monkeypatch.setattr(dry_run, "STEPS_S", 0.01)
     run_train("--dry_run --max_steps 20")
+    os.kill(process.pid, signal.SIGCONT)
     process.join(60)
     assert process.exitcode == 0
     assert read_losses("log") == [(record["step"], record["loss"]) for record in alone["train"]]

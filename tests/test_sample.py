@@ -236,23 +236,13 @@ def test_compiled_decoding_goes_on_after_more_batch_sizes_than_torch_compiles(gr
 
 
 def test_compiled_texts_use_the_same_memory_unless_they_are_made_at_the_same_time(graphs, model):
-    addresses = []
-
-    def remember(layer, k, v, slots, visible):
-        addresses.append(layer.k.data_ptr() if layer.k is not None else None)
-        return write(layer, k, v, slots, visible)
-
-    write, sample.KVCache.write = sample.KVCache.write, remember
-    try:
-        texts = [sample.stream(model, PROMPT[i : i + 1], 6, temperature=0, compiled=True) for i in (0, 1)]
-        together = list(zip(*texts, strict=True))
-        kept = [cache for caches in sample._unused_caches[model].values() for cache in caches]
-        for i in (0, 1):
-            alone = list(sample.stream(model, PROMPT[i : i + 1], 6, temperature=0, compiled=True))
-            assert alone == [pair[i] for pair in together]
-            assert alone == list(sample.stream(model, PROMPT[i : i + 1], 6, temperature=0))
-    finally:
-        sample.KVCache.write = write
+    texts = [sample.stream(model, PROMPT[i : i + 1], 6, temperature=0, compiled=True) for i in (0, 1)]
+    together = list(zip(*texts, strict=True))
+    kept = [cache for caches in sample._unused_caches[model].values() for cache in caches]
+    for i in (0, 1):
+        alone = list(sample.stream(model, PROMPT[i : i + 1], 6, temperature=0, compiled=True))
+        assert alone == [pair[i] for pair in together]
+        assert alone == list(sample.stream(model, PROMPT[i : i + 1], 6, temperature=0))
     assert len(kept) == 2  # one for each of the two that ran at the same time
     assert kept == [cache for caches in sample._unused_caches[model].values() for cache in caches]
 

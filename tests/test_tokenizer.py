@@ -70,7 +70,7 @@ def trained(text, merges):
 @pytest.fixture
 def small_gpt2(monkeypatch):
     """Stands in for GPT-2's tokenizer, which needs a download: its pattern, with fewer merges."""
-    ranks = trained(Path(os.__file__).read_text(), 300)
+    ranks = trained(Path(os.__file__).read_text(), 100)
     special = {"<|endoftext|>": len(ranks)}
     encoding = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
@@ -100,7 +100,7 @@ def encode(batch, texts):
 
 
 def test_batches_have_the_ids_of_tiktoken(small_gpt2):
-    texts = odd_texts(3000)
+    texts = odd_texts(1000)
     expected = small_gpt2.encode_ordinary_batch(texts)
     batch = BatchTokenizer("gpt2")
     assert batch.has_gigatoken
