@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY, begin
 
 import bench
 import train
@@ -33,10 +34,12 @@ def test_ratios_are_taken_round_by_round():
                 *("sample.generate, top-k", "sample.generate, all"),
             ],
         ),
-        (f"hellaswag {TINY} --limit 46 --rounds 1 --alone", ["hellaswag"]),  # of 44
+        (f"hellaswag {TINY} --data items.jsonl --limit 3 --rounds 1 --alone", ["hellaswag"]),  # of 2
     ],
 )
 def test_subcommand_writes_its_figures(command, ways, tmp_path, capsys):
+    items = (REPOSITORY / "corpus" / "hellaswag_demo.jsonl").read_text().splitlines()
+    Path("items.jsonl").write_text("\n".join(items[:2]))
     bench.main(bench.parse_args([*command.split(), "--output", str(tmp_path / "out.json")]))
     record, (printed, progress) = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr()
     dtype = record["args"]["dtype"]
@@ -200,7 +203,14 @@ def test_way_that_runs_out_of_memory_has_a_row_without_figures(capsys):
     assert capsys.readouterr().out == "large: CUDA out of memory. Tried to allocate 6.14 GiB\n"
 
 
-def test_patched_training_reports_its_error():
+def test_patched_training_reports_its_error(monkeypatch):
+    def forked(command, **options):
+        process = begin(" ".join(command[2:]), "printed", "errors", script=command[1])
+        process.join(60)
+        streams = Path("printed").read_text(), Path("errors").read_text()
+        return subprocess.CompletedProcess(command, process.exitcode, *streams)
+
+    monkeypatch.setattr(bench.subprocess, "run", forked)
     options = {"n_layer": 1, "n_head": 2, "n_embd": 16, "batch_size": 1, "block_size": 8, "max_steps": 4}
     patched = bench.run_train({**options, "vocab_size": 50304}, "cpu", "torch.is_patched = True")
     seconds, compile_s, peak = patched

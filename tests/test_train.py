@@ -185,7 +185,7 @@ def test_shuffled_windows_are_uniform_and_independent_of_the_length_of_the_epoch
 
 
 def test_run_writes_log_checkpoints_and_picture(run_train):
-    options = "--keep 1 --sample_every 3 --hellaswag_every 6 --hellaswag_data demo"
+    options = "--keep 1 --sample_every 3 --hellaswag_every 6 --hellaswag_data demo --hellaswag_limit 12"
     records = run_train(options, picture=True)
     assert [record["step"] for record in records["train"]] == list(range(6))
     assert [record["step"] for record in records["val"]] == [0, 3, 6]
@@ -905,6 +905,7 @@ def test_finetune_preset_improves_weights_from_a_folder(shards, hf_folder, monke
     assert train.parse_args(["--preset", "finetune"]).init_from == "gpt2"
     monkeypatch.chdir(shards.parent)
     options = f"--preset finetune --init_from {hf_folder} --data_dir shards --tokenizer byte --device cpu"
+    options += " --sample_tokens 4"
     train.main(train.parse_args([*options.split(), "--total_batch_size", "128", "--learning_rate", "1e-2"]))
     records = [json.loads(line) for line in open("log/log.jsonl")]
     by_kind = {record["kind"]: record for record in records}
@@ -916,7 +917,8 @@ def test_finetune_preset_improves_weights_from_a_folder(shards, hf_folder, monke
 def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
     monkeypatch.chdir(shards.parent)
     options = "--preset text --data_dir shards --tokenizer byte --n_layer 1 --n_embd 16 --block_size 16"
-    options += " --batch_size 8 --total_batch_size 128 --val_every 30 --device cpu --dtype float32"
+    options += " --batch_size 8 --total_batch_size 128 --val_every 30 --sample_tokens 4 --device cpu"
+    options += " --dtype float32"
     options = options.split()
     train.main(train.parse_args(options))
     printed = capsys.readouterr().out
