@@ -227,7 +227,8 @@ def _read(source: str | Path | dict, n_head: int | None) -> tuple[dict, dict[str
     if isinstance(source, dict):
         return _read_gpt2_checkpoint("the checkpoint", source, n_head)
     if str(source) in HUB_NAMES and not Path(source).exists():
-        advice = "connect to the network, or use a checkpoint or a Hugging Face folder"
+        files = " and ".join(HUB_FILES)
+        advice = f"connect to the network once, or copy {files} into a folder and name that, not {source}"
         for name in HUB_FILES:
             path = hub.fetch(source, name, what=f"download {source}", advice=advice)
         return read_hugging_face(path.parent)

@@ -402,3 +402,18 @@ def test_weights_come_from_one_revision_of_the_hub(stand_in, hf_folder, monkeypa
     # The client library's first request in a process may be about something else.
     commands = [command for command, path in stand_in.seen if path.startswith("/gpt2/")]
     assert not re.search("GET.*GET.*GET", " ".join(commands))
+
+
+def test_weights_that_cannot_be_downloaded_can_be_copied_into_a_folder(hf_folder, monkeypatch):
+    def offline(repo, path, *, what, advice):
+        raise ConnectionError(f"cannot {what}: {advice}")
+
+    monkeypatch.setattr(hub, "fetch", offline)
+    with pytest.raises(ConnectionError, match="download gpt2: connect .*, or copy .*, not gpt2$") as error:
+        GPT.from_pretrained("gpt2")
+    files = re.search("copy (.*) and (.*) into a folder", str(error.value)).groups()
+    Path("copied").mkdir()
+    for name in files:
+        Path("copied", name).write_bytes((hf_folder / name).read_bytes())
+    weights, copied = (GPT.from_pretrained(folder).state_dict() for folder in (hf_folder, "copied"))
+    assert all(weights[name].equal(copied[name]) for name in weights)
