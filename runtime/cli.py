@@ -22,7 +22,7 @@ from typing import NoReturn, TextIO, TypeVar
 
 from tqdm import tqdm
 
-from runtime.launcher import read_launcher, tell_torchrun
+from runtime.launcher import is_first_rank, read_launcher, tell_torchrun
 
 USER_ERRORS = (ValueError, OSError, MemoryError)  # what users and their machines can cause
 LONGEST_LINE = 700
@@ -369,9 +369,8 @@ def run(
         script = Path(sys.argv[0]).name
         flush_or_drop(sys.stdout)
         message = "\n".join(f"{script}: error: {line}" for line in error_lines(error))
-        # All ranks find the same mistakes in their command line.
-        is_repeated = tell_torchrun(message) and args is None and os.environ.get("RANK") != "0"
-        sys.exit(1 if is_repeated else message)
+        is_known = tell_torchrun(message) and args is None  # all ranks have the same command line
+        sys.exit(1 if is_known and not is_first_rank() else message)
 
 
 @dataclass(eq=False)

@@ -63,6 +63,11 @@ def read_number(name: str, default: int | None = None) -> int | None:
     return int(text)
 
 
+def is_first_rank() -> bool:
+    """Return whether no other process is rank 0, also where `read_launcher` raises an error."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def tell_torchrun(message: str) -> bool:
     """Write an error to the file whose text ends torchrun's own report. Returns whether there is one.
 
