@@ -56,8 +56,8 @@ def choose_device(name: str = "auto", threads: int | None = None) -> torch.devic
     """Return the device with that name, and make it the current one if it is a GPU.
 
     "auto" is the first of cuda, mps and cpu that this machine has. Under torchrun, each rank gets a GPU of
-    its own. On CPUs, torch gets `threads`, or one for each core that is free, unless OMP_NUM_THREADS says
-    otherwise. Raises ValueError if this machine lacks the device, and for "auto" if it has an NVIDIA GPU that
+    its own. On CPUs, torch gets `threads`, or as many as OMP_NUM_THREADS says, or one for each core that is
+    free. Raises ValueError if this machine lacks the device, and for "auto" if it has an NVIDIA GPU that
     torch cannot use.
     """
     if name == "auto":
@@ -72,7 +72,7 @@ def choose_device(name: str = "auto", threads: int | None = None) -> torch.devic
         device = torch.empty(0, device=device).device
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        elif device.type == "cpu" and (threads or "OMP_NUM_THREADS" not in os.environ):
             torch.set_num_threads(cpu_threads(threads))
         return device
     except (RuntimeError, AssertionError) as error:

@@ -274,13 +274,13 @@ def test_ctrl_c_does_not_wait_for_downloads(hub):
     def before_get(path):
         if "sample/" in path and hub.seen[-1][0] == "GET":
             held.append(path)
-            end.wait(60)
+            end.wait(120)
 
     hub.before_get = before_get
     with begin(hub) as process:
         wait_until(lambda: len(held) == 3)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=90)
     end.set()
     assert process.returncode == 130 and errors == ""
 

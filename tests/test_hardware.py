@@ -406,6 +406,9 @@ def test_everything_uses_the_limits_of_a_container(cgroups, monkeypatch, run_tra
         assert torch.get_num_threads() == 2
         hardware.choose_device("cpu", threads=9)
         assert torch.get_num_threads() == 2
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        hardware.choose_device("cpu", threads=1)
+        assert torch.get_num_threads() == 1  # of an option, or of the run that is resumed
     finally:
         torch.set_num_threads(threads)
 
@@ -452,6 +455,7 @@ def test_run_keeps_the_number_of_threads_with_which_it_began(run_train, monkeypa
             ("--max_steps 5 --threads 2", 2),
             ("--max_steps 6", 2),
         ):
+            monkeypatch.setenv("OMP_NUM_THREADS", str(3 - threads))  # not that of the run
             records = run_train(f"{options} --resume")
             assert records["run"][-1]["args"]["threads"] == torch.get_num_threads() == threads
         assert "--threads 2 (was 1)" in capsys.readouterr().out
