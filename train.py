@@ -85,8 +85,6 @@ PRESETS = {
     # Measured as a whole at small sizes only (LOG.md). That 45 % of the tokens suffice at this size is a
     # projection. 3.6e-3 is what modded-nanogpt used for the embeddings of a similar network in 10/2024; the
     # ratios are those of the small sizes, and beta1 is what its third track found for 124M weights.
-    # --ramp_steps is left out: it saves tokens at small sizes (LOG.md) but hardly time on eight GPUs, where
-    # steps of a quarter need micro-steps of a quarter, too.
     "speedrun": {
         **dict(n_layer=12, n_head=12, n_embd=768, warmup_steps=250, max_steps=8600, **MUON_WSD),
         **dict(milestone_every=1),  # a checkpoint before the fall of the rates can train on for longer
@@ -277,13 +275,8 @@ def learning_rate_at(step: int, args: argparse.Namespace) -> float:
 
 
 def tokens_at(step: int, args: argparse.Namespace) -> int:
-    """Return how many tokens a step takes, over all ranks: a multiple of those in a micro-step.
-
-    The ramp has equally many steps of each size: with --batch_ramp 4, of a quarter and of a half.
-    """
-    doublings = args.batch_ramp.bit_length() - 1
-    done = doublings * step // args.ramp_steps if step < args.ramp_steps else doublings
-    return args.total_batch_size >> (doublings - done)
+    """Return how many tokens a step takes, over all ranks: a multiple of those in a micro-step."""
+    return args.total_batch_size
 
 
 OPTIMIZERS = {
@@ -555,9 +548,6 @@ def option_parser() -> argparse.ArgumentParser:
     batch_size = Range(int_or_auto, 1)
     add("--batch_size", type=batch_size, default=64, help="sequences per rank and micro-step, or auto")
     add("--total_batch_size", type=AT_LEAST_1, default=524288, help="tokens per step, over all ranks")
-    ramp = "begin with 1/N of --total_batch_size and double it in equal stages (1: disabled)"
-    add("--batch_ramp", type=int, choices=(1, 2, 4, 8, 16), default=1, help=ramp)
-    add("--ramp_steps", type=AT_LEAST_0, default=0, help="steps that --batch_ramp lasts (0: disabled)")
     add("--shuffle", **switch, help="permute every epoch")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

@@ -232,8 +232,6 @@ def wrong_batches(history: History) -> str | None:
     (least, most), step_tokens = STEP_TOKENS_ALLOWED, number(history.options, "total_batch_size")
     if step_tokens is None or not least <= step_tokens <= most:
         return f"a step has {step_tokens} tokens, not {least} to {most}"
-    if history.options.get("ramp_steps"):
-        return "its batches grow (--ramp_steps)"
     return None
 
 

@@ -188,7 +188,6 @@ def test_causes_are_those_that_the_log_shows():
             {"dataset": None},
             "fineweb10B is not known to be FineWeb or FineWeb-Edu: if it is, use --references fineweb or edu",
         ),
-        ({"ramp_steps": 100}, {}, "its batches grow (--ramp_steps)"),
         ({"tokenizer": None}, {}, "its log does not say which tokenizer it has"),
         ({"total_batch_size": 65536}, {}, "a step has 65536 tokens, not 262144 to 524288"),
         (
@@ -386,7 +385,7 @@ def test_steps_that_are_slow_beside_other_processes():
     assert crowded(slow, options={"threads": None}) == crowded(slow, world_size=2) == ([], 0)  # a GPU; ranks
     assert crowded(lambda step: 100.0 if step >= 900 else 51.0) == ([], 0)
     assert crowded(lambda step: 5000.0 if step % 300 == 0 else 51.0) == ([], 0)  # single steps
-    # With --ramp_steps, longer steps take more tokens.
+    # Longer steps that take more tokens.
     assert crowded(slow, speed=lambda step: 2e4) == ([], 0)
     assert not small(falling, dt_ms=slow)  # without a measure, as in plot.py
 

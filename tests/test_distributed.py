@@ -81,7 +81,7 @@ def test_two_ranks_match_one_with_one_reduction_per_step(run_train, two_ranks):
     Path("resumed/model_best.pt").unlink()
     runs = [{**args, "out_dir": "two", "recompute": True}]
     runs += [{**args, "resume": True, "out_dir": "resumed"}]
-    muon = run_train(f"{MUON} --muon_lr 0.05 --batch_ramp 2 --ramp_steps 3", out_dir="one_muon")
+    muon = run_train(f"{MUON} --muon_lr 0.05", out_dir="one_muon")
     runs += [{**muon["run"][0]["args"], "batch_size": 1, "out_dir": "two_muon"}]
     Path("two.py").write_text(TWO_RANKS_SCRIPT.format(runs=runs, bucket_cap_mb=None))
     output = two_ranks("two.py")

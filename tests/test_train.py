@@ -592,7 +592,6 @@ def test_fine_tuning_works_with_shorter_windows(run_train, hf_folder):
         ("--init_from hf --n_layer 3", "--n_layer is 3, but hf has 2"),
         ("--init_from hf --block_size 32", "--block_size is 32, but hf has 16"),
         ("--early_stop 1 --val_every 0", "--early_stop counts validations"),
-        ("--batch_ramp 2", "--batch_ramp and --ramp_steps belong together: set both or neither"),
         ("--out_dir .", "--out_dir . contains the working directory"),
         ("--hellaswag_every 1 --hellaswag_data none.jsonl", "no HellaSwag items at none.jsonl"),
         ("--device cuda:99", "device cuda:99 is not available"),
@@ -950,9 +949,15 @@ def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
     assert (long.max_steps, long.warmup_steps) == (50, 7)
 
 
-def test_steps_may_take_more_and_more_tokens(run_train, capsys):
-    """A run that doubles its batches is resumed where it was, and knows its end."""
-    options = "--max_steps 8 --val_every 4 --batch_ramp 2 --ramp_steps 4"
+def growing(step: int, args) -> int:
+    """In place of train.tokens_at: batches of a half until step 4."""
+    return args.total_batch_size // (2 if step < 4 else 1)
+
+
+def test_steps_may_take_more_and_more_tokens(run_train, monkeypatch, capsys):
+    """A run whose `tokens_at` was edited is resumed where it was, and knows its end."""
+    monkeypatch.setattr(train, "tokens_at", growing)
+    options = "--max_steps 8 --val_every 4"
     whole = run_train(options, out_dir="whole")
     assert "8 steps, 384 bytes, 0.22 epochs of 1,760" in capsys.readouterr().out
     run_train(f"{options} --checkpoint_every 5 --keep 0")
@@ -965,17 +970,14 @@ def test_steps_may_take_more_and_more_tokens(run_train, capsys):
     uneven = "step 0 takes 32 tokens, which is not a multiple of the 64 in a micro-step: use --batch_size 2"
     with pytest.raises(ValueError, match=uneven):
         run_train(f"{options} --batch_size 4", out_dir="uneven")
-    limited = train.parse_args(f"{TINY} --epochs 1 --max_steps 99 --batch_ramp 4 --ramp_steps 25".split())
-    prepare.limit_steps(limited, 1760, train.tokens_at)
-    taken = [train.tokens_at(step, limited) for step in range(limited.max_steps)]
-    assert abs(sum(taken) - 1760) <= 32
-    assert taken == [16] * 13 + [32] * 12 + [64] * (limited.max_steps - 25)
-    with pytest.raises(
-        ValueError, match="step 0 takes 8 tokens, .* use a lower --batch_ramp, or fewer ranks"
-    ):
-        run_train("--batch_ramp 8 --ramp_steps 2 --batch_size 1", out_dir="uneven")
+    limited = train.parse_args(f"{TINY} --epochs 1 --max_steps 99".split())
+    prepare.limit_steps(limited, 1760, growing)
+    assert abs(sum(growing(step, limited) for step in range(limited.max_steps)) - 1760) <= 32
+    monkeypatch.setattr(train, "tokens_at", lambda step, args: 8 if step < 2 else args.total_batch_size)
+    with pytest.raises(ValueError, match="step 0 takes 8 tokens, .* use more tokens, or fewer ranks"):
+        run_train("--batch_size 1", out_dir="uneven")
     with pytest.raises(ValueError, match="a step of 8 tokens has less than a window of 16 tokens"):
-        run_train("--batch_ramp 8 --ramp_steps 2 --batch_size auto", out_dir="uneven")
+        run_train("--batch_size auto", out_dir="uneven")
 
 
 def test_resumed_run_that_epochs_would_end_before_its_checkpoint_is_refused(run_train):

@@ -32,9 +32,7 @@ def describe_run(run, evaluations: list, tokens_at: Callable, expected: str | No
     warnings = what_fails_later(run)  # a collective, before anything can fail
     args, ranks, machine = run.args, run.dist.world_size, hardware.describe_machine(run.dist.device)
     epoch_tokens, token = run.train_data.windows * args.block_size, token_of(args.tokenizer)
-    step_tokens, ramp = args.total_batch_size, ""
-    if args.ramp_steps:
-        ramp = f", from 1/{args.batch_ramp} of it on, growing for {args.ramp_steps:,} steps"
+    step_tokens = args.total_batch_size
     source = f"from {args.init_from}" if args.init_from else "from scratch"
     done = f", continuing at step {run.progress.step:,}" if run.progress.step else ""
     epochs = f"{run.planned_tokens / epoch_tokens:.2f} epochs of {epoch_tokens:,} in {args.data_dir}"
@@ -65,7 +63,7 @@ def describe_run(run, evaluations: list, tokens_at: Callable, expected: str | No
             "batch",
             f"{step_tokens:,} tokens per step: {args.batch_size} sequences x {args.block_size} "
             f"tokens x {ranks} rank(s) x {step_tokens // (args.batch_size * args.block_size * ranks)} "
-            f"micro-step(s){ramp}",
+            f"micro-step(s)",
         ),
         (
             "device",

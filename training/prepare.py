@@ -77,8 +77,6 @@ def check_args(args: argparse.Namespace, world_size: int, parser: argparse.Argum
         problems.append("--price is for the forecast of --dry_run: add it, or leave out --price")
     if args.early_stop and not args.val_every:
         problems.append("--early_stop counts validations, but --val_every is 0: set both or neither")
-    if (args.batch_ramp > 1) != (args.ramp_steps > 0):
-        problems.append("--batch_ramp and --ramp_steps belong together: set both or neither")
     # Sizes may still have to come from --init_from, and out of range they are reported below.
     if (args.n_embd or 0) > 0 and (args.n_head or 0) > 0 and args.n_embd % args.n_head:
         problems.append(
@@ -188,9 +186,7 @@ def planned_tokens(
         tokens += step_tokens
         if (step_tokens < micro_batch or step_tokens % micro_batch) and not args.eval_only:
             largest, rest = divmod(common_tokens(args, tokens_at), args.block_size * world_size)
-            fix = (
-                f"--batch_size {largest}" if largest and not rest else "a lower --batch_ramp, or fewer ranks"
-            )
+            fix = f"--batch_size {largest}" if largest and not rest else "more tokens, or fewer ranks"
             raise ValueError(
                 f"step {step} takes {step_tokens} tokens, which is not a multiple of the {micro_batch} in a "
                 f"micro-step: use {fix}"
