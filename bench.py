@@ -144,7 +144,7 @@ if __name__ == "__main__":
     if filled:
         np.save(f"{folder}/train_{index:06d}", shard[:filled])
 """
-DATA_SHARD = 10_000_000  # tokens
+DATA_SHARD = 1_000_000  # tokens; fineweb.py splits a set of fewer than five shards anew
 
 
 def bench_data(args: argparse.Namespace, device: torch.device) -> list[dict]:
