@@ -1,6 +1,6 @@
 """Train GPT-2 from scratch on the token shards that fineweb.py writes.
 
-    python train.py --preset demo                        # a laptop: no GPU, no network, one minute
+    python train.py --preset demo                        # a laptop: no GPU, no network, some minutes
     python train.py                                      # GPT-2 (124M) on edu_fineweb10B/, one GPU
     torchrun --standalone --nproc_per_node=8 train.py    # the same run, step for step, on eight GPUs
     python train.py --dry_run                            # is this machine right for it, and how long?
@@ -116,7 +116,7 @@ PRESETS = {
 }
 # What a preset reaches on two cores (README.md). For the others, published runs may tell.
 EXPECTED = {
-    "demo": "a validation loss of 1.30 after its 1,600 steps, in one to two minutes on two cores",
+    "demo": "a validation loss of 1.30 after its 1,600 steps, in two to five minutes on two cores",
     "text": "a validation loss of 1.54 on the bytes of Tiny Shakespeare, in nine minutes on two cores",
 }
 CLASSIC_STEPS, CLASSIC_WARMUP_STEPS = 19073, 715  # Brown et al. 2020 (GPT-3), appendix B: 375M tokens
