@@ -230,7 +230,7 @@ class ShardSet:
                 parts = [tokens[is_val], tokens[~is_val]]
             made = [self.write(len(records) + i, part) for i, part in enumerate(parts)]
             records += [{**record, "next": following, "skipped": skipped_now} for record in made]
-            if following is None and task_count == 1:
+            if following is None and task_count == 1 and len(parts) == 1:
                 self.shrink_validation()
             self.manifest["skipped_documents"] = skipped_now
             self.manifest["complete"] = following is None
@@ -254,7 +254,9 @@ class ShardSet:
             names = [self.fetcher.inputs[index].path for index in np.flatnonzero(self.input_tokens)]
             more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
             tqdm.write(f"validation is the last tenth of each file: {', '.join(names[:MOST_NAMED])}{more}")
-        if found := repeated_documents(tokens, is_val, self.manifest["eot_token"]):
+        with watching("looking for repeated documents"):
+            found = repeated_documents(tokens, is_val, self.manifest["eot_token"])
+        if found:
             index = np.searchsorted(np.cumsum(self.input_tokens), found[0], side="right")
             beginning = self.tokenizer.encoding.decode(tokens[found[0] + 1 :][:SHOWN_TOKENS].tolist())
             tqdm.write(
@@ -355,7 +357,7 @@ def repeated_documents(tokens: np.ndarray, is_val: np.ndarray, eot_token: int) -
     """
     starts = np.flatnonzero(tokens == eot_token)
     val_tokens = np.add.reduceat(is_val, starts, dtype=int)
-    spans = pairwise([*starts, len(tokens)])
+    spans = pairwise(np.append(starts, len(tokens)))
     hashes = np.fromiter((hash(tokens[start:end].tobytes()) for start, end in spans), int, len(starts))
     order = np.lexsort((val_tokens, hashes))
     before, after = order[:-1], order[1:]

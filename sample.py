@@ -22,6 +22,7 @@ from pathlib import Path
 import tiktoken
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from corpus.tokenizer import encode, tokenizer_for
 from formats.checkpoint import describe_pretrained
@@ -322,7 +323,7 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = tokenizer_for(model)
     model.to(device=device, dtype=getattr(torch, args.dtype))
     generator = torch.Generator(device).manual_seed(args.seed)
-    warn = functools.partial(print, file=sys.stderr, flush=True)
+    warn = functools.partial(tqdm.write, file=sys.stderr)
     compiled = args.compile and can_compile(device, warn, "leave out --compile")
     if compiled:
         warn("the first text waits until its code is compiled")

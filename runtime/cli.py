@@ -408,7 +408,7 @@ class Work:
 
 
 in_progress: list[Work] = []
-showing = threading.Lock()
+showing = threading.RLock()  # the garbage collector may end a block anywhere
 
 
 @cache
@@ -423,7 +423,7 @@ def start_showing() -> None:
             never.wait(min(every_s, BAR_EVERY_S))
             with showing:
                 is_due = in_progress and time.monotonic() - in_progress[-1].shown >= every_s
-                if is_due and read_launcher().rank == 0:
+                if is_due and is_first_rank():
                     in_progress[-1].show()
 
     threading.Thread(target=show, daemon=True).start()

@@ -155,10 +155,9 @@ def cpu_threads(threads: int | None) -> int:
     on two cores, a step takes three times as long with two threads as with one (LOG.md, 2026-11-29).
     """
     ranks = read_launcher().local_world_size
-    if threads:
-        return min(threads, usable_cores())
-    if ranks > 1:  # they would see each other start
-        return max(usable_cores() // ranks, 1)
+    most = max(usable_cores() // ranks, 1)
+    if threads or ranks > 1:  # which would see each other start
+        return min(threads or most, most)
     return min(free_cores(), torch.get_num_threads())
 
 

@@ -68,6 +68,11 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def environment_of_helpers() -> dict[str, str]:
+    """Return the environment for a command that a rank starts: its errors are not those of the rank."""
+    return {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_ERROR_FILE"}
+
+
 def tell_torchrun(message: str) -> bool:
     """Write an error to the file whose text ends torchrun's own report. Returns whether there is one.
 

@@ -200,6 +200,8 @@ def restore(run, resumed: dict, ignored: set[str]) -> None:
     changes = [f"--{name} {plain(now)} (was {plain(was)})" for name, now, was in pairs]
     what = f"changed options: {', '.join(changes)}" if changes else "with the same options"
     lines = [f"resuming {args.out_dir} at step {progress.step}, {what}"]
+    if gone := sorted(name for name, value in before.items() if value and name not in vars(args)):
+        lines.append(f"warning: this version has no {', '.join(f'--{name}' for name in gone)}")
     if "learning_rate" in changed and (others := other_rates(args, changed)):
         lines.append(f"--learning_rate does not change {others}: give these options, too, to change them")
     epoch, window = divmod(progress.windows, loaders["train"].windows)

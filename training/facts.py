@@ -12,7 +12,7 @@ import numpy as np
 
 from corpus.shards import Shards, open_shard
 from diagnosis.history import History
-from diagnosis.published import dataset_of, expectation, token_of, unit_of
+from diagnosis.published import compare, dataset_of, expectation, token_of, unit_of
 from diagnosis.signs import DATA_SIGNS
 from training.overfit import ENOUGH
 
@@ -85,11 +85,12 @@ def prospects(run, tokens_at: Callable, expected: str | None) -> list[tuple[str,
     )
     if run.train_data.shards.source.get("random"):
         return [("loss", scale)]
-    history, steps = History(), range(args.max_steps)
-    consumed = list(accumulate((tokens_at(step, args) for step in steps), initial=0))
+    history, good = History(), expected
     history.run = {"args": vars(args), "data": data_facts(run)}
     scale += f", knowing only how frequent each {token} is {history.data['unigram_entropy']:.2f}"
-    good = expectation(history, consumed) or expected
+    if not compare(history).reason:
+        consumed = list(accumulate((tokens_at(step, args) for step in range(args.max_steps)), initial=0))
+        good = expectation(history, consumed)
     if args.overfit_batch:
         good = f"a loss of one batch below {ENOUGH}"
     lines = [("loss", scale), ("expect", good)]

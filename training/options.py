@@ -48,8 +48,8 @@ def parse_options(
 def read_run(parser: argparse.ArgumentParser, out_dir: str, presets: dict, derive: Derive) -> dict:
     """Return the options of the run in a folder, or an empty dict if it has none.
 
-    Values that followed from others are None: they will follow again. Raises ValueError for options that this
-    version does not have.
+    Values that followed from others are None: they will follow again. Leaves out options that this version
+    does not have.
     """
     if not (options := read_options(out_dir)):
         return {}

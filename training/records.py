@@ -26,6 +26,7 @@ from diagnosis.watch import Watch
 from runtime import hardware
 from runtime.cli import LINE_EVERY_S, command_line, watching, with_these_ranks
 from runtime.files import is_same_file, write_atomically
+from runtime.launcher import environment_of_helpers
 from runtime.log import read_records
 from runtime.machine import idle_cores
 from training.checkpoints import CheckpointWriter, is_last_step, is_sound, numbered, training_state
@@ -252,7 +253,8 @@ class Log:
         """
         try:
             command = [sys.executable, PLOT, self.folder.path]
-            subprocess.run(command, capture_output=True, text=True, timeout=PICTURE_TIMEOUT_S, check=True)
+            options = dict(capture_output=True, text=True, timeout=PICTURE_TIMEOUT_S, check=True)
+            subprocess.run(command, env=environment_of_helpers(), **options)
         except (OSError, subprocess.SubprocessError) as error:
             reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
             tqdm.write(f"warning: no picture of the loss: {reason}")
