@@ -238,24 +238,21 @@ def begin(
     return start(run_script, words, daemon=True)
 
 
-def run_agent(launcher: list[str], script: str, argv: list[str], output: str, nohup: bool) -> None:
+def run_agent(launcher: list[str], argv: list[str], output: str, nohup: bool) -> None:
     if nohup:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     sys.stderr = open(output, "a", buffering=1)
+    script = str(REPOSITORY / "train.py")
     config, _, _ = torchrun_config(torchrun_options([*launcher, script]))
     config.start_method = "fork"
     elastic_launch(config, run_script)(script, argv, output, "", {}, 0)
 
 
 def torchrun(
-    launcher: str,
-    options: str,
-    output: str = os.devnull,
-    script: str = str(REPOSITORY / "train.py"),
-    nohup: bool = False,
+    launcher: str, options: str, output: str = os.devnull, nohup: bool = False
 ) -> multiprocessing.Process:
     """Fork an agent of torchrun whose workers are forked as well, where torchrun starts interpreters."""
-    words = (launcher.split(), script, options.split(), output, nohup)
+    words = (launcher.split(), options.split(), output, nohup)
     return start(run_agent, words, daemon=False)  # it has children
 
 
