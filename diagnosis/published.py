@@ -3,6 +3,7 @@
 import math
 import re
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -331,12 +332,14 @@ def causes(history: History) -> list[str]:
     return found
 
 
-def expectation(history: History, consumed: list[int]) -> str:
-    """Return what a run that can be compared should reach.
+def expectation(history: History, consumed: Sequence[int]) -> str | None:
+    """Return what a run that can be compared should reach, or None.
 
     `consumed` are the tokens before each step, and in all.
     """
     comparison, steps = compare(history), len(consumed) - 1
+    if comparison.reason:
+        return None
     marks = [mark for mark in (250, 1000, 5000) if mark < steps]
     values = [f"{comparison.expected(consumed[mark]):.2f} at step {mark:,}" for mark in marks]
     values.append(f"{comparison.expected(consumed[-1]):.2f} at the end")

@@ -156,8 +156,10 @@ def cpu_threads(threads: int | None) -> int:
     """
     ranks = read_launcher().local_world_size
     most = max(usable_cores() // ranks, 1)
-    if threads or ranks > 1:  # which would see each other start
-        return min(threads or most, most)
+    if threads:
+        return min(threads, most)
+    if ranks > 1:  # they would see each other start
+        return most
     return min(free_cores(), torch.get_num_threads())
 
 

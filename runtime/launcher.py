@@ -64,7 +64,7 @@ def read_number(name: str, default: int | None = None) -> int | None:
 
 
 def is_first_rank() -> bool:
-    """Return whether no other process is rank 0, also where `read_launcher` raises an error."""
+    """Return whether this is rank 0 or a single process. Unlike `read_launcher`, never raises."""
     return os.environ.get("RANK", "0") == "0"
 
 

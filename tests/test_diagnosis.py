@@ -200,6 +200,7 @@ def test_causes_are_those_that_the_log_shows():
 def test_run_that_cannot_be_compared_says_why(options, data, reason):
     history = Watch.of_log({"run": [run_record(data=data, **options)]}).history
     assert published.compare(history).reason == reason
+    assert (published.expectation(history, CONSUMED) is None) == (reason is not None)
 
 
 HELLASWAG, DEMO = published.PUBLISHED_FINGERPRINT, published.DEMO_FINGERPRINT

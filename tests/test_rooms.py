@@ -60,6 +60,7 @@ ALONE = """
 import torch
 from model import GPT, GPTConfig
 
+torch.manual_seed(0)
 model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=8))
 weights = [each for group in model.optimizer_groups(weight_decay=0.1) for each in group["params"]]
 idx = torch.arange(8)[None]
@@ -68,7 +69,7 @@ for _ in range(20):
     loss = model(idx, idx.roll(-1))[1]
     with torch.no_grad():  # an optimizer of torch would import its compiler, which takes seconds
         for weight, gradient in zip(weights, torch.autograd.grad(loss, weights)):
-            weight -= gradient
+            weight -= 0.1 * gradient
     losses.append(loss.item())
 print(losses[-1] < losses[0] and model(idx)[0].shape == (1, 8, 16))
 """

@@ -980,6 +980,24 @@ def test_steps_may_take_more_and_more_tokens(run_train, monkeypatch, capsys):
         run_train("--batch_size auto", out_dir="uneven")
 
 
+def test_option_of_an_older_version_is_named_when_its_run_is_resumed(run_train, capsys):
+    run_train()
+    for name in ("model_00006.pt", "model_best.pt"):
+        state = torch.load(f"log/{name}", weights_only=True)
+        state["args"] |= {"once_an_option": 4, "once_disabled": 0}
+        torch.save(state, f"log/{name}")
+    run_train("--resume --max_steps 8")
+    assert "warning: this version has no --once_an_option\n" in capsys.readouterr().out
+
+
+def test_a_result_is_expected_only_of_a_run_with_the_options_of_its_preset():
+    for preset in train.EXPECTED:
+        args = train.parse_args(["--preset", preset])
+        assert train.expected_of(args) == train.EXPECTED[preset]
+        assert train.expected_of(train.parse_args(["--preset", preset, "--n_layer", "3"])) is None
+    assert train.expected_of(train.parse_args([])) is None
+
+
 def test_resumed_run_that_epochs_would_end_before_its_checkpoint_is_refused(run_train):
     run_train("--max_steps 6")
     before = Path("log/log.jsonl").read_text()
