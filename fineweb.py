@@ -72,6 +72,7 @@ SMALL_TEXT = 100_000_000  # tokens; `train.py --preset text` is meant for fewer
 MOST_WORKERS = 8
 MOST_VALIDATION = 0.2  # share of a set; where the first shard is more, a tenth of the set is validation
 MOST_NAMED, SHOWN_TOKENS = 5, 12  # files, and the beginning of a document, on the console
+SHORTEST_REPEAT = 32  # tokens of a repeated document: lines of a chat or a poem repeat by themselves
 
 
 def encode_chunk(chunk: Chunk, tokenizer: BatchTokenizer) -> tuple[np.ndarray, int]:
@@ -353,11 +354,14 @@ def repeated_documents(tokens: np.ndarray, is_val: np.ndarray, eot_token: int) -
     """Return where the documents begin that are validated on what an equal one trains on; one of each kind.
 
     A document has its first tokens in training and the others in validation. Where two equal ones differ in
-    how many that are, they share some.
+    how many that are, they share some. Documents of fewer than SHORTEST_REPEAT tokens do not count.
     """
     starts = np.flatnonzero(tokens == eot_token)
+    ends = np.append(starts[1:], len(tokens))
     val_tokens = np.add.reduceat(is_val, starts, dtype=int)
-    spans = pairwise(np.append(starts, len(tokens)))
+    is_long = ends - starts >= SHORTEST_REPEAT
+    starts, ends, val_tokens = starts[is_long], ends[is_long], val_tokens[is_long]
+    spans = zip(starts, ends, strict=True)
     hashes = np.fromiter((hash(tokens[start:end].tobytes()) for start, end in spans), int, len(starts))
     order = np.lexsort((val_tokens, hashes))
     before, after = order[:-1], order[1:]
@@ -682,6 +686,8 @@ def main(args: argparse.Namespace) -> None:
     skipped, kept = manifest["skipped_documents"], sum(shard["documents"] for shard in manifest["shards"])
     print(f"skipped: {skipped:,} documents that are empty")
     print(f"next:  {command_line('train.py', *preset, '--data_dir', args.out_dir)}")
+    if preset and manifest["tokenizer"] == "gpt2":  # the tokens of OpenAI's weights
+        print(f"or:    {command_line('train.py', '--preset', 'finetune', '--data_dir', args.out_dir)}")
     if skipped > kept:
         print(
             f"warning: {skipped:,} of {skipped + kept:,} documents are empty or null: "

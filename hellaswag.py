@@ -310,8 +310,7 @@ def evaluate(
     limit = model.config.block_size + (examples[0].lengths is not None)
     batches = list(to_batches(to_sequences(examples, limit), batch_tokens))[rank::world_size]
     sums, counts = np.zeros(4 * len(examples)), np.zeros(4 * len(examples))
-    watching = watched(batches, "scores", stop=stop)
-    scored = [score_batch(model, batch) for batch in watching]
+    scored = [score_batch(model, batch) for batch in watched(batches, "scores", stop=stop)]
     for places, losses in scored:
         sums += np.bincount(places, weights=losses.cpu().numpy(), minlength=len(sums))
         counts += np.bincount(places, minlength=len(counts))
