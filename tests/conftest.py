@@ -16,6 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # more threads only wait for each other, in
 import numpy as np
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.api import MultiprocessContext
 from torch.distributed.launcher import elastic_launch
 from torch.distributed.run import config_from_args as torchrun_config
 from torch.distributed.run import parse_args as torchrun_options
@@ -245,6 +246,14 @@ def run_agent(launcher: list[str], argv: list[str], output: str, nohup: bool) ->
     script = str(REPOSITORY / "train.py")
     config, _, _ = torchrun_config(torchrun_options([*launcher, script]))
     config.start_method = "fork"
+    close = MultiprocessContext._close
+
+    def close_at_once(context, *args, **kwargs):
+        """A forked worker that a signal has ended waits 30 s for an event that nobody sets."""
+        context._worker_finished_event.set()
+        close(context, *args, **kwargs)
+
+    MultiprocessContext._close = close_at_once
     elastic_launch(config, run_script)(script, argv, output, "", {}, 0)
 
 

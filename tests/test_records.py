@@ -108,7 +108,7 @@ def test_every_long_part_of_a_command_shows_itself(run_train, monkeypatch):
         *("finishing the previous checkpoint", "writing the last checkpoint", "drawing the loss curve"),
     }
     seen.clear()
-    run_train("--dry_run --max_steps 3 --compile")
+    run_train("--dry_run --max_steps 3 --compile --n_layer 1")
     assert seen >= start | {"trying torch.compile", "measuring a micro-step", "comparing gradients", "step 0"}
     assert seen >= {"measuring steps", "measuring an evaluation", "validation", "copying a checkpoint"}
 
