@@ -35,7 +35,6 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolEx
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -117,7 +116,6 @@ def bench_hellaswag(args: argparse.Namespace, device: torch.device) -> list[dict
 # documents, and shards that are filled one document at a time.
 USUAL_DATA_SCRIPT = """
 import multiprocessing, os, sys
-import numpy as np
 from datasets import load_dataset
 from corpus.tokenizer import get_tokenizer
 
@@ -278,9 +276,9 @@ def bench_memory(args: argparse.Namespace, device: torch.device) -> list[dict]:
 def cuda_python() -> str:
     """Return a Python whose torch is a CUDA build, which compiles for GPUs that are not there.
 
-    Raises FileNotFoundError, saying how to get it, if there is none.
+    Torch 2.11 needs a driver for that. Raises FileNotFoundError, saying how to get it, if there is none.
     """
-    if torch.version.cuda and importlib.util.find_spec("triton"):
+    if torch.version.cuda and torch.__version__ >= "2.13" and importlib.util.find_spec("triton"):
         return sys.executable
     if not CUDA_PYTHON.exists():
         raise FileNotFoundError(
@@ -298,7 +296,7 @@ def count_kernels(folder: Path, args: argparse.Namespace) -> dict:
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # a GPU that is there
     done = subprocess.run(command, capture_output=True, text=True, env=hidden)
     if done.returncode:
-        raise ValueError(f"the model in {folder} does not compile: {done.stderr.splitlines()[-1]}")
+        raise ValueError(f"the model in {folder} does not compile: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -525,10 +523,10 @@ def welch_p(ours: list[float], theirs: list[float]) -> float:
 
     # With t = sqrt(freedom) * tan(angle), the density of Student's t is a power of the cosine.
     def tail(start: float) -> float:
-        angles = np.linspace(start, math.pi / 2, 10_001)
-        return np.trapezoid(np.cos(angles) ** (freedom - 1), angles)
+        angles = torch.linspace(start, math.pi / 2, 10_001, dtype=torch.float64)
+        return torch.trapezoid(angles.cos() ** (freedom - 1), angles).item()
 
-    return float(tail(math.atan(difference / math.sqrt(freedom * (a + b)))) / tail(0))
+    return tail(math.atan(difference / math.sqrt(freedom * (a + b)))) / tail(0)
 
 
 def read_finished(out_dir: Path) -> dict[str, list[dict]] | None:

@@ -175,8 +175,9 @@ class HeadLoss(torch.autograd.Function):
                 loss_part, *grads = chunk_loss(hidden[part].to(dtype), w, targets[part, None], needs_grad)
                 loss = loss + loss_part  # in place, torch 2.11 compiles this to gradients of zero
                 if needs_grad:
-                    grad_weight += grads.pop()  # freed here, before the next part needs as much
-                    parts += grads
+                    parts.append(grads[0])
+                    grad_weight += grads[1]
+                del grads  # before the gradients of the next part need as much memory
         ctx.save_for_backward(torch.cat(parts) if needs_grad else None, grad_weight)
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         return loss

@@ -90,12 +90,12 @@ PRESETS = {
         **dict(milestone_every=1),  # a checkpoint before the fall of the rates can train on for longer
         **dict(learning_rate=3.6e-3, embedding_lr=1.08e-2, position_lr=9e-4, beta1=0.8, beta2=0.98),
     },
-    # One's own text on a laptop. Context and rates were measured on bytes (LOG.md, 2026-11-26). The prompt is
-    # the beginning of the validation text.
+    # One's own text on a laptop; the size follows from the text. Context and rates were measured on bytes
+    # (LOG.md, 2026-11-26). The prompt is the beginning of the validation text.
     "text": {
-        **dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, total_batch_size=2048),
+        **dict(block_size=128, batch_size=16, total_batch_size=2048),
         **dict(shuffle=True, dropout=0.1, learning_rate=1e-2, **MUON_WSD),
-        **dict(epochs=5.0, max_steps=2000, warmup_steps=40, early_stop=5),
+        **dict(epochs=40.0, max_steps=2000, warmup_steps=40, early_stop=5),
         **dict(val_every=100, val_tokens=65536, hellaswag_every=0, sample_every=500, sample_prompt=None),
         **dict(checkpoint_every=500, log_every=20),
     },
@@ -119,6 +119,7 @@ EXPECTED = {
     "demo": "on its own data, a validation loss of 1.30, in two to five minutes on two cores",
     "text": "a validation loss of 1.54 on the bytes of Tiny Shakespeare, in nine minutes on two cores",
 }
+SMALL_TEXT = 250_000  # training tokens; with fewer, a smaller model learns more (LOG.md, 2026-11-29)
 CLASSIC_STEPS, CLASSIC_WARMUP_STEPS = 19073, 715  # Brown et al. 2020 (GPT-3), appendix B: 375M tokens
 
 
@@ -519,10 +520,19 @@ def train(run: Run, records: Records) -> None:
             break
 
 
+def size_for(args: argparse.Namespace, tokens: int) -> dict[str, int]:
+    """Return the size of a new model that follows from its number of training tokens, if any does."""
+    if args.preset != "text":
+        return {}
+    n_layer, n_embd = (2, 64) if tokens < SMALL_TEXT else (4, 128)
+    return dict(n_layer=n_layer, n_head=4, n_embd=n_embd)
+
+
 def expected_of(args: argparse.Namespace) -> str | None:
     """Return what a run of a preset reaches, or None if its options differ."""
     filled_in = ("epochs", "sample_prompt")
-    preset = {name: value for name, value in PRESETS[args.preset].items() if name not in filled_in}
+    preset = PRESETS[args.preset] | size_for(args, SMALL_TEXT)
+    preset = {name: value for name, value in preset.items() if name not in filled_in}
     is_changed = any(getattr(args, name) != value for name, value in preset.items())
     return None if is_changed else EXPECTED.get(args.preset)
 
@@ -640,7 +650,7 @@ def main(args: argparse.Namespace) -> None:
         # Model: --resume, --init_from, or a new one
         torch.manual_seed(args.seed)
         with together(dist), watching("loading or initializing the model"):
-            raw_model = load_pretrained(args, dist, found, parser)
+            raw_model = load_pretrained(args, dist, found, parser, size_for(args, found.train_tokens))
             if raw_model is None:
                 config = {each.name: getattr(args, each.name) for each in fields(GPTConfig)}
                 raw_model = GPT(GPTConfig(**config))

@@ -140,21 +140,22 @@ def find_shards(data_dir: Path, split: str, manifest: dict) -> list[Path]:
 
 
 def read_set(data_dir: str | Path, tokenizer: str | None) -> dict:
-    """Return the manifest of a folder that holds shards of both splits, with their `tokenizer` in any case.
+    """Return the manifest of a folder that holds shards of both splits.
 
-    Raises FileNotFoundError if there are none, and ValueError if they were made with another tokenizer.
+    Their `tokenizer` and about how many `train_tokens` they have are in it in any case. Raises
+    FileNotFoundError if there are none, and ValueError if they were made with another tokenizer.
     """
     data_dir = Path(data_dir)
     manifest = read_manifest(data_dir)
-    for split in ("val", "train"):
-        find_shards(data_dir, split, manifest)
+    find_shards(data_dir, "val", manifest)
+    train_bytes = sum(path.stat().st_size for path in find_shards(data_dir, "train", manifest))
     made_with = manifest.get("tokenizer", tokenizer or "gpt2")
     if tokenizer not in (None, made_with):
         raise ValueError(
             f"--tokenizer is {tokenizer}, but the shards in {data_dir} were made with {made_with}: "
             "omit --tokenizer or make other shards"
         )
-    return {**manifest, "tokenizer": made_with}
+    return {**manifest, "tokenizer": made_with, "train_tokens": train_bytes // 2}
 
 
 class Shards:

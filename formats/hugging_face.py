@@ -6,7 +6,6 @@ import re
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tiktoken
 import torch
@@ -16,9 +15,6 @@ from diagnosis.published import HELLASWAG, describe_scores, items_of, unit_of
 from model import GPT, GPTConfig
 from runtime.files import parsing, whole_folder
 from runtime.log import curves_of, is_number, read_log
-
-if TYPE_CHECKING:
-    from transformers import GPT2Tokenizer
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # OpenAI's checkpoints store these four as (in, out); `nn.Linear` expects (out, in).
@@ -156,14 +152,13 @@ def check_size(config: dict, stored: int) -> None:
         raise ValueError("it has too few weights for its sizes")
 
 
-def to_hugging_face(encoding: tiktoken.Encoding, max_length: int) -> "GPT2Tokenizer":
-    """Return the same tokenizer in Hugging Face's form, for a model with a context of `max_length` tokens.
+def to_hugging_face(encoding: tiktoken.Encoding) -> tuple[dict[str, int], list[str]]:
+    """Return the vocabulary and the merges of a tokenizer, spelled as in OpenAI's and Hugging Face's files.
 
-    Hugging Face needs the merges: for each token, the pair of shorter tokens that it is merged from, as
-    OpenAI's vocab.bpe lists them. tiktoken stores only the resulting tokens, so each pair is recovered by
-    merging the token's bytes up to the last step.
+    The merges are, for each token, the pair of shorter tokens that it is merged from, as in OpenAI's
+    vocab.bpe. tiktoken stores only the resulting tokens, so each pair is recovered by merging the token's
+    bytes up to the last step.
     """
-    from transformers import GPT2Tokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters, ranks = bytes_to_unicode(), encoding._mergeable_ranks
@@ -179,16 +174,23 @@ def to_hugging_face(encoding: tiktoken.Encoding, max_length: int) -> "GPT2Tokeni
             i = pairs.index(min(pairs))
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
-            merges.append((spell(parts[0]), spell(parts[1])))
-    vocab = {spell(token): rank for token, rank in ranks.items()} | encoding._special_tokens
-    return GPT2Tokenizer(vocab, merges, model_max_length=max_length)
+            merges.append(f"{spell(parts[0])} {spell(parts[1])}")
+    return {spell(token): rank for token, rank in ranks.items()} | encoding._special_tokens, merges
 
 
 def save_tokenizer(encoding: tiktoken.Encoding, max_length: int, folder: str | Path) -> None:
-    """Write tokenizer.json, which newer tools load, and vocab.json with merges.txt, which older ones need."""
-    tokenizer = to_hugging_face(encoding, max_length)
-    tokenizer.save_pretrained(folder)
-    tokenizer.backend_tokenizer.model.save(str(folder))
+    """Write vocab.json with merges.txt, which older tools need, and tokenizer.json, which newer ones load.
+
+    `max_length` is the context of the model.
+    """
+    from transformers import GPT2TokenizerFast
+
+    vocab, merges = to_hugging_face(encoding)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    lines = "".join(f"{line}\n" for line in ["#version: 0.2", *merges])
+    (Path(folder) / "merges.txt").write_text(lines, encoding="utf-8")
+    GPT2TokenizerFast.from_pretrained(folder, model_max_length=max_length).save_pretrained(folder)
 
 
 def export(model: GPT, source: str | Path, folder: str | Path) -> None:

@@ -917,7 +917,7 @@ def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
     monkeypatch.chdir(shards.parent)
     options = "--preset text --data_dir shards --tokenizer byte --n_layer 1 --n_embd 16 --block_size 16"
     options += " --batch_size 8 --total_batch_size 128 --val_every 30 --sample_tokens 4 --device cpu"
-    options += " --dtype float32"
+    options += " --dtype float32 --epochs 5"
     options = options.split()
     train.main(train.parse_args(options))
     printed = capsys.readouterr().out
@@ -947,6 +947,26 @@ def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
     long = train.parse_args([*options, "--max_steps", "50", "--warmup_steps", "7"])
     prepare.limit_steps(long, 110 * 16, train.tokens_at)
     assert (long.max_steps, long.warmup_steps) == (50, 7)
+
+
+def test_text_preset_chooses_its_size_by_the_tokens_that_it_trains_on(shards, hf_folder, monkeypatch):
+    monkeypatch.chdir(shards.parent)
+    options = "--preset text --data_dir shards --tokenizer byte --block_size 16 --max_steps 1 --device cpu"
+    options += " --warmup_steps 0 --val_every 0 --early_stop 0 --sample_every 0 --checkpoint_every 0"
+
+    def size(more: str = "") -> tuple[int, int, int]:
+        train.main(train.parse_args(f"{options} {more}".split()))
+        run = next(json.loads(line) for line in open("log/log.jsonl"))["args"]
+        return run["n_layer"], run["n_head"], run["n_embd"]
+
+    monkeypatch.setattr(train, "SMALL_TEXT", 2000)  # there are 1,777
+    small = size()
+    assert size("--n_layer 1 --n_head 2") == (1, 2, small[2])
+    assert size("--init_from hf") == (2, 2, 32)
+    monkeypatch.setattr(train, "SMALL_TEXT", 1700)
+    larger = size()
+    assert larger[0] >= small[0] and larger[2] > small[2]
+    assert size("--n_embd 32") == (larger[0], larger[1], 32)
 
 
 def growing(step: int, args) -> int:
@@ -993,8 +1013,10 @@ def test_option_of_an_older_version_is_named_when_its_run_is_resumed(run_train, 
 def test_a_result_is_expected_only_of_a_run_with_the_options_of_its_preset():
     for preset in train.EXPECTED:
         args = train.parse_args(["--preset", preset])
+        vars(args).update(train.size_for(args, 10**6))
         assert train.expected_of(args) == train.EXPECTED[preset]
-        assert train.expected_of(train.parse_args(["--preset", preset, "--n_layer", "3"])) is None
+        args.n_layer = 3
+        assert train.expected_of(args) is None
     assert train.expected_of(train.parse_args([])) is None
 
 

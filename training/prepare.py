@@ -43,6 +43,7 @@ class Found:
     n_vocab: int  # of the tokenizer
     benchmark: hellaswag.Benchmark
     resumed: dict | None  # the checkpoint to continue from
+    train_tokens: int  # in the shards
     used_ids: int = 0  # of --vocab_size, those that shards may hold
 
 
@@ -95,15 +96,19 @@ def check_args(args: argparse.Namespace, world_size: int, parser: argparse.Argum
 
 
 def load_pretrained(
-    args: argparse.Namespace, dist: Distributed, found: Found, parser: argparse.ArgumentParser
+    args: argparse.Namespace,
+    dist: Distributed,
+    found: Found,
+    parser: argparse.ArgumentParser,
+    sizes: dict[str, int],
 ) -> GPT | None:
     """Load the model of the resumed checkpoint or of --init_from, or return None for a new model.
 
-    Fills in the architecture options that were left open. Raises ValueError, with a line for each, for
-    options that differ from the weights, or do not fit the data.
+    Fills in the architecture options that were left open, for a new model with `sizes`. Raises ValueError,
+    with a line for each, for options that differ from the weights, or do not fit the data.
     """
     model, n_vocab, problems = None, found.n_vocab, []
-    known = {each.name: each.default for each in fields(GPTConfig)}
+    known = {each.name: each.default for each in fields(GPTConfig)} | sizes
     known["vocab_size"] = math.ceil(n_vocab / 64) * 64
     source = args.out_dir if found.resumed else args.init_from
     if source:
@@ -282,7 +287,7 @@ def check_everything(
         dist.say(f"HellaSwag: {about['warning']}")
     benchmark = hellaswag.Benchmark(hellaswag.render(items[: args.hellaswag_limit], tokenizer), about)
     n_vocab = tokenizer.n_vocab if tokenizer else manifest["vocab_size"]
-    return Found(dtype, tokenizer, n_vocab, benchmark, resumed)
+    return Found(dtype, tokenizer, n_vocab, benchmark, resumed, manifest["train_tokens"])
 
 
 def download_items(args: argparse.Namespace, dist: Distributed, problems: Problems) -> list[dict]:
