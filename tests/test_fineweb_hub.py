@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -13,9 +14,10 @@ import threading
 import urllib.parse
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
-from conftest import REPOSITORY, token_stream, wait_until
+from conftest import token_stream, wait_until
 
 pyarrow = pytest.importorskip("pyarrow")  # a machine for the GPU tests may lack it
 pytest.importorskip("pyarrow.parquet")
@@ -136,23 +138,25 @@ def hub():
     server.server_close()
 
 
-def begin(hub, *options: str, **environment: str) -> subprocess.Popen:
+def begin(hub, *options: str, **environment: str) -> multiprocessing.Process:
+    """Fork the client, which has not imported huggingface_hub yet: it reads its environment then."""
     environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
         **{"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": "home", "HF_TOKEN": "hf_secret"},
-        **{"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(REPOSITORY)},
+        **{"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"},
         **environment,
     }
     arguments = ["--dataset", "org/name", "--name", "small", "--tokenizer", "byte", "--shard_size", "9000"]
     arguments += ["--out_dir", "out", "--workers", "1", *options]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, "-c", CLIENT, *arguments], env=environment, **pipes)
+    Path("client.py").write_text(CLIENT)
+    Path("printed").unlink(missing_ok=True)
+    return conftest.begin(" ".join(arguments), "printed", "errors", environment, script="client.py")
 
 
 def prepare(hub, *options: str, **environment: str) -> subprocess.CompletedProcess:
-    with begin(hub, *options, **environment) as process:
-        output, errors = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+    process = begin(hub, *options, **environment)
+    process.join(120)
+    streams = (Path(name).read_text() for name in ("printed", "errors"))
+    return subprocess.CompletedProcess([], process.exitcode, *streams)
 
 
 def token_file(tokens: np.ndarray) -> bytes:
@@ -277,12 +281,12 @@ def test_ctrl_c_does_not_wait_for_downloads(hub):
             end.wait(120)
 
     hub.before_get = before_get
-    with begin(hub) as process:
-        wait_until(lambda: len(held) == 3)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=90)
+    process = begin(hub)
+    wait_until(lambda: len(held) == 3)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(90)
     end.set()
-    assert process.returncode == 130 and errors == ""
+    assert process.exitcode == 130 and Path("errors").read_text() == ""
 
 
 def test_dataset_in_another_format_is_read_from_the_hubs_parquet_files(hub):
