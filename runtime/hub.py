@@ -81,9 +81,14 @@ def retrying(call: Callable[[], Result], what: str, advice: str, patience_s: flo
 def raise_temporary_errors() -> None:
     """Make huggingface_hub raise errors that may pass, which `retrying` then waits for.
 
-    By itself it waits as long as the Hub asks, which may be hours, in some of its requests only.
+    By itself it waits as long as the Hub asks, which may be hours, in some of its requests only. Raises
+    ValueError for the huggingface_hub of transformers 4, which has another HTTP client.
     """
-    from huggingface_hub import get_session, hf_raise_for_status, set_client_factory
+    try:
+        from huggingface_hub import get_session, hf_raise_for_status, set_client_factory
+    except ImportError as error:
+        fix = "pip install -r requirements.txt"
+        raise ValueError(f"this huggingface_hub is too old for downloads: {fix}") from error
 
     def check(response) -> None:
         if is_temporary(response.status_code):

@@ -15,12 +15,16 @@ import urllib.parse
 from pathlib import Path
 
 import conftest
+import huggingface_hub
 import numpy as np
 import pytest
 from conftest import token_stream, wait_until
 
 pyarrow = pytest.importorskip("pyarrow")  # a machine for the GPU tests may lack it
 pytest.importorskip("pyarrow.parquet")
+pytestmark = pytest.mark.skipif(
+    not hasattr(huggingface_hub, "set_client_factory"), reason="the huggingface_hub of transformers 4"
+)
 REVISION, CONVERTED = "a" * 40, "b" * 40  # the second one is that of the branch refs/convert/parquet
 TEXTS = [[f"document {row} of file {number}" for row in range(300)] for number in range(3)]
 CARD = """---

@@ -6,8 +6,10 @@ import hashlib
 import http.server
 import json
 import re
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import huggingface_hub
@@ -24,6 +26,9 @@ from corpus import shards as shards_module
 from model import GPT
 from runtime import hub
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(huggingface_hub, "set_client_factory"), reason="the huggingface_hub of transformers 4"
+)
 WEIGHTS = b"some weights"
 PARQUET = "/datasets/Rowan/hellaswag/resolve/main/data/validation-00000-of-00001.parquet"
 CONVERTED = "/datasets/Rowan/hellaswag/resolve/refs%2Fconvert%2Fparquet/default/validation/0000.parquet"
@@ -417,3 +422,9 @@ def test_weights_that_cannot_be_downloaded_can_be_copied_into_a_folder(hf_folder
         Path("copied", name).write_bytes((hf_folder / name).read_bytes())
     weights, copied = (GPT.from_pretrained(folder).state_dict() for folder in (hf_folder, "copied"))
     assert all(weights[name].equal(copied[name]) for name in weights)
+
+
+def test_library_without_the_client_that_downloads_need_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace())
+    with pytest.raises(ValueError, match="^this huggingface_hub is too old for downloads: pip install -r "):
+        hub.raise_temporary_errors.__wrapped__()
