@@ -531,8 +531,9 @@ def prepare(
         needed = max(expected_bytes(inputs, recipe.tokenizer, recipe.max_tokens) - 2 * done, 0)
         needed += expected_downloads(inputs, recipe, keep_downloads)
         free = shutil.disk_usage(existing_folder(out_dir)).free
-        sizes = f"about {needed / 1e9:,.2f} GB to {out_dir}, where {free / 1e9:,.2f} GB are free"
-        print(f"{'warning: ' if needed > free else ''}writing {sizes}")
+        sizes = [tqdm.format_sizeof(n, "B") for n in (needed, free)]
+        line = f"writing about {sizes[0]} to {out_dir}, where {sizes[1]} are free"
+        print(f"warning: {line}" if needed > free else line)
     # A folder for each task, because the first one to finish deletes its own.
     fetcher = Fetcher(inputs, out_dir / task_name("downloads", task_index, task_count), keep_downloads)
     if names:
@@ -569,7 +570,9 @@ def check_same_set(out_dir: Path, wanted: dict, replaced: dict | None) -> None:
                 continue
             if manifest != replaced and manifest.get(name) != wanted[name]:
                 found = difference(name, manifest.get(name), wanted[name])
-                raise ValueError(f"{out_dir} already holds shards with {found}: use another --out_dir")
+                raise ValueError(
+                    f"{out_dir} already holds shards with {found}: use another --out_dir, or --no-resume"
+                )
     if foreign := sorted(names - {name for manifest in manifests for name in shard_names(manifest)}):
         raise ValueError(f"{out_dir} holds {foreign[0]}, which no manifest describes: use another --out_dir")
 
@@ -607,7 +610,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     at_least_1 = Range(count, 1)
     add = parser.add_argument_group("documents").add_argument
-    add("--files", type=user_path, nargs="+", help=f"files, globs or folders: {', '.join(SUFFIXES)}")
+    formats = ", ".join((*SUFFIXES, TOKEN_FILES))
+    add("--files", type=user_path, nargs="+", help=f"files, globs or folders: {formats}")
     dataset = "HuggingFaceFW/fineweb-edu"
     where = "without --files: dataset on the Hugging Face Hub, or a folder"
     add("--dataset", type=user_path, default=dataset, help=where)

@@ -136,10 +136,11 @@ def identify(items: list[dict]) -> dict[str, str]:
     fingerprint = digest.hexdigest()[:16]
     if items_of({"fingerprint": fingerprint}) != "other items":
         return {"fingerprint": fingerprint}
+    how = f"{len(items):,} items" if len(items) != PUBLISHED_ITEMS else "as many, but other texts"
     return {
         "fingerprint": fingerprint,
-        "warning": f"these are not the {PUBLISHED_ITEMS:,} items of the published scores: {len(items):,} "
-        f"items, fingerprint {fingerprint} instead of {PUBLISHED_FINGERPRINT}",
+        "warning": f"these are not the {PUBLISHED_ITEMS:,} items of the published scores: {how}, "
+        f"fingerprint {fingerprint} instead of {PUBLISHED_FINGERPRINT}",
     }
 
 

@@ -90,12 +90,12 @@ PRESETS = {
         **dict(milestone_every=1),  # a checkpoint before the fall of the rates can train on for longer
         **dict(learning_rate=3.6e-3, embedding_lr=1.08e-2, position_lr=9e-4, beta1=0.8, beta2=0.98),
     },
-    # One's own text on a laptop; the size follows from the text. Context and rates were measured on bytes
+    # One's own text on a laptop; sizes and epochs follow from it. Context and rates were measured on bytes
     # (LOG.md, 2026-11-26). The prompt is the beginning of the validation text.
     "text": {
         **dict(block_size=128, batch_size=16, total_batch_size=2048),
         **dict(shuffle=True, dropout=0.1, learning_rate=1e-2, **MUON_WSD),
-        **dict(epochs=40.0, max_steps=2000, warmup_steps=40, early_stop=5),
+        **dict(max_steps=2000, warmup_steps=40, early_stop=5),
         **dict(val_every=100, val_tokens=65536, hellaswag_every=0, sample_every=500, sample_prompt=None),
         **dict(checkpoint_every=500, log_every=20),
     },
@@ -117,9 +117,11 @@ PRESETS = {
 # What a preset reaches on two cores (README.md). For the others, published runs may tell.
 EXPECTED = {
     "demo": "on its own data, a validation loss of 1.30, in two to five minutes on two cores",
-    "text": "a validation loss of 1.54 on the bytes of Tiny Shakespeare, in nine minutes on two cores",
+    "text": "a validation loss of 1.53 on the bytes of Tiny Shakespeare, in nine minutes on two cores",
 }
-SMALL_TEXT = 250_000  # training tokens; with fewer, a smaller model learns more (LOG.md, 2026-11-29)
+# --preset text: with fewer training tokens than these, the smaller model learns more (LOG.md, 2026-11-29).
+SMALL_TEXT = 250_000
+SMALL_GPT, LARGER_GPT = dict(n_layer=2, n_head=4, n_embd=64), dict(n_layer=4, n_head=4, n_embd=128)
 CLASSIC_STEPS, CLASSIC_WARMUP_STEPS = 19073, 715  # Brown et al. 2020 (GPT-3), appendix B: 375M tokens
 
 
@@ -520,18 +522,21 @@ def train(run: Run, records: Records) -> None:
             break
 
 
-def size_for(args: argparse.Namespace, tokens: int) -> dict[str, int]:
-    """Return the size of a new model that follows from its number of training tokens, if any does."""
-    if args.preset != "text":
-        return {}
-    n_layer, n_embd = (2, 64) if tokens < SMALL_TEXT else (4, 128)
-    return dict(n_layer=n_layer, n_head=4, n_embd=n_embd)
+def fit_to_text(args: argparse.Namespace, tokens: int) -> None:
+    """Choose what --preset text leaves open: sizes by the training tokens, epochs by what a token is."""
+    chosen = {"epochs": 40.0 if args.tokenizer == "byte" else 5.0}
+    if not args.init_from:
+        chosen |= SMALL_GPT if tokens < SMALL_TEXT else LARGER_GPT
+    for name, value in chosen.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def expected_of(args: argparse.Namespace) -> str | None:
     """Return what a run of a preset reaches, or None if its options differ."""
     filled_in = ("epochs", "sample_prompt")
-    preset = PRESETS[args.preset] | size_for(args, SMALL_TEXT)
+    chosen = {**LARGER_GPT, "tokenizer": "byte"} if args.preset == "text" else {}
+    preset = PRESETS[args.preset] | chosen
     preset = {name: value for name, value in preset.items() if name not in filled_in}
     is_changed = any(getattr(args, name) != value for name, value in preset.items())
     return None if is_changed else EXPECTED.get(args.preset)
@@ -609,7 +614,11 @@ def option_parser() -> argparse.ArgumentParser:
     add("--hellaswag_data", type=user_path, help=f"items to score: {items}")
     add("--sample_every", type=AT_LEAST_0, default=250, help="steps between samples (0: disabled)")
     prompt = "Hello, I'm a language model,"
-    add("--sample_prompt", default=prompt, help="prompt of samples; text and finetune: how the text begins")
+    add(
+        "--sample_prompt",
+        default=prompt,
+        help="prompt of samples; text, finetune: beginning of the validation text",
+    )
     add("--sample_tokens", type=AT_LEAST_1, default=64, help="tokens per sample")
     add("--early_stop", type=AT_LEAST_0, default=0, help="patience in validations (0: never stop early)")
     add = parser.add_argument_group("records").add_argument
@@ -646,11 +655,13 @@ def main(args: argparse.Namespace) -> None:
     with RunFolder(args.out_dir, is_temporary=args.overfit_batch) as folder:
         # Checks: all problems at once; fills in the options that were left open
         found = check_everything(args, dist, folder, parser, EVALUATIONS)
+        if args.preset == "text" and found.resumed is None:
+            fit_to_text(args, found.train_tokens)
 
         # Model: --resume, --init_from, or a new one
         torch.manual_seed(args.seed)
         with together(dist), watching("loading or initializing the model"):
-            raw_model = load_pretrained(args, dist, found, parser, size_for(args, found.train_tokens))
+            raw_model = load_pretrained(args, dist, found, parser)
             if raw_model is None:
                 config = {each.name: getattr(args, each.name) for each in fields(GPTConfig)}
                 raw_model = GPT(GPTConfig(**config))
@@ -701,8 +712,6 @@ def main(args: argparse.Namespace) -> None:
             recent = found.resumed.get("recent", {})
             restore(run, found.resumed, of_this_command(parser))  # of the optimizer, its moments only
             found.resumed = None  # frees its memory
-        elif args.resume:
-            dist.say(folder.nothing_to_resume())
         train_data.seek(run.progress.windows)
 
         # What is about to happen

@@ -108,8 +108,13 @@ def find_shards(data_dir: Path, split: str, manifest: dict) -> list[Path]:
 
     If it lists shards, the .npy files of the folder have to be exactly those. If not, they are all those with
     the split in their name. Raises FileNotFoundError if there are none, and ValueError if
-    files are missing, not listed, or named after both splits.
+    files are missing, not listed, or named after both splits, and for a `data_dir` that is a file.
     """
+    if data_dir.is_file():
+        command = command_line("fineweb.py", "--files", data_dir, "--out_dir", "shards")
+        raise ValueError(
+            f"{data_dir} is a file: make shards of it with `{command}`, then use --data_dir shards"
+        )
     paths = sorted(data_dir.iterdir()) if data_dir.exists() else []
     names = [path.name for path in paths if path.suffix == ".npy"]
     if both := [name for name in names if "train" in name and "val" in name]:
@@ -131,10 +136,12 @@ def find_shards(data_dir: Path, split: str, manifest: dict) -> list[Path]:
                 f"no {split} shards in {data_dir}/, but {Path(texts[0]).name}: make shards with `{command}`, "
                 f"then use --data_dir {shards}"
             )
+        text = command_line("fineweb.py", "--files", "input.txt", "--out_dir", data_dir)
         command = command_line("fineweb.py", "--out_dir", data_dir)
+        where = f"no {split} shards in {data_dir}/" if data_dir.exists() else f"there is no folder {data_dir}"
         raise FileNotFoundError(
-            f"no {split} shards in {data_dir}/: `{command}` makes them from FineWeb-Edu, "
-            "`python train.py --preset demo` trains without them"
+            f"{where}: `{text}` makes shards of a text, `{command}` of FineWeb-Edu (28 GB), and `python "
+            "train.py --preset demo` needs none"
         )
     return paths
 
@@ -262,6 +269,8 @@ def difference(name: str, found: object, wanted: object) -> str:
     if isinstance(found, list) and isinstance(wanted, list):
         changed = [pair for pair in zip(found, wanted, strict=False) if pair[0] != pair[1]]
         found, wanted = changed[0] if changed else (f"{len(found)} files", f"{len(wanted)} files")
+    if isinstance(found, list) and isinstance(wanted, list):  # the files' names, sizes and more
+        found, wanted = (" ".join(map(str, each)) for each in (found, wanted))
     return f"{name} {found}, not {wanted}"
 
 

@@ -70,11 +70,14 @@ def flat_loss(history: History) -> str | None:
         return None
     if history.first["step"] or history.options.get("init_from"):
         return None
-    return (
-        f"the training loss has not fallen since the start: {history.first['loss']:.2f} at step 0, "
-        f"{last.train_loss:.2f} before step {last.step:,}. Do gradients reach the weights, and is "
-        f"--learning_rate {history.options.get('learning_rate')} large enough?"
-    )
+    first, rate = history.first["loss"], f"--learning_rate {history.options.get('learning_rate')}"
+    course = f"since the start: {first:.2f} at step 0, {last.train_loss:.2f} before step {last.step:,}"
+    if last.train_loss < first + FLAT:
+        question = f"Do gradients reach the weights, and is {rate} large enough?"
+        return f"the training loss has not fallen {course}. {question}"
+    if history.options.get("optimizer") == "muon":
+        rate += f" or --muon_lr {history.options.get('muon_lr')}"
+    return f"the training loss has risen {course}. Lower {rate}"
 
 
 def only_frequencies(history: History) -> str | None:

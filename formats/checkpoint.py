@@ -270,7 +270,9 @@ def describe_pretrained(source: str | Path, metadata: dict) -> str:
     lines = [f"{source} {note}" for note in metadata.get("notes", ())]
     if step is None:
         return "\n".join(lines)
-    lines += [f"{source}: step {step:,}" + (f", validation loss {loss:.4f}" if loss is not None else "")]
+    tokens = metadata.get("args", {}).get("val_tokens")
+    on = f" on up to {tokens:,} tokens" if isinstance(tokens, int) else ""
+    lines += [f"{source}: step {step:,}" + (f", validation loss {loss:.4f}{on}" if loss is not None else "")]
     best_step, best = metadata.get("best_step"), metadata.get("best_val_loss")
     if None not in (loss, best_step, best) and loss - best > MUCH_WORSE and Path(source).is_dir():
         at = f"at step {best_step:,} it was {best:.4f}"

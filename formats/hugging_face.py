@@ -246,9 +246,9 @@ def model_card(model: GPT, tokenizer: tiktoken.Encoding, source: Path, name: str
             facts["HellaSwag, ± one standard error"] = scores
     for kind in sorted(curves_of(log).keys() - {"val", "hellaswag"}):
         for record in last.get(kind, []):
-            name = curves_of(log)[kind]
-            if is_number(record.get(name)):
-                facts[kind] = f"{name} {record[name]:.4g}, at step {record['step']:,}"
+            curve = curves_of(log)[kind]
+            if is_number(record.get(curve)):
+                facts[kind] = f"{curve} {record[curve]:.4g}, at step {record['step']:,}"
     origin = ", trained from scratch" if step is not None and "init_from" in args else ""
     if begun_with := args.get("init_from"):
         origin = f", fine-tuned from {begun_with if begun_with in HUB_NAMES else 'another checkpoint'}"

@@ -110,7 +110,8 @@ class Range:
         bounds = zip(BOUNDS, (least, above, most, below), strict=True)
         self.bounds = {name: bound for name, bound in bounds if bound is not None}
         self.kind = kind
-        self.__name__ = kind.__name__  # argparse puts it into its message about text that is not a number
+        # argparse puts it into its message about text that is not a number.
+        self.__name__ = kind.__name__.replace("_", " ")
 
     def __call__(self, text: str) -> object:
         return self.kind(text)
@@ -393,7 +394,9 @@ class Work:
         """Print a line. On a terminal, it takes the place of the one before and is removed in the end."""
         self.shown, far = time.monotonic(), "{elapsed} so far"
         if self.total:
-            far = "{n_fmt} of {total_fmt} {unit}, {elapsed} so far, about {remaining} left"
+            far = "{n_fmt} of {total_fmt} {unit}, {elapsed} so far"
+        if self.total and self.n:
+            far += ", about {remaining} left"
         form = dict(total=self.total, unit=self.unit, bar_format=f"{{desc}}: {far}", **self.options)
         if not sys.stderr.isatty():
             line = tqdm.format_meter(self.n, elapsed=self.shown - self.started, prefix=self.what, **form)

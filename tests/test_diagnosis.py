@@ -290,7 +290,9 @@ def test_first_loss_of_a_new_model():
 def test_flat_loss():
     step, line = small(lambda step: 5.77)["flat_loss"]
     assert step == 200  # 100 steps after warm-up
-    assert "has not fallen since the start: 5.8" in line
+    assert "has not fallen since the start: 5.8" in line and "large enough?" in line
+    step, line = small(lambda step: 5.77 + step / 100)["flat_loss"]
+    assert step == 200 and "has risen since the start: 5.8" in line and "Lower --learning_rate" in line
     assert not small(lambda step: 5.77 - 0.2 * (step > 0), steps=200)
     assert not small(lambda step: 5.77, steps=149)
 

@@ -301,7 +301,7 @@ def test_without_data_random_ones_are_forecast_and_removed(rehearse, capsys, tmp
     with pytest.raises(ValueError, match="--epochs needs the data in nowhere: use --max_steps"):
         rehearse("--data_dir nowhere --epochs 1")
     assert sorted(tmp_path.rglob("*.npy")) == before and not Path("nowhere").exists()
-    with pytest.raises(ValueError, match="no val shards in nowhere"):
+    with pytest.raises(ValueError, match="there is no folder nowhere: "):
         train.main(train.parse_args("--data_dir nowhere --preset text".split()))
 
 

@@ -356,7 +356,7 @@ def test_command_tells_which_checkpoint_it_took_and_of_a_better_one(run_train, c
     newest = torch.load("log/model_00003.pt", weights_only=True)
     torch.save({**newest, "best_step": 2, "best_val_loss": newest["val_loss"] - 1}, "log/model_00003.pt")
     loss = newest["val_loss"]
-    expected = [f"log: step 3, validation loss {loss:.4f}"]
+    expected = [f"log: step 3, validation loss {loss:.4f} on up to 160 tokens"]
     expected += [f"log: at step 2 it was {loss - 1:.4f}; log/model_best.pt is that one"]
     for options, lines in {("--model", "log"): 2, ("--model", "log/model_00003.pt"): 1}.items():
         capsys.readouterr()
@@ -446,6 +446,11 @@ def test_exported_run_works_in_transformers(run_train, command, tmp_path, monkey
     log = run_train(
         "--hellaswag_every 3 --hellaswag_data demo --sample_every 3 --sample_tokens 5 --sample_prompt=Hé😀"
     )
+    started, *lines = Path("log/log.jsonl").read_text().splitlines()
+    started = json.loads(started)
+    started["curves"]["lambada"] = "rate"  # an evaluation that somebody has added to the recipe
+    lines.append(json.dumps({"step": 6, "kind": "lambada", "rate": 0.25}))
+    Path("log/log.jsonl").write_text("\n".join([json.dumps(started), *lines, ""]))
     assert command(["--model", "log", "--export", "exported"])[1] is None
     ours, theirs = GPT.from_pretrained("log").eval(), AutoModelForCausalLM.from_pretrained("exported").eval()
     idx = torch.randint(0, 257, (2, 16))
@@ -473,6 +478,8 @@ def test_exported_run_works_in_transformers(run_train, command, tmp_path, monkey
         f"| parameters | {back.num_params():,} |",
         "| checkpoint | step 6, the best validation loss until then |",
         "A GPT-2, trained from scratch.",
+        "\n# exported\n",
+        "| lambada | rate 0.25, at step 6 |",
     ):
         assert fact in card
     assert "items" not in card and "HellaSwag" not in card  # the demo's items are no HellaSwag

@@ -115,10 +115,12 @@ def test_folder_of_texts_is_made_into_shards_by_the_command_in_the_error():
     fineweb.main(fineweb.parse_args([*command[2:], "--tokenizer", "byte"]))
     data = loader(str(error.value).partition("--data_dir ")[2])
     assert bytes(data.read(0)[1:].tolist()) == b"What is it? What"
+    with pytest.raises(ValueError, match="a.txt is a file: make shards of it with .* --files .*a.txt"):
+        loader(folder / "a.txt")
 
 
 def test_bad_shards_are_reported_by_name(shards):
-    with pytest.raises(FileNotFoundError, match="no train shards in nowhere/: .*--preset demo"):
+    with pytest.raises(FileNotFoundError, match="^there is no folder nowhere: .*--preset demo"):
         loader("nowhere")
     with pytest.raises(ValueError, match="holds token id 256, but the vocabulary ends at 249"):
         loader(shards, vocab_size=250)
@@ -823,7 +825,7 @@ def test_command_line_prints_one_line_and_exits_with_1():
     process = begin("", "printed", "errors")
     process.join(60)
     errors = Path("errors").read_text()
-    assert process.exitcode == 1 and "edu_fineweb10B/: `python fineweb.py" in errors
+    assert process.exitcode == 1 and "there is no folder edu_fineweb10B: `python fineweb.py" in errors
     assert all(line.startswith("train.py: error: ") for line in errors.splitlines())
     assert {path.name for path in Path().iterdir()} == {"printed", "errors"}
 
@@ -1012,11 +1014,13 @@ def test_option_of_an_older_version_is_named_when_its_run_is_resumed(run_train, 
 
 def test_a_result_is_expected_only_of_a_run_with_the_options_of_its_preset():
     for preset in train.EXPECTED:
-        args = train.parse_args(["--preset", preset])
-        vars(args).update(train.size_for(args, 10**6))
+        args = train.parse_args(["--preset", preset, "--tokenizer", "byte"])
+        train.fit_to_text(args, 10**6)
         assert train.expected_of(args) == train.EXPECTED[preset]
         args.n_layer = 3
         assert train.expected_of(args) is None
+    args.n_layer, args.tokenizer = 4, "gpt2"  # of the preset text
+    assert args.preset == "text" and train.expected_of(args) is None
     assert train.expected_of(train.parse_args([])) is None
 
 

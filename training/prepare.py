@@ -96,19 +96,15 @@ def check_args(args: argparse.Namespace, world_size: int, parser: argparse.Argum
 
 
 def load_pretrained(
-    args: argparse.Namespace,
-    dist: Distributed,
-    found: Found,
-    parser: argparse.ArgumentParser,
-    sizes: dict[str, int],
+    args: argparse.Namespace, dist: Distributed, found: Found, parser: argparse.ArgumentParser
 ) -> GPT | None:
     """Load the model of the resumed checkpoint or of --init_from, or return None for a new model.
 
-    Fills in the architecture options that were left open, for a new model with `sizes`. Raises ValueError,
-    with a line for each, for options that differ from the weights, or do not fit the data.
+    Fills in the architecture options that were left open. Raises ValueError, with a line for each, for
+    options that differ from the weights, or do not fit the data.
     """
     model, n_vocab, problems = None, found.n_vocab, []
-    known = {each.name: each.default for each in fields(GPTConfig)} | sizes
+    known = {each.name: each.default for each in fields(GPTConfig)}
     known["vocab_size"] = math.ceil(n_vocab / 64) * 64
     source = args.out_dir if found.resumed else args.init_from
     if source:
@@ -269,7 +265,10 @@ def check_everything(
     if args.hellaswag_every and args.hellaswag_data:
         items = problems.call(hellaswag.load_items, args.hellaswag_data) or []
     if args.resume:
+        found = len(problems.lines)
         resumed = problems.call(load_training_state, args)
+        if resumed is None and len(problems.lines) == found:
+            dist.say(folder.nothing_to_resume())
         hint = f"the ranks would resume {args.out_dir} at different steps; every node has to see this folder"
         problems.call(dist.check_same, resumed and resumed["step"], hint)
     problems.raise_all()
