@@ -116,6 +116,7 @@ def bench_hellaswag(args: argparse.Namespace, device: torch.device) -> list[dict
 # documents, and shards that are filled one document at a time.
 USUAL_DATA_SCRIPT = """
 import multiprocessing, os, sys
+import numpy as np
 from datasets import load_dataset
 from corpus.tokenizer import get_tokenizer
 

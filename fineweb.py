@@ -72,7 +72,7 @@ SMALL_TEXT = 100_000_000  # tokens; `train.py --preset text` is meant for fewer
 MOST_WORKERS = 8
 MOST_VALIDATION = 0.2  # share of a set; where the first shard is more, a tenth of the set is validation
 MOST_NAMED, SHOWN_TOKENS = 5, 12  # files, and the beginning of a document, on the console
-SHORTEST_REPEAT = 32  # tokens of a repeated document: lines of a chat or a poem repeat by themselves
+SHORTEST_REPEAT = 32  # tokens of a repeated document: lines of a chat or a poem repeat naturally
 
 
 def encode_chunk(chunk: Chunk, tokenizer: BatchTokenizer) -> tuple[np.ndarray, int]:
@@ -570,9 +570,7 @@ def check_same_set(out_dir: Path, wanted: dict, replaced: dict | None) -> None:
                 continue
             if manifest != replaced and manifest.get(name) != wanted[name]:
                 found = difference(name, manifest.get(name), wanted[name])
-                raise ValueError(
-                    f"{out_dir} already holds shards with {found}: use another --out_dir, or --no-resume"
-                )
+                raise ValueError(f"{out_dir} already holds shards with {found}: use another --out_dir")
     if foreign := sorted(names - {name for manifest in manifests for name in shard_names(manifest)}):
         raise ValueError(f"{out_dir} holds {foreign[0]}, which no manifest describes: use another --out_dir")
 

@@ -116,11 +116,11 @@ PRESETS = {
 }
 # What a preset reaches on two cores (README.md). For the others, published runs may tell.
 EXPECTED = {
-    "demo": "on its own data, a validation loss of 1.30, in two to five minutes on two cores",
-    "text": "a validation loss of 1.53 on the bytes of Tiny Shakespeare, in nine minutes on two cores",
+    "demo": "on its own data, a validation loss of 1.30, in one to five minutes on two cores",
+    "text": "a validation loss of 1.54 on bytes of Tiny Shakespeare, in six to nine minutes on two cores",
 }
-# --preset text: with fewer training tokens than these, the smaller model learns more (LOG.md, 2026-11-29).
-SMALL_TEXT = 250_000
+# --preset text: with fewer training tokens, the smaller model learns more in equal time (LOG.md, 2026-11-29).
+FEW_TOKENS = 250_000
 SMALL_GPT, LARGER_GPT = dict(n_layer=2, n_head=4, n_embd=64), dict(n_layer=4, n_head=4, n_embd=128)
 CLASSIC_STEPS, CLASSIC_WARMUP_STEPS = 19073, 715  # Brown et al. 2020 (GPT-3), appendix B: 375M tokens
 
@@ -522,11 +522,15 @@ def train(run: Run, records: Records) -> None:
             break
 
 
-def fit_to_text(args: argparse.Namespace, tokens: int) -> None:
-    """Choose what --preset text leaves open: sizes by the training tokens, epochs by what a token is."""
-    chosen = {"epochs": 40.0 if args.tokenizer == "byte" else 5.0}
-    if not args.init_from:
-        chosen |= SMALL_GPT if tokens < SMALL_TEXT else LARGER_GPT
+def fit_to_text(args: argparse.Namespace, tokens: int | None) -> None:
+    """Choose what --preset text leaves open: sizes by the training tokens, epochs by what a token is.
+
+    Without a text (`tokens` is None), a dry run forecasts the most that the preset takes.
+    """
+    is_small = tokens is not None and tokens < FEW_TOKENS
+    chosen = {} if args.init_from else dict(SMALL_GPT if is_small else LARGER_GPT)
+    if tokens is not None:
+        chosen["epochs"] = 40.0 if args.tokenizer == "byte" else 5.0
     for name, value in chosen.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -536,8 +540,7 @@ def expected_of(args: argparse.Namespace) -> str | None:
     """Return what a run of a preset reaches, or None if its options differ."""
     filled_in = ("epochs", "sample_prompt")
     chosen = {**LARGER_GPT, "tokenizer": "byte"} if args.preset == "text" else {}
-    preset = PRESETS[args.preset] | chosen
-    preset = {name: value for name, value in preset.items() if name not in filled_in}
+    preset = {k: v for k, v in {**PRESETS[args.preset], **chosen}.items() if k not in filled_in}
     is_changed = any(getattr(args, name) != value for name, value in preset.items())
     return None if is_changed else EXPECTED.get(args.preset)
 
@@ -614,11 +617,7 @@ def option_parser() -> argparse.ArgumentParser:
     add("--hellaswag_data", type=user_path, help=f"items to score: {items}")
     add("--sample_every", type=AT_LEAST_0, default=250, help="steps between samples (0: disabled)")
     prompt = "Hello, I'm a language model,"
-    add(
-        "--sample_prompt",
-        default=prompt,
-        help="prompt of samples; text, finetune: beginning of the validation text",
-    )
+    add("--sample_prompt", default=prompt, help="of samples; text, finetune: how the validation text begins")
     add("--sample_tokens", type=AT_LEAST_1, default=64, help="tokens per sample")
     add("--early_stop", type=AT_LEAST_0, default=0, help="patience in validations (0: never stop early)")
     add = parser.add_argument_group("records").add_argument

@@ -70,9 +70,11 @@ def local_inputs(patterns: list[str]) -> list[Input]:
         if os.path.isdir(pattern):
             matches = files_in(pattern)
             names = ", ".join([Path(path).name for path in matches[:3]] + ["…"] * (len(matches) > 3))
-            others = sorted(set(os.listdir(pattern)) - {Path(path).name for path in matches})
             line = f"{pattern} is a folder: reading {len(matches)} files in it: {names or 'none'}"
-            tqdm.write(f"{line}; not {', '.join(others[:3])}" + ", …" * (len(others) > 3) if others else line)
+            visible = {name for name in os.listdir(pattern) if not name.startswith(".")}
+            if others := sorted(visible - {Path(path).name for path in matches}):
+                line += f"; skipping {', '.join(others[:3] + ['…'] * (len(others) > 3))}"
+            tqdm.write(line)
         files = [path for path in matches if not os.path.isdir(path)]
         if not files:
             raise FileNotFoundError(f"no file matches {pattern!r}: check the path, or use 'FOLDER/**/*.txt'")

@@ -110,10 +110,12 @@ def find_shards(data_dir: Path, split: str, manifest: dict) -> list[Path]:
     the split in their name. Raises FileNotFoundError if there are none, and ValueError if
     files are missing, not listed, or named after both splits, and for a `data_dir` that is a file.
     """
+    if data_dir.is_file() and data_dir.suffix == ".npy":
+        raise ValueError(f"{data_dir} is a file: use --data_dir {data_dir.parent}")
     if data_dir.is_file():
         command = command_line("fineweb.py", "--files", data_dir, "--out_dir", "shards")
         raise ValueError(
-            f"{data_dir} is a file: make shards of it with `{command}`, then use --data_dir shards"
+            f"{data_dir} is a file: make shards from it with `{command}`, then use --data_dir shards"
         )
     paths = sorted(data_dir.iterdir()) if data_dir.exists() else []
     names = [path.name for path in paths if path.suffix == ".npy"]
@@ -140,7 +142,7 @@ def find_shards(data_dir: Path, split: str, manifest: dict) -> list[Path]:
         command = command_line("fineweb.py", "--out_dir", data_dir)
         where = f"no {split} shards in {data_dir}/" if data_dir.exists() else f"there is no folder {data_dir}"
         raise FileNotFoundError(
-            f"{where}: `{text}` makes shards of a text, `{command}` of FineWeb-Edu (28 GB), and `python "
+            f"{where}: `{text}` makes shards from a text, `{command}` from FineWeb-Edu (28 GB), and `python "
             "train.py --preset demo` needs none"
         )
     return paths
@@ -149,8 +151,8 @@ def find_shards(data_dir: Path, split: str, manifest: dict) -> list[Path]:
 def read_set(data_dir: str | Path, tokenizer: str | None) -> dict:
     """Return the manifest of a folder that holds shards of both splits.
 
-    Their `tokenizer` and about how many `train_tokens` they have are in it in any case. Raises
-    FileNotFoundError if there are none, and ValueError if they were made with another tokenizer.
+    It always has their `tokenizer` and `train_tokens`, estimated from file sizes. Raises FileNotFoundError if
+    there are none, and ValueError if they were made with another tokenizer.
     """
     data_dir = Path(data_dir)
     manifest = read_manifest(data_dir)

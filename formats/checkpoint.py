@@ -270,7 +270,7 @@ def describe_pretrained(source: str | Path, metadata: dict) -> str:
     lines = [f"{source} {note}" for note in metadata.get("notes", ())]
     if step is None:
         return "\n".join(lines)
-    tokens = metadata.get("args", {}).get("val_tokens")
+    tokens = (metadata.get("args") or {}).get("val_tokens")
     on = f" on up to {tokens:,} tokens" if isinstance(tokens, int) else ""
     lines += [f"{source}: step {step:,}" + (f", validation loss {loss:.4f}{on}" if loss is not None else "")]
     best_step, best = metadata.get("best_step"), metadata.get("best_val_loss")

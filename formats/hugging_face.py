@@ -183,6 +183,7 @@ def save_tokenizer(encoding: tiktoken.Encoding, max_length: int, folder: str | P
 
     `max_length` is the context of the model.
     """
+    # The one with a tokenizer.json in transformers 4, and in 5 another name of GPT2Tokenizer.
     from transformers import GPT2TokenizerFast
 
     vocab, merges = to_hugging_face(encoding)

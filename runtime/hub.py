@@ -82,7 +82,7 @@ def raise_temporary_errors() -> None:
     """Make huggingface_hub raise errors that may pass, which `retrying` then waits for.
 
     By itself it waits as long as the Hub asks, which may be hours, in some of its requests only. Raises
-    ValueError for the huggingface_hub of transformers 4, which has another HTTP client.
+    ValueError for the huggingface_hub of transformers 4, which uses a different HTTP client.
     """
     try:
         from huggingface_hub import get_session, hf_raise_for_status, set_client_factory

@@ -249,7 +249,10 @@ def run_agent(launcher: list[str], argv: list[str], output: str, nohup: bool) ->
     close = MultiprocessContext._close
 
     def close_at_once(context, *args, **kwargs):
-        """A forked worker that a signal has ended waits 30 s for an event that nobody sets."""
+        """A forked worker that a signal has ended waits 30 s for an event that nobody sets.
+
+        To set it hangs if a worker was killed while it waited.
+        """
         context._worker_finished_event.set()
         close(context, *args, **kwargs)
 

@@ -2,6 +2,7 @@ import argparse
 import json
 import math
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,14 @@ def test_subcommand_writes_its_figures(command, ways, tmp_path, capsys):
         assert row["way"].startswith(way)
     assert all(row["way"] in printed and list(row.values())[1] > 0 for row in record["rows"])
     assert record["versions"]["torch"] == torch.__version__ and record["args"]["device"] == "cpu"
+
+
+def test_usual_script_encodes_documents(monkeypatch):
+    """Its imports are not seen by the linter."""
+    monkeypatch.setattr(sys, "argv", ["usual.py", "byte", "100", "out"])
+    names = {"__name__": "usual"}
+    exec(bench.USUAL_DATA_SCRIPT, names)
+    assert names["encode"]({"text": "ab"}).tolist() == [256, 97, 98]
 
 
 def test_steps_to_a_loss_are_interpolated_between_validations():

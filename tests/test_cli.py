@@ -11,6 +11,7 @@ import sys
 import threading
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY, torchrun_options
@@ -22,7 +23,7 @@ import hellaswag
 import plot
 import sample
 import train
-from runtime import cli
+from runtime import cli, hub
 
 
 def test_options_out_of_range_are_reported_together_defaults_included():
@@ -314,3 +315,9 @@ def test_torchruns_report_ends_with_the_error_and_ranks_do_not_repeat_that_of_op
     assert ended.value.code == (line if printed else 1)
     failure = ProcessFailure(local_rank=int(rank), pid=1, exitcode=1, error_file=str(tmp_path / "error.json"))
     assert ChildFailedError("train.py", {int(rank): failure}).format_msg().splitlines()[-2].endswith(line)
+
+
+def test_library_without_the_client_that_downloads_need_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace())
+    with pytest.raises(ValueError, match="^this huggingface_hub is too old for downloads: pip install -r "):
+        hub.raise_temporary_errors.__wrapped__()

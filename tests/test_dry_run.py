@@ -300,6 +300,8 @@ def test_without_data_random_ones_are_forecast_and_removed(rehearse, capsys, tmp
     assert "of the training data will be read" not in out
     with pytest.raises(ValueError, match="--epochs needs the data in nowhere: use --max_steps"):
         rehearse("--data_dir nowhere --epochs 1")
+    train.main(train.parse_args(f"{TINY} --preset text --n_layer 1 --data_dir nowhere --dry_run".split()))
+    assert "6 steps, 384 bytes, here of random bytes" in capsys.readouterr().out  # no epochs of these
     assert sorted(tmp_path.rglob("*.npy")) == before and not Path("nowhere").exists()
     with pytest.raises(ValueError, match="there is no folder nowhere: "):
         train.main(train.parse_args("--data_dir nowhere --preset text".split()))

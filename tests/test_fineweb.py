@@ -849,13 +849,14 @@ def test_files_are_found_once_and_by_their_names(capsys):
 def test_folder_means_the_files_in_it_and_says_so(capsys):
     folder = Path("texts [old]")
     (folder / "deeper").mkdir(parents=True)
+    (folder / ".hidden").write_text("")
     for name in ("c.txt", "b.jsonl", "a.txt", "d.py", "notes.md", "tokens.bin", "deeper/e.txt"):
         (folder / name).write_text(name)
     assert [each.path for each in corpus_inputs.local_inputs([str(folder)])] == [
         f"{folder}/{name}" for name in ("a.txt", "b.jsonl", "c.txt", "d.py")
     ]
-    said = "texts [old] is a folder: reading 4 files in it: a.txt, b.jsonl, c.txt, …; not deeper, notes.md, "
-    said += "tokens.bin\n"
+    said = "texts [old] is a folder: reading 4 files in it: a.txt, b.jsonl, c.txt, …; skipping deeper, "
+    said += "notes.md, tokens.bin\n"
     assert capsys.readouterr().out == said
     for path in folder.glob("*.*"):
         if path.suffix not in (".bin", ".md"):

@@ -37,7 +37,11 @@ configs:
 """
 # Waits are printed, not slept. With the client's chunks of 10 MB there would be nothing to resume.
 CLIENT = """
-import sys, time
+import os, sys, time
+assert "huggingface_hub" not in sys.modules
+for name in [name for name in os.environ if name.startswith("HF_") and name not in sys.argv[1].split(",")]:
+    del os.environ[name]
+del sys.argv[1]
 time.sleep = lambda seconds: print("wait", seconds)
 from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = 100
@@ -146,11 +150,11 @@ def begin(hub, *options: str, **environment: str) -> multiprocessing.Process:
     """Fork the client, which has not imported huggingface_hub yet: it reads its environment then."""
     environment = {
         **{"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": "home", "HF_TOKEN": "hf_secret"},
-        **{"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"},
+        **{"HF_HUB_DISABLE_XET": "1"},
         **environment,
     }
-    arguments = ["--dataset", "org/name", "--name", "small", "--tokenizer", "byte", "--shard_size", "9000"]
-    arguments += ["--out_dir", "out", "--workers", "1", *options]
+    arguments = [",".join(environment), "--dataset", "org/name", "--name", "small", "--tokenizer", "byte"]
+    arguments += ["--shard_size", "9000", "--out_dir", "out", "--workers", "1", *options]
     Path("client.py").write_text(CLIENT)
     Path("printed").unlink(missing_ok=True)
     return conftest.begin(" ".join(arguments), "printed", "errors", environment, script="client.py")

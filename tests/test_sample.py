@@ -356,6 +356,9 @@ def test_command_tells_which_checkpoint_it_took_and_of_a_better_one(run_train, c
     newest = torch.load("log/model_00003.pt", weights_only=True)
     torch.save({**newest, "best_step": 2, "best_val_loss": newest["val_loss"] - 1}, "log/model_00003.pt")
     loss = newest["val_loss"]
+    torch.save({**newest, "args": None}, "other.pt")  # of a repository that stores no options
+    sample.main(sample.parse_args(["--model", "other.pt", "--device", "cpu", "--max_new_tokens", "2"]))
+    assert f"other.pt: step 3, validation loss {loss:.4f}" in capsys.readouterr().err.splitlines()
     expected = [f"log: step 3, validation loss {loss:.4f} on up to 160 tokens"]
     expected += [f"log: at step 2 it was {loss - 1:.4f}; log/model_best.pt is that one"]
     for options, lines in {("--model", "log"): 2, ("--model", "log/model_00003.pt"): 1}.items():

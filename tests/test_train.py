@@ -961,14 +961,18 @@ def test_text_preset_chooses_its_size_by_the_tokens_that_it_trains_on(shards, hf
         run = next(json.loads(line) for line in open("log/log.jsonl"))["args"]
         return run["n_layer"], run["n_head"], run["n_embd"]
 
-    monkeypatch.setattr(train, "SMALL_TEXT", 2000)  # there are 1,777
+    monkeypatch.setattr(train, "FEW_TOKENS", 2000)  # there are 1,777, and two headers
     small = size()
     assert size("--n_layer 1 --n_head 2") == (1, 2, small[2])
     assert size("--init_from hf") == (2, 2, 32)
-    monkeypatch.setattr(train, "SMALL_TEXT", 1700)
+    monkeypatch.setattr(train, "FEW_TOKENS", 1700)
     larger = size()
     assert larger[0] >= small[0] and larger[2] > small[2]
     assert size("--n_embd 32") == (larger[0], larger[1], 32)
+    for tokenizer, words, epochs in (("byte", "", 40), ("gpt2", "", 5), ("gpt2", "--epochs 7", 7)):
+        args = train.parse_args(f"--preset text --tokenizer {tokenizer} {words}".split())
+        train.fit_to_text(args, 10**6)
+        assert args.epochs == epochs
 
 
 def growing(step: int, args) -> int:

@@ -43,7 +43,7 @@ class Found:
     n_vocab: int  # of the tokenizer
     benchmark: hellaswag.Benchmark
     resumed: dict | None  # the checkpoint to continue from
-    train_tokens: int  # in the shards
+    train_tokens: int | None  # in the shards, unless they are random
     used_ids: int = 0  # of --vocab_size, those that shards may hold
 
 
@@ -265,9 +265,9 @@ def check_everything(
     if args.hellaswag_every and args.hellaswag_data:
         items = problems.call(hellaswag.load_items, args.hellaswag_data) or []
     if args.resume:
-        found = len(problems.lines)
+        found_before = len(problems.lines)
         resumed = problems.call(load_training_state, args)
-        if resumed is None and len(problems.lines) == found:
+        if resumed is None and len(problems.lines) == found_before:
             dist.say(folder.nothing_to_resume())
         hint = f"the ranks would resume {args.out_dir} at different steps; every node has to see this folder"
         problems.call(dist.check_same, resumed and resumed["step"], hint)
@@ -286,7 +286,8 @@ def check_everything(
         dist.say(f"HellaSwag: {about['warning']}")
     benchmark = hellaswag.Benchmark(hellaswag.render(items[: args.hellaswag_limit], tokenizer), about)
     n_vocab = tokenizer.n_vocab if tokenizer else manifest["vocab_size"]
-    return Found(dtype, tokenizer, n_vocab, benchmark, resumed, manifest["train_tokens"])
+    train_tokens = None if manifest.get("source", {}).get("random") else manifest["train_tokens"]
+    return Found(dtype, tokenizer, n_vocab, benchmark, resumed, train_tokens)
 
 
 def download_items(args: argparse.Namespace, dist: Distributed, problems: Problems) -> list[dict]:
