@@ -115,7 +115,7 @@ def test_folder_of_texts_is_made_into_shards_by_the_command_in_the_error():
     fineweb.main(fineweb.parse_args([*command[2:], "--tokenizer", "byte"]))
     data = loader(str(error.value).partition("--data_dir ")[2])
     assert bytes(data.read(0)[1:].tolist()) == b"What is it? What"
-    with pytest.raises(ValueError, match="a.txt is a file: make shards of it with .* --files .*a.txt"):
+    with pytest.raises(ValueError, match="a.txt is a file: make shards from it with .* --files .*a.txt"):
         loader(folder / "a.txt")
 
 
@@ -951,28 +951,27 @@ def test_text_preset_follows_the_size_of_the_text(shards, monkeypatch, capsys):
     assert (long.max_steps, long.warmup_steps) == (50, 7)
 
 
-def test_text_preset_chooses_its_size_by_the_tokens_that_it_trains_on(shards, hf_folder, monkeypatch):
+def test_text_preset_chooses_sizes_and_epochs_by_the_text(shards, hf_folder, monkeypatch):
+    def chosen(words: str, tokens: int | None) -> list:
+        args = train.parse_args(f"--preset text {words}".split())
+        train.fit_to_text(args, tokens)
+        return [args.n_layer, args.n_head, args.n_embd, args.epochs]
+
+    *small, epochs = chosen("--tokenizer byte", 1000)
+    *larger, _ = chosen("--tokenizer byte", 10**6)
+    assert larger[0] > small[0] and larger[2] > small[2] and epochs == 40
+    assert chosen("--tokenizer gpt2", 1000) == [*small, 5]
+    assert chosen("--tokenizer gpt2 --epochs 7 --n_embd 32", 10**6) == [*larger[:2], 32, 7]
+    assert chosen("--tokenizer byte", None) == [*larger, None]
+    assert chosen("--tokenizer byte --init_from hf", 1000) == [None, None, None, 40]
+
     monkeypatch.chdir(shards.parent)
     options = "--preset text --data_dir shards --tokenizer byte --block_size 16 --max_steps 1 --device cpu"
     options += " --warmup_steps 0 --val_every 0 --early_stop 0 --sample_every 0 --checkpoint_every 0"
-
-    def size(more: str = "") -> tuple[int, int, int]:
-        train.main(train.parse_args(f"{options} {more}".split()))
+    for words, wanted in (("", small), ("--init_from hf", [2, 2, 32])):
+        train.main(train.parse_args(f"{options} {words}".split()))
         run = next(json.loads(line) for line in open("log/log.jsonl"))["args"]
-        return run["n_layer"], run["n_head"], run["n_embd"]
-
-    monkeypatch.setattr(train, "FEW_TOKENS", 2000)  # there are 1,777, and two headers
-    small = size()
-    assert size("--n_layer 1 --n_head 2") == (1, 2, small[2])
-    assert size("--init_from hf") == (2, 2, 32)
-    monkeypatch.setattr(train, "FEW_TOKENS", 1700)
-    larger = size()
-    assert larger[0] >= small[0] and larger[2] > small[2]
-    assert size("--n_embd 32") == (larger[0], larger[1], 32)
-    for tokenizer, words, epochs in (("byte", "", 40), ("gpt2", "", 5), ("gpt2", "--epochs 7", 7)):
-        args = train.parse_args(f"--preset text --tokenizer {tokenizer} {words}".split())
-        train.fit_to_text(args, 10**6)
-        assert args.epochs == epochs
+        assert [run["n_layer"], run["n_head"], run["n_embd"]] == wanted
 
 
 def growing(step: int, args) -> int:
