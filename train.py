@@ -538,9 +538,9 @@ def fit_to_text(args: argparse.Namespace, tokens: int | None) -> None:
 
 def expected_of(args: argparse.Namespace) -> str | None:
     """Return what a run of a preset reaches, or None if its options differ."""
-    filled_in = ("epochs", "sample_prompt")
-    chosen = {**LARGER_GPT, "tokenizer": "byte"} if args.preset == "text" else {}
-    preset = {k: v for k, v in {**PRESETS[args.preset], **chosen}.items() if k not in filled_in}
+    preset = {**PRESETS[args.preset], "sample_prompt": args.sample_prompt}  # which changes no loss
+    if args.preset == "text":
+        preset |= {**LARGER_GPT, "tokenizer": "byte"}
     is_changed = any(getattr(args, name) != value for name, value in preset.items())
     return None if is_changed else EXPECTED.get(args.preset)
 

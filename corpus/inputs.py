@@ -57,6 +57,10 @@ def files_in(folder: str | Path) -> list[str]:
     return documents or [path for path in paths if path.endswith(TOKEN_FILES)]
 
 
+def first_names(names: list[str]) -> str:
+    return ", ".join(names[:3] + ["…"] * (len(names) > 3))
+
+
 def local_inputs(patterns: list[str]) -> list[Input]:
     """Return the files that match, sorted by name within each pattern, token files for validation first.
 
@@ -69,11 +73,11 @@ def local_inputs(patterns: list[str]) -> list[Input]:
         matches = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if os.path.isdir(pattern):
             matches = files_in(pattern)
-            names = ", ".join([Path(path).name for path in matches[:3]] + ["…"] * (len(matches) > 3))
-            line = f"{pattern} is a folder: reading {len(matches)} files in it: {names or 'none'}"
+            names = [Path(path).name for path in matches]
+            line = f"{pattern} is a folder: reading {len(names)} files in it: {first_names(names) or 'none'}"
             visible = {name for name in os.listdir(pattern) if not name.startswith(".")}
-            if others := sorted(visible - {Path(path).name for path in matches}):
-                line += f"; skipping {', '.join(others[:3] + ['…'] * (len(others) > 3))}"
+            if others := sorted(visible - set(names)):
+                line += f"; skipping {first_names(others)}"
             tqdm.write(line)
         files = [path for path in matches if not os.path.isdir(path)]
         if not files:

@@ -107,12 +107,12 @@ def find_shards(data_dir: Path, split: str, manifest: dict) -> list[Path]:
     """Return the shards of a split, sorted by name; `manifest` is the result of `read_manifest`.
 
     If it lists shards, the .npy files of the folder have to be exactly those. If not, they are all those with
-    the split in their name. Raises FileNotFoundError if there are none, and ValueError if
-    files are missing, not listed, or named after both splits, and for a `data_dir` that is a file.
+    the split in their name. Raises FileNotFoundError if there are none, and ValueError for a `data_dir` that
+    is a file, or if files are missing, not listed, or named after both splits.
     """
-    if data_dir.is_file() and data_dir.suffix == ".npy":
-        raise ValueError(f"{data_dir} is a file: use --data_dir {data_dir.parent}")
     if data_dir.is_file():
+        if data_dir.suffix == ".npy":
+            raise ValueError(f"{data_dir} is a file: use --data_dir {data_dir.parent}")
         command = command_line("fineweb.py", "--files", data_dir, "--out_dir", "shards")
         raise ValueError(
             f"{data_dir} is a file: make shards from it with `{command}`, then use --data_dir shards"

@@ -117,6 +117,9 @@ def test_folder_of_texts_is_made_into_shards_by_the_command_in_the_error():
     assert bytes(data.read(0)[1:].tolist()) == b"What is it? What"
     with pytest.raises(ValueError, match="a.txt is a file: make shards from it with .* --files .*a.txt"):
         loader(folder / "a.txt")
+    Path("train_000001.npy").touch()
+    with pytest.raises(ValueError, match="^train_000001.npy is a file: use --data_dir .$"):
+        loader("train_000001.npy")
 
 
 def test_bad_shards_are_reported_by_name(shards):
