@@ -277,8 +277,8 @@ def bench_memory(args: argparse.Namespace, device: torch.device) -> list[dict]:
 def cuda_python() -> str:
     """Return a Python whose torch is a CUDA build, which compiles for GPUs that are not there.
 
-    Torch 2.11 needs a driver for that; 2.12 was not tried. Raises FileNotFoundError, saying how to get one, if
-    there is none.
+    Torch 2.11 needs a driver for that; 2.12 was not tried. Raises FileNotFoundError, saying how to get one,
+    if there is none.
     """
     if torch.version.cuda and torch.__version__ >= "2.13" and importlib.util.find_spec("triton"):
         return sys.executable
